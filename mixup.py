@@ -54,17 +54,17 @@ class Mixup:
         """Mixes one batch.
 
         Args:
-            images: float tensor [N, C, H, W].
+            images: float32 tensor [N, C, H, W].
             labels: int64 tensor [N].
             rng: np.random.Generator.
 
         Returns:
-            images [N, C, H, W] in the same dtype, targets [N, num_classes] in float32.
+            images [N, C, H, W] and targets [N, num_classes], float32.
         """
         batch, _, height, width = images.shape
         draws = self._draw(batch, height, width, rng)
         rows, columns, lam = (paddle.to_tensor(array, place=images.place) for array in draws)
-        weight = (rows * columns).astype(images.dtype)  # the partner's weight at each pixel, [1 or N, 1, H, W]
+        weight = rows * columns  # the partner's weight at each pixel, [1 or N, 1, H, W]
         images = images * (1 - weight) + paddle.flip(images, axis=0) * weight
 
         targets = F.one_hot(labels, self.num_classes)

@@ -131,16 +131,16 @@ def test_the_same_generator_state_gives_the_same_batch():
     assert not np.array_equal(first[0], other[0])
 
 
-def test_one_pixel_pictures_one_class_and_half_precision():
+def test_one_pixel_pictures_one_class_and_many_classes():
     for minmax in (None, (0.2, 0.8), (0, 0), (1, 1)):
         for seed in range(10):
             mixed, targets = mix(Mixup(0.8, 1.0, minmax, mode='elem', num_classes=1),
                                  np.ones((3, 3, 1, 1), np.float32), np.zeros(3, np.int64), seed)
             np.testing.assert_allclose(mixed, 1, atol=1e-6)
             np.testing.assert_allclose(targets, 1, atol=1e-6)
-    half = paddle.ones([4, 3, 8, 8], 'bfloat16')
-    mixed, targets = Mixup(num_classes=21841)(half, paddle.to_tensor([0, 1, 2, 21840]), np.random.default_rng(0))
-    assert mixed.dtype == paddle.bfloat16 and targets.dtype == paddle.float32 and list(targets.shape) == [4, 21841]
+    labels = np.array([0, 1, 2, 21840])
+    _, targets = mix(Mixup(num_classes=21841), np.ones((4, 3, 8, 8), np.float32), labels)
+    assert targets.shape == (4, 21841) and (targets.argmax(1) == labels).sum() in (0, 2, 4)
 
 
 @pytest.mark.parametrize('arguments, words', [
