@@ -13,6 +13,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
+from errors import UserError
+
 _C = CN()
 _C.BASE = []  # YAML files to start from, relative to the file that names them
 
@@ -41,7 +43,6 @@ _C.MODEL.SMALL_KERNEL = 5  # parallel small depthwise kernel, odd; 0 for none
 _C.MODEL.DW_RATIO = 1.0  # width of the depthwise convolution over the stage's width
 _C.MODEL.FFN_RATIO = 4.0
 _C.MODEL.DROPPATH = 0.5  # highest stochastic-depth rate, reached at the last block
-_C.MODEL.MERGED = False  # build the re-parameterised form (large kernel with bias, no small branch)
 _C.MODEL.RECOMPUTE = False  # recompute activations in the backward pass: less memory, more time
 _C.MODEL.PRETRAINED = ''  # file of weights, or a name of the zoo
 _C.MODEL.RESUME = ''  # checkpoint of a run to continue
@@ -129,7 +130,7 @@ _LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BE
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used; the text names its origin, the key and what to do."""
 
 
@@ -202,13 +203,6 @@ def get_arguments(description, argv=None):
         parser.add_argument(f'-{flag}', f'--{flag}', help=f'{_FLAG_HELP[flag]} ({key})', **kind)
     parser.add_argument('-opts', '--opts', nargs='+', default=[], metavar='KEY VALUE', help='any key of config.py')
     return parser.parse_args(argv)
-
-
-def config_from_arguments(args):
-    """The frozen settings for the parsed flags; raises ConfigError."""
-    config = update_config(get_config(args.cfg, args.opts), args)
-    config.freeze()
-    return config
 
 
 def save_config(config, path):
