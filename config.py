@@ -1,0 +1,382 @@
+"""Settings: defaults < YAML file (with BASE inheritance) < command line flags < `-opts KEY VALUE ...`.
+
+    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -batch_size=32 -opts TRAIN.BASE_LR 1e-3 SEED 7
+
+Every key stands below with its default; a key that does not is refused, and so are wrong types and contradictions,
+with one line that names the file and the key. Scripts freeze the result and write it to the run folder.
+"""
+import argparse
+import ast
+import math
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from errors import UserError
+
+_C = CN()
+_C.BASE = []  # YAML files to start from, relative to the file that names them
+
+_C.DATA = CN()
+_C.DATA.DATASET = 'imagenet2012'  # ImageNet-style lists: DATA_PATH/{train,val}_list.txt, "relative/path label" per line
+_C.DATA.DATA_PATH = ''
+_C.DATA.BATCH_SIZE = 64  # per process and micro-batch
+_C.DATA.BATCH_SIZE_EVAL = 64  # per process
+_C.DATA.IMAGE_SIZE = 224
+_C.DATA.IMAGE_CHANNELS = 3
+_C.DATA.CROP_PCT = 0.875  # protocol 'crop' resizes the shorter side to int(IMAGE_SIZE / CROP_PCT)
+_C.DATA.EVAL_PROTOCOL = 'auto'  # 'crop', 'warp' (whole image to a square) or 'auto': warp at 384 and above
+_C.DATA.INTERPOLATION = 'bicubic'
+_C.DATA.IMAGENET_MEAN = [0.485, 0.456, 0.406]
+_C.DATA.IMAGENET_STD = [0.229, 0.224, 0.225]
+_C.DATA.NUM_WORKERS = 4  # per process; 0 loads in the process itself
+
+_C.MODEL = CN()
+_C.MODEL.TYPE = 'RepLKNet'
+_C.MODEL.NAME = 'replknet_31b'
+_C.MODEL.NUM_CLASSES = 1000
+_C.MODEL.LARGE_KERNEL_SIZES = [31, 29, 27, 13]  # per stage, odd
+_C.MODEL.LAYERS = [2, 2, 18, 2]  # per stage: pairs of (RepLKBlock, ConvFFN)
+_C.MODEL.CHANNELS = [128, 256, 512, 1024]
+_C.MODEL.SMALL_KERNEL = 5  # parallel small depthwise kernel, odd; 0 for none
+_C.MODEL.DW_RATIO = 1.0  # width of the depthwise convolution over the stage's width
+_C.MODEL.FFN_RATIO = 4.0
+_C.MODEL.DROPPATH = 0.5  # highest stochastic-depth rate, reached at the last block
+_C.MODEL.RECOMPUTE = False  # recompute activations in the backward pass: less memory, more time
+_C.MODEL.PRETRAINED = ''  # file of weights, or a name of the zoo
+_C.MODEL.RESUME = ''  # checkpoint of a run to continue
+
+_C.TRAIN = CN()
+_C.TRAIN.LAST_EPOCH = 0  # epochs already done; 0: from the checkpoint, or none
+_C.TRAIN.NUM_EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 10.0
+_C.TRAIN.BASE_LR = 4e-3  # for the global batch as it is
+_C.TRAIN.WARMUP_START_LR = 1e-6
+_C.TRAIN.END_LR = 1e-6
+_C.TRAIN.LINEAR_SCALED_LR = 0  # if set: BASE_LR is for this global batch and is scaled to the actual one
+_C.TRAIN.RECIPE_BATCH_SIZE = 0  # global batch of the published recipe; another one is pointed out in the log
+_C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimizer step
+_C.TRAIN.WEIGHT_DECAY = 0.05  # not on biases, norms and other 1-D parameters
+_C.TRAIN.LAYER_DECAY = 1.0  # layer-wise learning-rate decay; 1 for none
+_C.TRAIN.GRAD_CLIP = 0.0  # global norm; 0 for none
+_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER.NAME = 'adamw'
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+_C.TRAIN.MODEL_EMA = True
+_C.TRAIN.MODEL_EMA_DECAY = 0.9999  # per optimizer step
+_C.TRAIN.SYNC_BN = True  # on GPUs with several processes
+
+_C.TRAIN.SMOOTHING = 0.1
+_C.TRAIN.MIXUP_PROB = 1.0  # share of batches with mixup or cutmix; 0 switches both off
+_C.TRAIN.MIXUP_ALPHA = 0.8
+_C.TRAIN.CUTMIX_ALPHA = 1.0
+_C.TRAIN.CUTMIX_MINMAX = []  # [low, high] share of each side; replaces CUTMIX_ALPHA's box size
+_C.TRAIN.MIXUP_SWITCH_PROB = 0.5
+_C.TRAIN.MIXUP_MODE = 'batch'  # 'batch', 'pair' or 'elem'
+_C.TRAIN.RANDOM_RESIZED_CROP = CN()
+_C.TRAIN.RANDOM_RESIZED_CROP.SCALE = [0.08, 1.0]
+_C.TRAIN.RANDOM_RESIZED_CROP.RATIO = [3 / 4, 4 / 3]
+_C.TRAIN.HFLIP = 0.5
+_C.TRAIN.VFLIP = 0.0
+_C.TRAIN.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'  # '' for none
+_C.TRAIN.COLOR_JITTER = 0.4  # only where AUTO_AUGMENT is empty
+_C.TRAIN.RANDOM_ERASE_PROB = 0.25
+_C.TRAIN.RANDOM_ERASE_MODE = 'pixel'  # 'const', 'rand' or 'pixel'
+_C.TRAIN.RANDOM_ERASE_COUNT = 1
+
+_C.AMP = False  # automatic mixed precision, in evaluation too
+_C.AMP_DTYPE = 'float16'  # 'float16' (with dynamic loss scaling) or 'bfloat16'
+_C.AMP_LEVEL = 'O1'  # 'O1' or 'O2'
+_C.EVAL = False
+_C.DEVICE = 'auto'  # 'auto', 'gpu', 'cpu', 'npu' or 'xpu'
+_C.NPROCS = 0  # processes of main_multi_gpu.py; 0: one per device, 2 on a machine without
+_C.SAVE = ''  # run folder; '': output/<config name>-<time>
+_C.SAVE_FREQ = 0  # keep a numbered checkpoint every so many epochs; 0 keeps only last and best
+_C.REPORT_FREQ = 20  # optimizer steps between progress lines
+_C.VALIDATE_FREQ = 1  # epochs between evaluations; 0 for none while training
+_C.SEED = 42
+
+# how wide the values of a key may be; one line of refusal comes out of each
+_CHOICES = {
+    'DATA.DATASET': ('imagenet2012',),
+    'DATA.EVAL_PROTOCOL': ('auto', 'crop', 'warp'),
+    'DATA.INTERPOLATION': ('bicubic', 'bilinear'),
+    'MODEL.TYPE': ('RepLKNet',),
+    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum'),
+    'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
+    'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
+    'AMP_DTYPE': ('float16', 'bfloat16'),
+    'AMP_LEVEL': ('O1', 'O2'),
+    'DEVICE': ('auto', 'gpu', 'cpu', 'npu', 'xpu'),
+}
+_RANGES = {  # inclusive
+    'DATA.BATCH_SIZE': (1, math.inf), 'DATA.BATCH_SIZE_EVAL': (1, math.inf), 'DATA.IMAGE_SIZE': (32, math.inf),
+    'DATA.IMAGE_CHANNELS': (3, 3), 'DATA.CROP_PCT': (0.01, 1), 'DATA.NUM_WORKERS': (0, math.inf),
+    'MODEL.NUM_CLASSES': (1, math.inf), 'MODEL.DW_RATIO': (0.01, math.inf), 'MODEL.FFN_RATIO': (0.01, math.inf),
+    'MODEL.DROPPATH': (0, 0.999), 'TRAIN.LAST_EPOCH': (0, math.inf), 'TRAIN.NUM_EPOCHS': (1, math.inf),
+    'TRAIN.WARMUP_EPOCHS': (0, math.inf), 'TRAIN.BASE_LR': (0, math.inf), 'TRAIN.WARMUP_START_LR': (0, math.inf),
+    'TRAIN.END_LR': (0, math.inf), 'TRAIN.LINEAR_SCALED_LR': (0, math.inf), 'TRAIN.RECIPE_BATCH_SIZE': (0, math.inf),
+    'TRAIN.ACCUM_ITER': (1, math.inf), 'TRAIN.WEIGHT_DECAY': (0, math.inf), 'TRAIN.LAYER_DECAY': (0.01, 1),
+    'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1), 'TRAIN.SMOOTHING': (0, 0.999),
+    'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
+    'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
+    'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
+    'NPROCS': (0, math.inf), 'SAVE_FREQ': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
+    'SEED': (0, 2**31 - 1),
+}
+_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BETAS': 2,
+            'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used; the text names its origin, the key and what to do."""
+
+
+def get_config(cfg_file=None, opts=()):
+    """The settings of a YAML file over the defaults, and of `opts` over both.
+
+    Args:
+        cfg_file: path of a YAML file, or None for the defaults.
+        opts: [KEY, VALUE, KEY, VALUE, ...], values as text or as Python values.
+    Returns:
+        a CfgNode, not frozen. Where each key that differs from its default was set is kept for error messages.
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range, contradiction, unreadable file.
+    """
+    config = _C.clone()
+    origins = {}
+    if cfg_file:
+        _merge_file(config, Path(cfg_file), origins, ())
+    if len(opts) % 2:
+        raise ConfigError(f'-opts: {opts[-1]} has no value; give KEY VALUE pairs')
+    for key, value in zip(opts[::2], opts[1::2]):
+        _set(config, key, _parse(value, _get(_C, key, '-opts')), '-opts', origins)
+    _check(config, origins)
+    return config
+
+
+def update_config(config, args):
+    """Puts the flags of `get_arguments` that were given over `config` and checks the whole; returns `config`."""
+    origins = {}
+    for flag, key in _FLAGS.items():
+        value = getattr(args, flag, None)
+        if value is not None and value is not False:
+            _set(config, key, value, f'-{flag}', origins)
+    _check(config, origins, default_origin=args.cfg or 'defaults')
+    return config
+
+
+# flag -> key of the settings that have a flag of their own
+_FLAGS = {
+    'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH', 'output': 'SAVE', 'batch_size': 'DATA.BATCH_SIZE',
+    'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_workers': 'DATA.NUM_WORKERS',
+    'accum_iter': 'TRAIN.ACCUM_ITER', 'pretrained': 'MODEL.PRETRAINED', 'resume': 'MODEL.RESUME',
+    'last_epoch': 'TRAIN.LAST_EPOCH', 'eval': 'EVAL', 'amp': 'AMP', 'device': 'DEVICE', 'nprocs': 'NPROCS',
+}
+_FLAG_HELP = {
+    'dataset': 'kind of dataset', 'data_path': 'folder with train_list.txt and val_list.txt',
+    'output': 'folder of the run', 'batch_size': 'images per process and micro-batch',
+    'batch_size_eval': 'images per process in evaluation', 'image_size': 'side of the input, pixels',
+    'num_workers': 'loading processes per process', 'accum_iter': 'micro-batches per optimizer step',
+    'pretrained': 'weights to start from or evaluate', 'resume': 'checkpoint of the run to continue',
+    'last_epoch': 'epochs already done', 'eval': 'evaluate and stop', 'amp': 'automatic mixed precision',
+    'device': 'auto, gpu, cpu, npu or xpu', 'nprocs': 'processes (main_multi_gpu.py)',
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake on one line, as every other error of the scripts is."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message} (see -h)\n')
+
+
+def get_arguments(description, argv=None):
+    """Parses the flags shared by the main scripts: PaddleViT's one-dash form, two dashes as well."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument('-cfg', '--cfg', metavar='FILE', help='YAML file of settings')
+    for flag, key in _FLAGS.items():
+        default = _get(_C, key, flag)
+        kind = {'action': 'store_true'} if isinstance(default, bool) else {'type': type(default), 'metavar': 'X'}
+        parser.add_argument(f'-{flag}', f'--{flag}', help=f'{_FLAG_HELP[flag]} ({key})', **kind)
+    parser.add_argument('-opts', '--opts', nargs='+', default=[], metavar='KEY VALUE', help='any key of config.py')
+    return parser.parse_args(argv)
+
+
+def save_config(config, path):
+    """Writes the settings as YAML that `-cfg` reads back."""
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(config.dump())
+
+
+def _merge_file(config, path, origins, including):
+    if path.resolve() in including:
+        raise ConfigError(f'{path}: BASE: the files include each other')
+    try:
+        with open(path, encoding='utf-8') as file:
+            values = yaml.safe_load(file) or {}
+    except FileNotFoundError:
+        raise ConfigError(f'{path}: no such config file') from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(f'{path}: cannot be read as YAML: {" ".join(str(err).split())}') from None
+    if not isinstance(values, dict):
+        raise ConfigError(f'{path}: a config file holds KEY: value lines, this one a {type(values).__name__}')
+    bases = values.pop('BASE', None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        _merge_file(config, path.parent / str(base), origins, including + (path.resolve(),))
+    _merge_dict(config, values, str(path), origins, '')
+
+
+def _merge_dict(config, values, origin, origins, prefix):
+    for name, value in values.items():
+        key = f'{prefix}{name}'
+        if isinstance(_get(_C, key, origin), CN):
+            if not isinstance(value, dict):
+                raise ConfigError(f'{origin}: {key} is a group of keys, not {value!r}')
+            _merge_dict(config, value, origin, origins, key + '.')
+        else:
+            _set(config, key, value, origin, origins)
+
+
+def _get(config, key, origin):
+    """Value of a dotted key; raises ConfigError, with the closest known key, when there is none."""
+    node = config
+    for part in key.split('.'):
+        if not isinstance(node, CN) or part not in node:
+            import difflib
+            known = list(_keys(_C))
+            near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith('.' + part)][:1]
+            hint = f'; did you mean {near[0]}?' if near else '; config.py lists them all'
+            raise ConfigError(f'{origin}: unknown key {key}{hint}')
+        node = node[part]
+    return node
+
+
+def _keys(node, prefix=''):
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from _keys(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name
+
+
+def _set(config, key, value, origin, origins):
+    default = _get(_C, key, origin)
+    if isinstance(default, CN):
+        raise ConfigError(f'{origin}: {key} is a group of keys; set one of {", ".join(_keys(default, key + "."))}')
+    node = config
+    *groups, name = key.split('.')
+    for group in groups:
+        node = node[group]
+    node[name] = _coerce(value, default, key, origin)
+    origins[key] = origin
+
+
+def _parse(value, default):
+    """A value typed on the command line: text stays text where the key is text."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        return ast.literal_eval({'true': 'True', 'false': 'False', 'null': 'None'}.get(value.lower(), value))
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _coerce(value, default, key, origin):
+    """`value` in the type of the key's default; whole numbers and '4e-3', which YAML reads as text, serve as floats."""
+    wrong = ConfigError(f'{origin}: {key} takes {_describe(default)}, not {value!r}')
+    if value is None and (isinstance(default, (str, list)) or key == 'MODEL.SMALL_KERNEL'):
+        return type(default)()  # null in YAML: none
+    if isinstance(default, bool) or isinstance(value, bool):
+        if isinstance(default, bool) and isinstance(value, bool):
+            return value
+        raise wrong
+    if isinstance(default, float) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+        except ValueError:
+            raise wrong from None
+        if not math.isfinite(number):
+            raise wrong
+        return number
+    if isinstance(default, list) and isinstance(value, (list, tuple)):
+        # an empty default list takes numbers; no element of a list is a bool
+        element = default[0] if default else (0.0 if key == 'TRAIN.CUTMIX_MINMAX' else '')
+        return [_coerce(v, element, key, origin) for v in value]
+    if type(value) is not type(default):
+        raise wrong
+    return value
+
+
+def _describe(default):
+    names = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
+    if isinstance(default, list) and default:
+        return f'a list of {type(default[0]).__name__}s'
+    return names[type(default)]
+
+
+def _check(config, origins, default_origin='defaults'):
+    """Raises ConfigError for a value out of range and for settings that contradict each other."""
+
+    def refuse(key, reason):
+        raise ConfigError(f'{origins.get(key, default_origin)}: {key} {reason}')
+
+    for key, choices in _CHOICES.items():
+        value = _get(config, key, '')
+        if value not in choices:
+            refuse(key, f'is {value!r}; choose from {", ".join(choices)}')
+    for key, (low, high) in _RANGES.items():
+        value = _get(config, key, '')
+        if not low <= value <= high:
+            bounds = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+            refuse(key, f'is {value}; it must be {bounds}')
+    for key, length in _LENGTHS.items():
+        value = _get(config, key, '')
+        if len(value) != length:
+            refuse(key, f'has {len(value)} values; it takes {length}')
+
+    model, train = config.MODEL, config.TRAIN
+    for key in ('MODEL.LAYERS', 'MODEL.CHANNELS', 'MODEL.LARGE_KERNEL_SIZES'):
+        values = _get(config, key, '')
+        if not values or min(values) < 1:
+            refuse(key, f'is {values}; it takes whole numbers from 1 up, one per stage')
+        if len(values) != len(model.LAYERS):
+            refuse(key, f'has {len(values)} stages and MODEL.LAYERS {len(model.LAYERS)}; give one value per stage')
+    for kernel in model.LARGE_KERNEL_SIZES:
+        if kernel % 2 == 0:
+            refuse('MODEL.LARGE_KERNEL_SIZES', f'has the even kernel {kernel}; kernels are odd')
+    if model.SMALL_KERNEL and (model.SMALL_KERNEL < 0 or model.SMALL_KERNEL % 2 == 0):
+        refuse('MODEL.SMALL_KERNEL', f'is {model.SMALL_KERNEL}; it is odd, or 0 for none')
+    if model.SMALL_KERNEL > min(model.LARGE_KERNEL_SIZES):
+        refuse('MODEL.SMALL_KERNEL', f'is {model.SMALL_KERNEL}, larger than the smallest of '
+                                     f'MODEL.LARGE_KERNEL_SIZES {model.LARGE_KERNEL_SIZES}')
+    if any(std <= 0 for std in config.DATA.IMAGENET_STD):
+        refuse('DATA.IMAGENET_STD', 'must be above 0')
+    for key in ('TRAIN.RANDOM_RESIZED_CROP.SCALE', 'TRAIN.RANDOM_RESIZED_CROP.RATIO'):
+        low, high = _get(config, key, '')
+        if not 0 < low <= high:
+            refuse(key, f'is {[low, high]}; it takes [low, high] with 0 < low <= high')
+    if train.RANDOM_RESIZED_CROP.SCALE[1] > 1:
+        refuse('TRAIN.RANDOM_RESIZED_CROP.SCALE', 'reaches above 1, the whole picture')
+    if train.CUTMIX_MINMAX and not (len(train.CUTMIX_MINMAX) == 2 and
+                                    0 < train.CUTMIX_MINMAX[0] < train.CUTMIX_MINMAX[1] <= 1):
+        refuse('TRAIN.CUTMIX_MINMAX', f'is {train.CUTMIX_MINMAX}; it takes [] or [low, high] with 0 < low < high <= 1')
+    if train.MIXUP_PROB > 0 and train.MIXUP_ALPHA == 0 and train.CUTMIX_ALPHA == 0 and not train.CUTMIX_MINMAX:
+        refuse('TRAIN.MIXUP_PROB', 'asks for mixup, but TRAIN.MIXUP_ALPHA and TRAIN.CUTMIX_ALPHA are both 0; '
+                                   'set TRAIN.MIXUP_PROB to 0 to switch mixup off')
+    if not all(0 <= beta < 1 for beta in train.OPTIMIZER.BETAS):
+        refuse('TRAIN.OPTIMIZER.BETAS', f'is {train.OPTIMIZER.BETAS}; each is from 0 up to, not including, 1')
+    if train.BASE_LR == 0:
+        refuse('TRAIN.BASE_LR', 'is 0; nothing would be learned')
+    if train.END_LR > train.BASE_LR:
+        refuse('TRAIN.END_LR', f'is {train.END_LR}, above TRAIN.BASE_LR {train.BASE_LR}')
+    if train.WARMUP_START_LR > train.BASE_LR:
+        refuse('TRAIN.WARMUP_START_LR', f'is {train.WARMUP_START_LR}, above TRAIN.BASE_LR {train.BASE_LR}')
+    if train.WARMUP_EPOCHS > train.NUM_EPOCHS:
+        refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}')
+    if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
+        refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')
+    if config.EVAL and model.RESUME and model.PRETRAINED:
+        refuse('MODEL.RESUME', 'and MODEL.PRETRAINED are both set; evaluation takes one')

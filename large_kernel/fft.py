@@ -1,0 +1,36 @@
+"""Depthwise convolution by `paddle.fft`: any device, differentiable, cost almost independent of the kernel size."""
+import paddle
+
+_SIZES = sorted(2**a * 3**b * 5**c for a in range(13) for b in range(8) for c in range(6))
+
+
+def _fast_size(n):
+    """Smallest length >= n that has no prime factor above 5."""
+    return next((s for s in _SIZES if s >= n), n)
+
+
+def _crop(weight, axis, reach):
+    """Drop the taps that lie further than `reach` from the centre: they only ever meet padding."""
+    centre = weight.shape[axis] // 2
+    if centre <= reach:
+        return weight
+    return paddle.slice(weight, [axis], [centre - reach], [centre + reach + 1])
+
+
+def conv_fft(x, weight, bias, stride):
+    """x [N, C, H, W], weight [C, 1, K, K], bias [C] or None -> [N, C, ceil(H / stride), ceil(W / stride)].
+
+    Computes in float32 whatever the dtype of x. A NaN or Inf reaches its whole plane, not only the taps' reach.
+    """
+    height, width = x.shape[2:]
+    with paddle.amp.auto_cast(enable=False):
+        kernel = _crop(_crop(weight.astype('float32')[:, 0], 1, height - 1), 2, width - 1)
+        pad_h, pad_w = kernel.shape[1] // 2, kernel.shape[2] // 2
+        # Outputs start at `pad`, so what wraps around a period of H + pad falls on outputs that are cut off.
+        size = [_fast_size(height + pad_h), _fast_size(width + pad_w)]
+        product = paddle.fft.rfft2(x.astype('float32'), size) * paddle.fft.rfft2(kernel.flip([1, 2]), size)
+        y = paddle.fft.irfft2(product, size)
+        y = y[:, :, pad_h:pad_h + height:stride, pad_w:pad_w + width:stride]
+        if bias is not None:
+            y = y + bias.astype('float32').reshape([1, -1, 1, 1])
+        return y.astype(x.dtype)

@@ -1,0 +1,368 @@
+"""RepLKNet ("Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", arXiv 2203.06717).
+
+    model = replknet_31b(num_classes=1000)          # or build_replknet(config)
+    logits = model(images)                          # [N, 3, H, W] -> [N, num_classes], H and W from 32 up
+    model.eval()
+    model.structural_reparam()                      # merges the small kernels into the large ones, in place
+
+    backbone = replknet_31b(num_classes=None, out_indices=(0, 1, 2, 3))
+    features = backbone(images)                     # four maps at strides 4, 8, 16, 32
+"""
+import contextlib
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from large_kernel import DepthwiseConv2D
+
+MIN_SIZE = 32  # pixels a side: the network's total stride
+
+
+def _uniform(fan_in):
+    """Weights uniform in +-1/sqrt(fan_in), as the official code leaves them."""
+    bound = fan_in ** -0.5
+    return paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
+
+
+def _batch_norm(channels):
+    return nn.BatchNorm2D(channels, momentum=0.9, epsilon=1e-5)
+
+
+class ConvBN(nn.Layer):
+    """Convolution without bias, batch norm and, with `relu`, a ReLU; padded so that stride 1 keeps the size.
+
+    Args:
+        in_channels, out_channels: equal for a depthwise convolution.
+        kernel_size: odd.
+        stride: 1 or 2.
+        depthwise: one filter per channel instead of a dense convolution.
+        relu: apply ReLU at the end.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, depthwise=False, relu=False):
+        super().__init__()
+        if depthwise:
+            self.conv = DepthwiseConv2D(in_channels, kernel_size, stride,
+                                        weight_attr=_uniform(kernel_size ** 2), bias_attr=False)
+        else:
+            self.conv = nn.Conv2D(in_channels, out_channels, kernel_size, stride, kernel_size // 2,
+                                  weight_attr=_uniform(in_channels * kernel_size ** 2), bias_attr=False)
+        self.norm = _batch_norm(out_channels)
+        self.relu = relu
+
+    def forward(self, x):
+        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        x = self.norm(self.conv(x))
+        return F.relu(x) if self.relu else x
+
+
+class DropPath(nn.Layer):
+    """Stochastic depth: drops a residual branch for whole samples while training (arXiv 1603.09382)."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        """[N, ...] -> the same shape; kept samples are scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        mask = paddle.rand([x.shape[0]] + [1] * (x.ndim - 1)) < keep
+        return x * (mask.astype(x.dtype) / keep)
+
+
+class ReparamLargeKernelConv(nn.Layer):
+    """Large depthwise convolution with a parallel small one; the two merge into one with a bias (section 3.3).
+
+    Args:
+        channels: input and output channels.
+        large_kernel, small_kernel: odd sizes; `small_kernel` 0 for no parallel branch.
+        merged: build the merged form.
+    """
+
+    def __init__(self, channels, large_kernel, small_kernel, merged=False):
+        super().__init__()
+        if small_kernel > large_kernel:
+            raise ValueError(f'small_kernel {small_kernel} is larger than large_kernel {large_kernel}; '
+                             'it must fit inside')
+        self.merged = merged
+        if merged:
+            self.large_kernel_reparam = _merged_conv(channels, large_kernel)
+            return
+        self.large_kernel_origin = ConvBN(channels, channels, large_kernel, depthwise=True)
+        self.small_kernel_conv = ConvBN(channels, channels, small_kernel, depthwise=True) if small_kernel else None
+
+    def forward(self, x):
+        """[N, channels, H, W] -> the same shape."""
+        if self.merged:
+            return self.large_kernel_reparam(x)
+        y = self.large_kernel_origin(x)
+        return y if self.small_kernel_conv is None else y + self.small_kernel_conv(x)
+
+    def merge(self):
+        """Replaces the branches by one depthwise convolution with a bias that computes their eval-mode sum."""
+        if self.merged:
+            return
+        weight, bias = _fold_batch_norm(self.large_kernel_origin)
+        if self.small_kernel_conv is not None:
+            small_weight, small_bias = _fold_batch_norm(self.small_kernel_conv)
+            margin = (weight.shape[-1] - small_weight.shape[-1]) // 2
+            weight += np.pad(small_weight, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
+            bias += small_bias
+        origin = self.large_kernel_origin.conv
+        merged = _merged_conv(weight.shape[0], weight.shape[-1])
+        merged.to(dtype=origin.weight.dtype)
+        merged.weight.set_value(paddle.to_tensor(weight, dtype=origin.weight.dtype))
+        merged.bias.set_value(paddle.to_tensor(bias, dtype=origin.weight.dtype))
+        del self.large_kernel_origin, self.small_kernel_conv
+        self.large_kernel_reparam = merged
+        self.merged = True
+
+
+def _merged_conv(channels, kernel_size):
+    return DepthwiseConv2D(channels, kernel_size, weight_attr=_uniform(kernel_size ** 2),
+                           bias_attr=_uniform(kernel_size ** 2))
+
+
+def _fold_batch_norm(conv_bn):
+    """Weight and bias, in float64, of the convolution that equals the eval-mode convolution and norm."""
+    conv, norm = conv_bn.conv, conv_bn.norm
+    gamma, beta, mean, variance, weight = (
+        t.astype('float32').numpy().astype('float64')
+        for t in (norm.weight, norm.bias, norm._mean, norm._variance, conv.weight))
+    scale = gamma / np.sqrt(variance + norm._epsilon)
+    return weight * scale[:, None, None, None], beta - mean * scale
+
+
+class RepLKBlock(nn.Layer):
+    """Residual block: BN, 1x1, large depthwise convolution, 1x1 (figure 2 of the paper).
+
+    Args:
+        channels: of input and output; `dw_channels`: of the depthwise convolution.
+        large_kernel, small_kernel, merged: as in `ReparamLargeKernelConv`.
+        drop_path: rate of stochastic depth.
+    """
+
+    def __init__(self, channels, dw_channels, large_kernel, small_kernel, drop_path, merged=False):
+        super().__init__()
+        self.pre_large_kernel_bn = _batch_norm(channels)
+        self.pw_conv_1 = ConvBN(channels, dw_channels, 1, relu=True)
+        self.large_kernel = ReparamLargeKernelConv(dw_channels, large_kernel, small_kernel, merged)
+        self.pw_conv_2 = ConvBN(dw_channels, channels, 1)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        """[N, channels, H, W] -> the same shape."""
+        y = self.pw_conv_1(self.pre_large_kernel_bn(x))
+        y = F.relu(self.large_kernel(y))
+        return x + self.drop_path(self.pw_conv_2(y))
+
+
+class ConvFFN(nn.Layer):
+    """Residual block: BN, 1x1 to `hidden_channels`, GELU, 1x1 back."""
+
+    def __init__(self, channels, hidden_channels, drop_path):
+        super().__init__()
+        self.pre_ffn_bn = _batch_norm(channels)
+        self.pw_conv_1 = ConvBN(channels, hidden_channels, 1)
+        self.pw_conv_2 = ConvBN(hidden_channels, channels, 1)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        """[N, channels, H, W] -> the same shape."""
+        y = F.gelu(self.pw_conv_1(self.pre_ffn_bn(x)))
+        return x + self.drop_path(self.pw_conv_2(y))
+
+
+class RepLKNetStage(nn.Layer):
+    """A stage: pairs of RepLKBlock and ConvFFN in one flat list, and the optional norm of its feature map."""
+
+    def __init__(self, channels, large_kernel, small_kernel, dw_ratio, ffn_ratio, drop_paths, norm, merged, recompute):
+        super().__init__()
+        self.recompute = recompute
+        self.blocks = nn.LayerList()
+        for rate in drop_paths:
+            self.blocks.append(RepLKBlock(channels, int(channels * dw_ratio), large_kernel, small_kernel, rate, merged))
+            self.blocks.append(ConvFFN(channels, int(channels * ffn_ratio), rate))
+        if norm:
+            self.norm = _batch_norm(channels)
+
+    def forward(self, x):
+        """[N, channels, H, W] -> the same shape, without the norm."""
+        for block in self.blocks:
+            x = _recompute(block, x) if self.recompute and self.training else block(x)
+        return x
+
+
+def _recompute(block, x):
+    """`block(x)` whose activations are not kept but computed again for the gradients."""
+    from paddle.distributed.fleet.utils import recompute
+
+    def forward(x):
+        # the second pass, which runs with gradients on, must not move the running statistics once more
+        with _frozen_statistics(block) if paddle.is_grad_enabled() else contextlib.nullcontext():
+            return block(x)
+
+    return recompute(forward, x) if paddle.is_grad_enabled() else block(x)
+
+
+@contextlib.contextmanager
+def _frozen_statistics(layer):
+    norms = [m for m in layer.sublayers() if isinstance(m, (nn.BatchNorm2D, nn.SyncBatchNorm))]
+    momenta = [norm._momentum for norm in norms]
+    for norm in norms:
+        norm._momentum = 1.0  # running = 1 * running + 0 * batch
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm._momentum = momentum
+
+
+class RepLKNet(nn.Layer):
+    """RepLKNet for classification, or a backbone.
+
+    Args:
+        large_kernel_sizes, layers, channels: one value per stage; `layers` counts pairs of RepLKBlock and ConvFFN.
+        small_kernel: size of the parallel small depthwise kernel; 0 or None for none.
+        dw_ratio, ffn_ratio: widths of the depthwise convolution and of the ConvFFN over the stage's.
+        drop_path: stochastic-depth rate of the last pair; the rates rise linearly from 0.
+        in_channels: of the images.
+        num_classes: outputs of the head; None builds no final norm and no head.
+        out_indices: stages whose feature maps `forward` returns instead of logits, any subset; None for logits.
+        norm_intermediate_features: pass each returned feature map through a norm of its own (XL backbones).
+        merged: build the re-parameterised form, to load merged weights.
+        recompute: recompute the blocks' activations in the backward pass.
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    def __init__(self, large_kernel_sizes, layers, channels, small_kernel=5, dw_ratio=1.0, ffn_ratio=4.0,
+                 drop_path=0.0, in_channels=3, num_classes=1000, out_indices=None, norm_intermediate_features=False,
+                 merged=False, recompute=False):
+        super().__init__()
+        stages = len(layers)
+        if not len(large_kernel_sizes) == len(channels) == stages:
+            raise ValueError(f'large_kernel_sizes {list(large_kernel_sizes)}, layers {list(layers)} and channels '
+                             f'{list(channels)} must have one value per stage')
+        if out_indices is not None:
+            out_indices = sorted(out_indices)
+            if len(set(out_indices)) < len(out_indices) or not set(out_indices) <= set(range(stages)):
+                raise ValueError(f'out_indices {out_indices} must be different stages out of 0 to {stages - 1}')
+        self.out_indices = out_indices
+
+        width = channels[0]
+        self.stem = nn.LayerList([
+            ConvBN(in_channels, width, 3, stride=2, relu=True),
+            ConvBN(width, width, 3, depthwise=True, relu=True),
+            ConvBN(width, width, 1, relu=True),
+            ConvBN(width, width, 3, stride=2, depthwise=True, relu=True)])
+        rates = iter(np.linspace(0, drop_path, sum(layers)).tolist())
+        self.stages = nn.LayerList([
+            RepLKNetStage(channels[s], large_kernel_sizes[s], small_kernel or 0, dw_ratio, ffn_ratio,
+                          [next(rates) for _ in range(layers[s])],
+                          norm_intermediate_features and out_indices is not None and s in out_indices,
+                          merged, recompute)
+            for s in range(stages)])
+        self.transitions = nn.LayerList([
+            nn.LayerList([ConvBN(channels[s], channels[s + 1], 1, relu=True),
+                          ConvBN(channels[s + 1], channels[s + 1], 3, stride=2, depthwise=True, relu=True)])
+            for s in range(stages - 1)])
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.norm = _batch_norm(channels[-1])
+            self.head = nn.Linear(channels[-1], num_classes, weight_attr=_uniform(channels[-1]),
+                                  bias_attr=_uniform(channels[-1]))
+
+    def forward_features(self, x):
+        """[N, in_channels, H, W] -> the feature maps [N, channels[s], ~H / 2^(s+2), ~W / 2^(s+2)] of all stages.
+
+        Each is a pair's output as it goes to the next stage; stages beyond the last one in `out_indices` are not
+        computed.
+        """
+        self._check_input(x)
+        for layer in self.stem:
+            x = layer(x)
+        last = len(self.stages) - 1 if self.out_indices is None else max(self.out_indices, default=-1)
+        features = []
+        for s in range(last + 1):
+            x = self.stages[s](x)
+            features.append(x)
+            if s < last:
+                for layer in self.transitions[s]:
+                    x = layer(x)
+        return features
+
+    def forward(self, x):
+        """Images [N, in_channels, H, W] to logits [N, num_classes].
+
+        With `out_indices`: the list of those stages' feature maps, shallowest first. Without a head: the last
+        stage's feature map.
+        """
+        features = self.forward_features(x)
+        if self.out_indices is not None:
+            return [self.stages[s].norm(features[s]) if hasattr(self.stages[s], 'norm') else features[s]
+                    for s in self.out_indices]
+        if self.num_classes is None:
+            return features[-1]
+        return self.head(self.norm(features[-1]).mean([2, 3]))
+
+    def num_parameters(self):
+        """Trained parameters; running statistics, which Paddle keeps among the parameters, are not counted."""
+        return sum(p.size for p in self.parameters() if not p.stop_gradient)
+
+    def structural_reparam(self):
+        """Merges every small kernel and batch norm into its large kernel, in place; the eval-mode function stays."""
+        for layer in self.sublayers():
+            if isinstance(layer, ReparamLargeKernelConv):
+                layer.merge()
+
+    def _check_input(self, x):
+        channels = self.stem[0].conv.weight.shape[1]
+        # a traced program has -1 for sizes that are free
+        if x.ndim != 4 or x.shape[1] not in (channels, -1) or any(0 <= side < MIN_SIZE for side in x.shape[2:]):
+            raise ValueError(f'input of shape {list(x.shape)}; RepLKNet takes [N, {channels}, H, W] with H and W '
+                             f'from {MIN_SIZE} up')
+
+
+# table 4 and section 4 of the paper; 13B is the kernel-size ablation (table 5)
+_BASE = {'layers': [2, 2, 18, 2], 'channels': [128, 256, 512, 1024], 'large_kernel_sizes': [31, 29, 27, 13]}
+VARIANTS = {
+    'replknet_31b': _BASE,
+    'replknet_31l': {**_BASE, 'channels': [192, 384, 768, 1536]},
+    'replknet_xl': {**_BASE, 'channels': [256, 512, 1024, 2048], 'large_kernel_sizes': [27, 27, 27, 13],
+                    'dw_ratio': 1.5, 'small_kernel': 0},
+    'replknet_13b': {**_BASE, 'large_kernel_sizes': [13, 13, 13, 13]},
+}
+
+
+def replknet_31b(**kwargs):
+    """RepLKNet-31B: 79.9 M parameters in training form; arguments as in `RepLKNet`."""
+    return RepLKNet(**{**VARIANTS['replknet_31b'], **kwargs})
+
+
+def replknet_31l(**kwargs):
+    """RepLKNet-31L: 172.7 M parameters in training form; arguments as in `RepLKNet`."""
+    return RepLKNet(**{**VARIANTS['replknet_31l'], **kwargs})
+
+
+def replknet_xl(**kwargs):
+    """RepLKNet-XL: 335.4 M parameters; arguments as in `RepLKNet`."""
+    return RepLKNet(**{**VARIANTS['replknet_xl'], **kwargs})
+
+
+def replknet_13b(**kwargs):
+    """RepLKNet-13B, the ablation with 13x13 kernels throughout; arguments as in `RepLKNet`."""
+    return RepLKNet(**{**VARIANTS['replknet_13b'], **kwargs})
+
+
+def build_replknet(config, merged=False):
+    """The model of the settings `config.MODEL` (see config.py); `merged` builds the re-parameterised form."""
+    model = config.MODEL
+    return RepLKNet(large_kernel_sizes=model.LARGE_KERNEL_SIZES, layers=model.LAYERS, channels=model.CHANNELS,
+                    small_kernel=model.SMALL_KERNEL, dw_ratio=model.DW_RATIO, ffn_ratio=model.FFN_RATIO,
+                    drop_path=model.DROPPATH, in_channels=config.DATA.IMAGE_CHANNELS, num_classes=model.NUM_CLASSES,
+                    merged=merged, recompute=model.RECOMPUTE)
