@@ -13,7 +13,7 @@ from PIL import Image
 
 from errors import UserError
 from transforms import eval_transform, train_transform
-from utils import logger, random_generator
+from utils import device_count, logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
@@ -291,7 +291,7 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
         sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
     workers = config.DATA.NUM_WORKERS
     image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2
-    processes = min(world_size, paddle.device.cuda.device_count() or world_size)  # on this machine
+    processes = min(world_size, device_count('gpu') or world_size)  # on this machine
     # one batch in each worker's hands beside those in flight
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes
     shared = _free_shared_memory() > needed
