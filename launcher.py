@@ -11,7 +11,7 @@ import utils
 from config import get_arguments, get_config, update_config
 from engine import run
 from errors import TrainingStopped, UserError
-from run_folder import config_beside, default_folder
+from run_folder import RunFolder, config_beside, default_folder
 
 # the first process to report a mistake that all of them made makes this file, so that it is printed once
 _REPORTED = 'REPLKNET_ERROR_REPORTED'
@@ -30,6 +30,8 @@ def read_settings(description, argv=None):
     if not config.SAVE and not config.EVAL:
         config.SAVE = default_folder(config)
     config.freeze()
+    if config.SAVE:
+        RunFolder(config)  # refuses another run's folder before any process starts
     return config, utils.resolve_device(config.DEVICE)
 
 
@@ -116,7 +118,7 @@ def _wait(processes):
         return 130
 
 
-def _stop(processes, patience=10):
+def _stop(processes, patience=5):
     """Lets the processes end by themselves for some seconds, as they do after an error of all, then ends them."""
     deadline = time.monotonic() + patience
     for signal in ('terminate', 'kill'):
