@@ -21,6 +21,8 @@ from io import BytesIO
 
 import numpy as np
 
+from errors import UserError
+
 MAX_OPERATIONS = 2_000_000  # of one pickle; the training state of RepLKNet-XL has 300 thousand
 MAX_DEPTH = 64              # of nested containers
 MAX_ENTRIES = 100_000       # of a zip archive: one per tensor
@@ -28,7 +30,7 @@ MAX_HEADER = 1 << 23        # bytes, of a safetensors file; RepLKNet's has 200 t
 BFLOAT16 = 'bfloat16'       # NumPy has no such type: these tensors become float32, which is exact
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that is no checkpoint, is damaged, or asks for more than data. One line that names the file."""
 
 
@@ -688,7 +690,8 @@ class _Resolver:
         return self.dense(self(data), self(dtype), (), False)[()]
 
     def dense(self, data, dtype, shape, fortran):
-        if type(data) is not bytes or not isinstance(dtype, np.dtype) or not _is_shape(shape) or len(data) != math.prod(shape) * dtype.itemsize:
+        if type(data) is not bytes or not isinstance(dtype, np.dtype) or not _is_shape(shape) \
+                or len(data) != math.prod(shape) * dtype.itemsize:
             raise CheckpointError('an array is larger or smaller than its data: truncated or damaged')
         kind = dtype.str[1:]
         if self.paddle and kind == 'u2':
@@ -736,7 +739,7 @@ _FUNCTIONS = {
 _INERT = {  # become placeholders
     'argparse.Namespace', 'types.SimpleNamespace', 'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib.PurePosixPath',
     'pathlib.PureWindowsPath', 'yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'addict.addict.Dict',
-    'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict', 'mmengine.logging.history_buffer.HistoryBuffer',
-    'numpy.ndarray', 'torch.device', 'torch.float64', 'torch.float32', 'torch.float16', 'torch.bfloat16', 'torch.int64',
+    'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict',
+    'mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'torch.device', 'torch.float64', 'torch.float32', 'torch.float16', 'torch.bfloat16', 'torch.int64',
     'torch.int32', 'torch.uint8', 'torch.bool', 'builtins.int', 'builtins.float', 'builtins.bool', 'builtins.str',
 }
