@@ -609,7 +609,7 @@ class _Resolver:
             return result[1] if named else result
         if type(value) is _Call:
             try:
-                return _FUNCTIONS.get(value.name, _Resolver.placeholder)(self, value, *value.args)
+                return _FUNCTIONS.get(value.name, _Resolver.make_placeholder)(self, value, *value.args)
             except TypeError:
                 raise CheckpointError(f'damaged pickle: {value.name} with arguments it does not take') from None
         if type(value) is _Global:
@@ -632,10 +632,10 @@ class _Resolver:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise CheckpointError('a parameter saved in slices is damaged') from None
 
-    def placeholder(self, call, *args):
+    def make_placeholder(self, call, *args):
         return Placeholder(call.name, self(args), self(call.state))
 
-    def dict(self, call, *args):
+    def make_dict(self, call, *args):
         items = {}
         for source in (self(v) for v in args if type(v) in (list, dict)):  # not the factory of a defaultdict
             for pair in source.items() if type(source) is dict else source:
@@ -645,19 +645,19 @@ class _Resolver:
         items.update(self.mapping(call.items))
         return items
 
-    def sequence(self, call, values=()):
-        result = self(values)
-        if type(result) is np.ndarray:  # the tuple that Paddle makes of a tensor
-            return result
-        if type(result) not in (list, tuple):
+    def make_list(self, call, values=(), *_):
+        values = self(values)
+        if type(values) not in (list, tuple):
             raise TypeError
-        return [*result, *(self(v) for v in call.elements)]
+        return [*values, *(self(v) for v in call.elements)]
 
-    def tuple(self, call, values=()):
-        result = self.sequence(call, values)
-        return result if type(result) is np.ndarray else tuple(result)
+    def make_tuple(self, call, values=()):
+        values = self(values)
+        if type(values) not in (list, tuple, np.ndarray):
+            raise TypeError
+        return values if type(values) is np.ndarray else tuple(values)  # Paddle makes a tuple of a tensor
 
-    def encode(self, call, text, encoding):
+    def make_bytes(self, call, text, encoding):
         if type(text) is not str or encoding != 'latin1':
             raise TypeError
         self.budget.spend(len(text))
@@ -666,7 +666,7 @@ class _Resolver:
         except UnicodeEncodeError:
             raise CheckpointError('damaged pickle: bytes that are not latin1') from None
 
-    def dtype(self, call, name, *_):
+    def make_dtype(self, call, name, *_):
         state = self(call.state)
         if type(name) is not str or not re.fullmatch(r'[<>|=]?(b1|\?|[iu][1248]|f[248])', name):
             raise CheckpointError(f'arrays of type {name!r:.40} are not supported')
@@ -676,17 +676,17 @@ class _Resolver:
         dtype = np.dtype(name)
         return dtype if order in '|=' else dtype.newbyteorder(order)
 
-    def array(self, call, *_):
+    def make_array(self, call, *_):
         state = call.state
         if type(state) is not tuple or len(state) != 5:
             raise TypeError
         _, shape, dtype, fortran, data = (self(v) for v in state)
         return self.dense(data, dtype, shape, fortran is True)
 
-    def buffer(self, call, data, dtype, shape, order):
+    def make_array_of_buffer(self, call, data, dtype, shape, order):
         return self.dense(self(data), self(dtype), self(shape), order == 'F')
 
-    def scalar(self, call, dtype, data):
+    def make_scalar(self, call, dtype, data):
         return self.dense(self(data), self(dtype), (), False)[()]
 
     def dense(self, data, dtype, shape, fortran):
@@ -701,7 +701,7 @@ class _Resolver:
             return _as_array(data, kind, order, shape[::-1], self.budget).T
         return _as_array(data, kind, order, shape, self.budget)
 
-    def tensor(self, call, storage, offset, shape, strides, *_):
+    def make_tensor(self, call, storage, offset, shape, strides, *_):
         if type(storage) is not _Storage or not _is_count(offset) or not _is_shape(shape) or not _is_shape(strides) \
                 or len(shape) != len(strides):
             raise CheckpointError('damaged pickle: a tensor without its data, shape or strides')
@@ -712,10 +712,10 @@ class _Resolver:
             raise CheckpointError(f'tensor data {storage.key!r} is cut short: truncated or damaged')
         return _as_array(data, storage.dtype, self.order, shape, self.budget, offset, strides)
 
-    def parameter(self, call, data, *_):
+    def make_parameter(self, call, data, *_):
         return self(data)
 
-    def attribute(self, call, owner, name):
+    def make_attribute(self, call, owner, name):
         """mmengine saves references to methods of its meters; of other things none may be asked for."""
         if type(owner) is not _Global or owner.name not in _INERT or type(name) is not str:
             raise CheckpointError('refused: the file asks for an attribute of an object')
@@ -725,21 +725,24 @@ class _Resolver:
 _RENAMED_MODULES = {'__builtin__': 'builtins', 'numpy._core.multiarray': 'numpy.core.multiarray',
                     'numpy._core.numeric': 'numpy.core.numeric'}
 _FUNCTIONS = {
-    'builtins.dict': _Resolver.dict, 'collections.OrderedDict': _Resolver.dict, 'collections.Counter': _Resolver.dict,
-    'collections.defaultdict': _Resolver.dict, 'builtins.list': _Resolver.sequence, 'builtins.set': _Resolver.sequence,
-    'builtins.frozenset': _Resolver.sequence, 'collections.deque': _Resolver.sequence,
-    'builtins.tuple': _Resolver.tuple, 'torch.Size': _Resolver.tuple,
-    '_codecs.encode': _Resolver.encode,
-    'numpy.dtype': _Resolver.dtype, 'numpy.core.multiarray._reconstruct': _Resolver.array,
-    'numpy.core.numeric._frombuffer': _Resolver.buffer, 'numpy.core.multiarray.scalar': _Resolver.scalar,
-    'torch._utils._rebuild_tensor': _Resolver.tensor, 'torch._utils._rebuild_tensor_v2': _Resolver.tensor,
-    'torch._utils._rebuild_parameter': _Resolver.parameter,
-    'builtins.getattr': _Resolver.attribute,
+    'builtins.dict': _Resolver.make_dict, 'collections.OrderedDict': _Resolver.make_dict,
+    'collections.Counter': _Resolver.make_dict, 'collections.defaultdict': _Resolver.make_dict,
+    'builtins.list': _Resolver.make_list, 'builtins.set': _Resolver.make_list,
+    'builtins.frozenset': _Resolver.make_list, 'collections.deque': _Resolver.make_list,
+    'builtins.tuple': _Resolver.make_tuple, 'torch.Size': _Resolver.make_tuple,
+    '_codecs.encode': _Resolver.make_bytes,
+    'numpy.dtype': _Resolver.make_dtype, 'numpy.core.multiarray._reconstruct': _Resolver.make_array,
+    'numpy.core.numeric._frombuffer': _Resolver.make_array_of_buffer,
+    'numpy.core.multiarray.scalar': _Resolver.make_scalar,
+    'torch._utils._rebuild_tensor': _Resolver.make_tensor, 'torch._utils._rebuild_tensor_v2': _Resolver.make_tensor,
+    'torch._utils._rebuild_parameter': _Resolver.make_parameter,
+    'builtins.getattr': _Resolver.make_attribute,
 }
 _INERT = {  # become placeholders
-    'argparse.Namespace', 'types.SimpleNamespace', 'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib.PurePosixPath',
-    'pathlib.PureWindowsPath', 'yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'addict.addict.Dict',
-    'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict',
-    'mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'torch.device', 'torch.float64', 'torch.float32', 'torch.float16', 'torch.bfloat16', 'torch.int64',
-    'torch.int32', 'torch.uint8', 'torch.bool', 'builtins.int', 'builtins.float', 'builtins.bool', 'builtins.str',
+    'argparse.Namespace', 'types.SimpleNamespace', 'pathlib.PosixPath', 'pathlib.WindowsPath',
+    'pathlib.PurePosixPath', 'pathlib.PureWindowsPath', 'yacs.config.CfgNode', 'fvcore.common.config.CfgNode',
+    'addict.addict.Dict', 'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict',
+    'mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'torch.device', 'torch.float64',
+    'torch.float32', 'torch.float16', 'torch.bfloat16', 'torch.int64', 'torch.int32', 'torch.uint8', 'torch.bool',
+    'builtins.int', 'builtins.float', 'builtins.bool', 'builtins.str',
 }

@@ -162,7 +162,8 @@ def _verify(written, tensors, report, reference, half, source):
     back = naming.map_names(find_weights(read_checkpoint(written))[0]).tensors
     again = naming.map_names(naming.official_names(back)).tensors
     for other in (back, again):
-        if set(other) != set(tensors) or any(tensors[name].tobytes() != np.ascontiguousarray(other[name]).tobytes() for name in tensors):
+        if set(other) != set(tensors) or any(
+                tensors[name].tobytes() != other[name].tobytes() for name in tensors):
             raise CheckpointError(f'{source}: the written tensors differ from the source; nothing was written')
     lines = ['verified: the written tensors and a round trip through the official names are identical bit by bit']
     model = RepLKNet(**report.architecture)
