@@ -2,26 +2,27 @@
 
 A data folder holds `train_list.txt` and `val_list.txt` with one 'relative/path label' per line; paths may hold spaces.
 
-Every random draw is a function of (seed, epoch, image) or (seed, epoch), never of a worker or a process:
-`np.random.default_rng((seed, epoch, index))` augments an image, `default_rng((seed, epoch, 0, 1))` shuffles an epoch.
-numpy pads a key with zeros, so users of further streams tell theirs apart by a fourth number above 1.
+Every random draw is a function of (seed, epoch, image) or of (seed, epoch), never of a worker or a process.
 """
-import logging
 import os
 
 import numpy as np
 import paddle
 from PIL import Image
 
+from errors import UserError
 from transforms import eval_transform, train_transform
+from utils import logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
 CHECK_FILES_UP_TO = 20_000  # lines; beyond, a missing picture is reported when it is read, to start quickly
 PREFETCH_FACTOR = 2  # batches in flight per worker
+# streams of random draws, beside those of engine.py
+STREAM_AUGMENT, STREAM_ORDER = 4, 5
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A list file or a picture cannot be used; the message is one line that names file and line."""
 
 
@@ -118,7 +119,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         except DataError as error:
             raise DataError(f'{self.list_file}:{index + 1}: {error}') from error
         if self.train:
-            pixels = self.transform(image, np.random.default_rng((self.seed, epoch, index)))
+            pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index))
         else:
             pixels = self.transform(image)
         return pixels, self.labels[index]
@@ -138,22 +139,22 @@ class TrainBatchSampler:
         seed: int >= 0.
 
     Raises:
-        ValueError: there are fewer images than one global batch.
+        UserError: there are fewer images than one global batch.
     """
 
     def __init__(self, size, batch_size, rank=0, world_size=1, seed=0):
         self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
         self.epoch = self.start_batch = 0
         if len(self) == 0:
-            raise ValueError(f'{size} training images are fewer than one global batch of {batch_size * world_size} '
-                             f'({batch_size} x {world_size} processes): lower -batch_size')
+            raise UserError(f'{size} training images are fewer than one global batch of {batch_size * world_size} '
+                            f'({batch_size} x {world_size} processes): lower -batch_size')
 
     def set_epoch(self, epoch, start_batch=0):
         """Chooses the epoch and the first batch of the next iteration (above 0 to resume inside an epoch)."""
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch, 0, 1)).permutation(self.size)
+        order = random_generator(self.seed, STREAM_ORDER, self.epoch).permutation(self.size)
         global_batch = self.batch_size * self.world_size
         for batch in range(self.start_batch, len(self)):
             indices = order[batch * global_batch:(batch + 1) * global_batch][self.rank::self.world_size]
@@ -214,7 +215,7 @@ def _collate(samples):
 class DataLoader(paddle.io.DataLoader):
     """Paddle's loader over a dataset of this module; raises a worker's DataError as itself in the main process.
 
-    Yields images, float32 [n, 3, H, W], and labels, int64 [n]. `batch_sampler` is the sampler given.
+    Yields images, float32 [n, 3, H, W], and labels, int64 [n].
     Workers are started for each iteration, in about 0.1 s: Paddle's persistent ones take longer to resume and fail
     after an iteration that was left early.
     """
@@ -223,6 +224,10 @@ class DataLoader(paddle.io.DataLoader):
         super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
                          use_shared_memory=use_shared_memory)
+
+    def set_epoch(self, epoch, start_batch=0):
+        """See `TrainBatchSampler.set_epoch`."""
+        self.batch_sampler.set_epoch(epoch, start_batch)
 
     def __iter__(self):
         for images, labels, error in super().__iter__():
@@ -257,11 +262,11 @@ def get_dataset(config, mode='train'):
     """The dataset of mode 'train' or 'val' in DATA.DATA_PATH.
 
     Raises:
-        ValueError: the name of the dataset or the mode is unknown, or a setting is out of its range.
+        UserError: the name of the dataset or the mode is unknown, or a setting is out of its range.
         FileNotFoundError, DataError: see ImageNet2012Dataset.
     """
     if config.DATA.DATASET not in DATASETS:
-        raise ValueError(f'unknown dataset {config.DATA.DATASET!r}: -dataset must be one of {", ".join(DATASETS)}')
+        raise UserError(f'unknown dataset {config.DATA.DATASET!r}: -dataset must be one of {", ".join(DATASETS)}')
     _check_mode(mode)
     return ImageNet2012Dataset(config.DATA.DATA_PATH, f'{mode}_list.txt', get_transform(config, mode),
                                num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED)
@@ -270,10 +275,10 @@ def get_dataset(config, mode='train'):
 def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     """The loader of one process: DATA.BATCH_SIZE shuffled images a batch, or DATA.BATCH_SIZE_EVAL in order.
 
-    For training call `loader.batch_sampler.set_epoch(epoch)` before each epoch.
+    For training call `loader.set_epoch(epoch)` before each epoch.
 
     Raises:
-        ValueError: the mode is unknown, or the dataset is smaller than one global training batch.
+        UserError: the mode is unknown, or the dataset is smaller than one global training batch.
     """
     _check_mode(mode)
     if mode == 'train':
@@ -287,7 +292,7 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes
     shared = _free_shared_memory() > needed
     if workers and not shared:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             'the loader needs %d MB of /dev/shm, %d MB are free: batches go through pipes, which is slower '
             '(docker: --shm-size)', needed >> 20, _free_shared_memory() >> 20)
     return DataLoader(dataset, sampler, workers, use_shared_memory=shared)
@@ -295,7 +300,7 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
 
 def _check_mode(mode):
     if mode not in MODES:
-        raise ValueError(f'unknown mode {mode!r}: use one of {", ".join(MODES)}')
+        raise UserError(f'unknown mode {mode!r}: use one of {", ".join(MODES)}')
 
 
 def _free_shared_memory():

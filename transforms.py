@@ -16,6 +16,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -106,7 +108,8 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
         callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size].
 
     Raises:
-        ValueError: an argument is out of its range, or `auto_augment` is malformed.
+        ValueError: an argument is out of its range.
+        UserError: `auto_augment` is malformed.
     """
     _check_common(image_size, interpolation, mean, std)
     _check_range('scale', scale, 0, 1)
@@ -294,7 +297,7 @@ class RandAugment:
         interpolation: of the geometric operations.
 
     Raises:
-        ValueError: the string is malformed.
+        UserError: the string is malformed.
     """
 
     def __init__(self, spec, *, fill=(128, 128, 128), interpolation='bicubic'):
@@ -332,11 +335,11 @@ def _parse_rand_augment(spec):
     settings = {'m': 10.0, 'n': 2.0, 'mstd': 0.0, 'mmax': 10.0, 'inc': 0.0, 'p': 0.5, 'w': None}
     name, *parts = spec.split('-')
     if name not in ('rand', 'randaug'):
-        raise ValueError(f'auto augment string {spec!r}: must start with rand or randaug, as in rand-m9-mstd0.5-inc1')
+        raise UserError(f'auto augment string {spec!r}: must start with rand or randaug, as in rand-m9-mstd0.5-inc1')
     for part in parts:
         match = re.fullmatch(r'([a-z]+)(\d+\.?\d*)', part)
         if not match or match[1] not in settings:
-            raise ValueError(f'auto augment string {spec!r}: {part!r} is no setting, use a number after one of '
+            raise UserError(f'auto augment string {spec!r}: {part!r} is no setting, use a number after one of '
                              f'{", ".join(settings)}')
         settings[match[1]] = float(match[2])
     for key, allowed, what in (('n', settings['n'] >= 1 and settings['n'] % 1 == 0, 'a whole number above 0'),
@@ -345,7 +348,7 @@ def _parse_rand_augment(spec):
                                ('w', settings['w'] in (None, 0), '0'),
                                ('n', settings['w'] is None or settings['n'] <= 13, 'at most 13 with w0')):
         if not allowed:
-            raise ValueError(f'auto augment string {spec!r}: {key} must be {what}')
+            raise UserError(f'auto augment string {spec!r}: {key} must be {what}')
     return settings
 
 
