@@ -18,7 +18,7 @@ from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
 from optim import build_optimizer, learning_rate, parameter_groups
-from port_weights.convert import to_paddle_names
+from port_weights.names import to_paddle_names
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
 from safe_load import find_weights, read_checkpoint
