@@ -205,10 +205,19 @@ def get_arguments(description, argv=None):
     return parser.parse_args(argv)
 
 
+# what belongs to one call of a script and not to the run it starts
+_PER_CALL = ('SAVE', 'EVAL', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
+
+
 def save_config(config, path):
-    """Writes the settings as YAML that `-cfg` reads back."""
+    """Writes the settings as YAML that `-cfg` reads back, without those that belong to one call only."""
+    lasting = config.clone()
+    lasting.defrost()
+    for key in _PER_CALL:
+        group, name = _group(lasting, key)
+        group[name] = _get(_C, key, '')
     with open(path, 'w', encoding='utf-8') as file:
-        file.write(config.dump())
+        file.write(lasting.dump())
 
 
 def _merge_file(config, path, origins, including):
@@ -266,12 +275,17 @@ def _set(config, key, value, origin, origins):
     default = _get(_C, key, origin)
     if isinstance(default, CN):
         raise ConfigError(f'{origin}: {key} is a group of keys; set one of {", ".join(_keys(default, key + "."))}')
-    node = config
+    group, name = _group(config, key)
+    group[name] = _coerce(value, default, key, origin)
+    origins[key] = origin
+
+
+def _group(config, key):
+    """The node that holds a dotted key, and the key's last part."""
     *groups, name = key.split('.')
     for group in groups:
-        node = node[group]
-    node[name] = _coerce(value, default, key, origin)
-    origins[key] = origin
+        config = config[group]
+    return config, name
 
 
 def _parse(value, default):
@@ -378,5 +392,3 @@ def _check(config, origins, default_origin='defaults'):
         refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}')
     if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
         refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')
-    if config.EVAL and model.RESUME and model.PRETRAINED:
-        refuse('MODEL.RESUME', 'and MODEL.PRETRAINED are both set; evaluation takes one')

@@ -18,7 +18,7 @@ from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
 from optim import build_optimizer, learning_rate, parameter_groups
-from port_weights.convert import to_paddle_names
+from port_weights.names import to_paddle_names
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
 from safe_load import find_weights, read_checkpoint
@@ -287,14 +287,14 @@ def run(config, device):
         TrainingStopped: the loss is not finite.
     """
     amp = Amp(config, device)
-    folder = RunFolder(config) if utils.is_main() else None
+    folder = RunFolder(config) if utils.is_main() and config.SAVE else None
     model, state = _build_model(config)
     val_set = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     if config.EVAL:
-        if folder is not None and config.SAVE:
+        if folder is not None:
             folder.claim()
         metrics = _evaluate(config, amp.decorate(model)[0], val_set, amp, 'eval')
-        if folder is not None and config.SAVE:
+        if folder is not None:
             folder.record(event='eval', **metrics)
         return metrics
     return _train(config, device, amp, folder, model, state, val_set)
@@ -346,7 +346,7 @@ def _train(config, device, amp, folder, model, state, val_set):
         folder.claim()
     metrics = {}
     for epoch in range(epochs_done + 1, train.NUM_EPOCHS + 1):
-        train_loader.set_epoch(epoch)
+        train_loader.batch_sampler.set_epoch(epoch)
         trained = train_one_epoch(
             wrapped, train_loader, criterion, optimizer, epoch=epoch, first_step=step, lr_at=lr_at, amp=amp,
             scaler=scaler, ema=ema, mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,

@@ -1,4 +1,7 @@
 """What the main scripts share: settings from the command line, processes, and how a run ends."""
+import contextlib
+import io
+import logging
 import os
 import sys
 import tempfile
@@ -11,7 +14,7 @@ import utils
 from config import get_arguments, get_config, update_config
 from engine import run
 from errors import TrainingStopped, UserError
-from run_folder import config_beside, default_folder
+from run_folder import RunFolder, config_beside, default_folder
 
 # the first process to report a mistake that all of them made makes this file, so that it is printed once
 _REPORTED = 'REPLKNET_ERROR_REPORTED'
@@ -30,6 +33,8 @@ def read_settings(description, argv=None):
     if not config.SAVE and not config.EVAL:
         config.SAVE = default_folder(config)
     config.freeze()
+    if config.SAVE:
+        RunFolder(config)  # refuses another run's folder before any process starts
     return config, utils.resolve_device(config.DEVICE)
 
 
@@ -68,7 +73,8 @@ def run_in_this_process(config, device):
     """One process of a run; of several when Paddle's launcher or `run_in_processes` has started it."""
     launched = int(os.environ.get('PADDLE_TRAINERS_NUM', '1')) > 1
     if launched:
-        dist.init_parallel_env()
+        with contextlib.redirect_stderr(io.StringIO()):  # Paddle lists its own flags there
+            dist.init_parallel_env()
     paddle.set_device('cpu' if device == 'cpu' else f'{device}:{dist.ParallelEnv().device_id}')
     utils.setup_logging(verbose=utils.is_main())
     run(config, device)
@@ -84,6 +90,7 @@ def run_in_processes(config, device):
     if device == 'cpu':
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, utils.cpu_cores() // count)))
     with tempfile.TemporaryDirectory() as folder:
+        logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
         context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
@@ -116,7 +123,7 @@ def _wait(processes):
         return 130
 
 
-def _stop(processes, patience=10):
+def _stop(processes, patience=5):
     """Lets the processes end by themselves for some seconds, as they do after an error of all, then ends them."""
     deadline = time.monotonic() + patience
     for signal in ('terminate', 'kill'):

@@ -44,32 +44,27 @@ class RunFolder:
     def __init__(self, config):
         self.config, self.path = config, config.SAVE
         resumed = config.MODEL.RESUME and os.path.dirname(os.path.abspath(resolve_resume(config.MODEL.RESUME)))
-        self.resuming = bool(resumed) and os.path.realpath(resumed) == os.path.realpath(self.path)
-        self.claimed = False
+        self.own = bool(resumed) and os.path.realpath(resumed) == os.path.realpath(self.path)
         self._refuse_if_taken()
 
     def _refuse_if_taken(self):
         held = [name for name in (CONFIG, LAST, LOG, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
-        if held and not self.resuming:
+        if held and not self.own:
             raise UserError(f'-output={self.path}: holds a run already ({held[0]}); choose another folder, '
                             f'or continue that run with -resume={os.path.join(self.path, LAST)}')
 
     def claim(self):
         """Makes the folder this run's and writes the settings; call when everything is ready to start."""
+        config_file = os.path.join(self.path, CONFIG)
         try:
             os.makedirs(self.path, exist_ok=True)
-            config_file = os.path.join(self.path, CONFIG)
-            if self.resuming:
-                save_config(self.config, config_file + '.tmp')
-                os.replace(config_file + '.tmp', config_file)
-            else:
-                self._refuse_if_taken()
+            if not self.own:
                 with contextlib.suppress(FileExistsError):  # of two runs that start at once, one gets the folder
                     os.close(os.open(config_file, os.O_CREAT | os.O_EXCL))
-                    self.claimed = True
-                if not self.claimed:
-                    self._refuse_if_taken()
-                save_config(self.config, config_file)
+                    self.own = True
+                self._refuse_if_taken()
+            save_config(self.config, config_file + '.tmp')
+            os.replace(config_file + '.tmp', config_file)
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
