@@ -61,10 +61,10 @@ def read_checkpoint(path):
         FileNotFoundError: no such file.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise CheckpointError(f'{path}: is a folder, not a checkpoint file')
     if not os.path.exists(path):
         raise FileNotFoundError(f'{path}: no such file')
+    if not os.path.isfile(path):
+        raise CheckpointError(f'{path}: is a folder or a device, not a checkpoint file')
     with open(path, 'rb') as file:
         try:
             return _read(file, os.fstat(file.fileno()).st_size)
@@ -637,7 +637,10 @@ class _Resolver:
 
     def make_dict(self, call, *args):
         items = {}
-        for source in (self(v) for v in args if type(v) in (list, dict)):  # not the factory of a defaultdict
+        for source in args:
+            if source is None or type(source) is _Global:  # the factory of a defaultdict
+                continue
+            source = self(source)
             for pair in source.items() if type(source) is dict else source:
                 if type(pair) not in (list, tuple) or len(pair) != 2:
                     raise CheckpointError('damaged pickle: a dict of something else than pairs')
@@ -671,7 +674,7 @@ class _Resolver:
         if type(name) is not str or not re.fullmatch(r'[<>|=]?(b1|\?|[iu][1248]|f[248])', name):
             raise CheckpointError(f'arrays of type {name!r:.40} are not supported')
         order = state[1] if type(state) is tuple and len(state) > 1 else '='
-        if order not in ('<', '>', '|', '='):
+        if type(order) is not str or order not in ('<', '>', '|', '='):
             raise CheckpointError('damaged pickle: unknown byte order')
         dtype = np.dtype(name)
         return dtype if order in '|=' else dtype.newbyteorder(order)
