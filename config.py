@@ -13,6 +13,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
+from errors import UserError
+
 _C = CN()
 _C.BASE = []  # YAML files to start from, relative to the file that names them
 
@@ -41,7 +43,6 @@ _C.MODEL.SMALL_KERNEL = 5  # parallel small depthwise kernel, odd; 0 for none
 _C.MODEL.DW_RATIO = 1.0  # width of the depthwise convolution over the stage's width
 _C.MODEL.FFN_RATIO = 4.0
 _C.MODEL.DROPPATH = 0.5  # highest stochastic-depth rate, reached at the last block
-_C.MODEL.MERGED = False  # build the re-parameterised form (large kernel with bias, no small branch)
 _C.MODEL.RECOMPUTE = False  # recompute activations in the backward pass: less memory, more time
 _C.MODEL.PRETRAINED = ''  # file of weights, or a name of the zoo
 _C.MODEL.RESUME = ''  # checkpoint of a run to continue
@@ -129,7 +130,7 @@ _LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BE
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used; the text names its origin, the key and what to do."""
 
 
@@ -204,17 +205,19 @@ def get_arguments(description, argv=None):
     return parser.parse_args(argv)
 
 
-def config_from_arguments(args):
-    """The frozen settings for the parsed flags; raises ConfigError."""
-    config = update_config(get_config(args.cfg, args.opts), args)
-    config.freeze()
-    return config
+# what belongs to one call of a script and not to the run it starts
+_PER_CALL = ('SAVE', 'EVAL', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
 
 
 def save_config(config, path):
-    """Writes the settings as YAML that `-cfg` reads back."""
+    """Writes the settings as YAML that `-cfg` reads back, without those that belong to one call only."""
+    lasting = config.clone()
+    lasting.defrost()
+    for key in _PER_CALL:
+        group, name = _group(lasting, key)
+        group[name] = _get(_C, key, '')
     with open(path, 'w', encoding='utf-8') as file:
-        file.write(config.dump())
+        file.write(lasting.dump())
 
 
 def _merge_file(config, path, origins, including):
@@ -272,12 +275,17 @@ def _set(config, key, value, origin, origins):
     default = _get(_C, key, origin)
     if isinstance(default, CN):
         raise ConfigError(f'{origin}: {key} is a group of keys; set one of {", ".join(_keys(default, key + "."))}')
-    node = config
+    group, name = _group(config, key)
+    group[name] = _coerce(value, default, key, origin)
+    origins[key] = origin
+
+
+def _group(config, key):
+    """The node that holds a dotted key, and the key's last part."""
     *groups, name = key.split('.')
     for group in groups:
-        node = node[group]
-    node[name] = _coerce(value, default, key, origin)
-    origins[key] = origin
+        config = config[group]
+    return config, name
 
 
 def _parse(value, default):
@@ -384,5 +392,3 @@ def _check(config, origins, default_origin='defaults'):
         refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}')
     if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
         refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')
-    if config.EVAL and model.RESUME and model.PRETRAINED:
-        refuse('MODEL.RESUME', 'and MODEL.PRETRAINED are both set; evaluation takes one')

@@ -359,10 +359,10 @@ def replknet_13b(**kwargs):
     return RepLKNet(**{**VARIANTS['replknet_13b'], **kwargs})
 
 
-def build_replknet(config):
-    """The model of the settings `config.MODEL` (see config.py)."""
+def build_replknet(config, merged=False):
+    """The model of the settings `config.MODEL` (see config.py); `merged` builds the re-parameterised form."""
     model = config.MODEL
     return RepLKNet(large_kernel_sizes=model.LARGE_KERNEL_SIZES, layers=model.LAYERS, channels=model.CHANNELS,
                     small_kernel=model.SMALL_KERNEL, dw_ratio=model.DW_RATIO, ffn_ratio=model.FFN_RATIO,
                     drop_path=model.DROPPATH, in_channels=config.DATA.IMAGE_CHANNELS, num_classes=model.NUM_CLASSES,
-                    merged=model.MERGED, recompute=model.RECOMPUTE)
+                    merged=merged, recompute=model.RECOMPUTE)

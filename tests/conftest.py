@@ -1,9 +1,15 @@
 """Options and fixtures shared by all tests."""
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-GOLDEN = Path(__file__).parent / 'golden'
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 
 def pytest_addoption(parser):
@@ -20,4 +26,62 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def golden():
     """Folder of the reference data made with the official code."""
-    return GOLDEN
+    return TESTS / 'golden'
+
+
+@pytest.fixture(scope='session')
+def list_dataset(tmp_path_factory):
+    """A data folder of JPEGs of one pixel, 13 to train on and 11 to evaluate, in 4 classes; paths hold spaces."""
+    folder = tmp_path_factory.mktemp('one pixel')
+    rng = np.random.default_rng(0)
+    for mode, count in (('train', 13), ('val', 11)):
+        lines = []
+        for index in range(count):
+            path = folder / mode / f'class {index % 4}' / f'{index}.jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (1, 1, 3), dtype=np.uint8)).save(path)
+            lines.append(f'{path.relative_to(folder)} {index % 4}\n')
+        (folder / f'{mode}_list.txt').write_text(''.join(lines))
+    return folder
+
+
+TINY_YAML = """
+MODEL:
+  NAME: tiny
+  NUM_CLASSES: 4
+  LARGE_KERNEL_SIZES: [9, 7, 5, 5]
+  LAYERS: [1, 1, 2, 1]
+  CHANNELS: [4, 6, 8, 10]
+  DROPPATH: 0.2
+DATA:
+  IMAGE_SIZE: 32
+  BATCH_SIZE: 2
+  BATCH_SIZE_EVAL: 2
+  NUM_WORKERS: 0
+TRAIN:
+  NUM_EPOCHS: 2
+  WARMUP_EPOCHS: 1
+  BASE_LR: 1e-2
+  MODEL_EMA_DECAY: 0.9
+REPORT_FREQ: 1
+"""
+
+
+@pytest.fixture(scope='session')
+def tiny_yaml(tmp_path_factory):
+    """Settings of a model that trains on `list_dataset` in seconds, with the whole recipe of the paper on."""
+    path = tmp_path_factory.mktemp('config') / 'tiny.yaml'
+    path.write_text(TINY_YAML)
+    return path
+
+
+@pytest.fixture(scope='session')
+def run_script():
+    """Runs a Python file of the project as a user would; returns the finished process with its output as text."""
+
+    def run(script, *args, timeout=300, cwd=None, **environment):
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **environment}
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                              timeout=timeout, cwd=cwd, env=env, stdin=subprocess.DEVNULL)
+
+    return run

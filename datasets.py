@@ -1,0 +1,311 @@
+"""ImageNet-style list datasets: decoding, samplers and loaders.
+
+A data folder holds `train_list.txt` and `val_list.txt` with one 'relative/path label' per line; paths may hold spaces.
+
+Every random draw is a function of (seed, epoch, image) or of (seed, epoch), never of a worker or a process.
+"""
+import os
+
+import numpy as np
+import paddle
+from PIL import Image
+
+from errors import UserError
+from transforms import eval_transform, train_transform
+from utils import logger, random_generator
+
+DATASETS = ('imagenet2012',)
+MODES = ('train', 'val')
+CHECK_FILES_UP_TO = 20_000  # lines; beyond, a missing picture is reported when it is read, to start quickly
+PREFETCH_FACTOR = 2  # batches in flight per worker
+# streams of random draws, beside those of engine.py
+STREAM_AUGMENT, STREAM_ORDER = 4, 5
+
+
+class DataError(UserError):
+    """A list file or a picture cannot be used; the message is one line that names file and line."""
+
+
+def decode_image(path):
+    """Reads a picture as RGB, whatever its mode; alpha is dropped and EXIF orientation ignored, as in the reference.
+
+    Raises:
+        DataError: there is no such file, or it cannot be decoded.
+    """
+    try:
+        with open(path, 'rb') as file:
+            image = Image.open(file)
+            if image.mode.startswith('I'):
+                # 16-bit grey: Pillow's own conversion would clip at 255
+                high_byte = np.asarray(image, dtype=np.int64) >> 8
+                image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
+            return image.convert('RGB')
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such picture') from None
+    except Exception as error:  # Pillow raises many kinds for corrupt files
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise DataError(f'{path}: cannot read the picture: {reason}') from error
+
+
+class ImageNet2012Dataset(paddle.io.Dataset):
+    """Pictures and labels of one list file.
+
+    Args:
+        root: data folder.
+        list_file: path of the list, relative to root.
+        transform: callable(image) or, for training, callable(image, rng) -> float32 array [3, H, W].
+        num_classes: labels must be in [0, num_classes); None for any.
+        train: bool, whether the transform takes a generator.
+        seed: int >= 0, of the augmentation.
+
+    Attributes:
+        labels: int64 array [len(dataset)].
+
+    Raises:
+        FileNotFoundError: there is no such list.
+        DataError: a line is blank or malformed, its label out of range or (in lists of up to CHECK_FILES_UP_TO lines)
+            its picture missing.
+    """
+
+    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0):
+        super().__init__()
+        self.root, self.transform, self.train, self.seed = root, transform, train, seed
+        self.list_file = os.path.join(root, list_file)
+        # arrays, not lists of objects: workers that touch reference counts would copy the memory they share
+        self._paths, self.labels = self._read_list(num_classes)
+        if len(self) <= CHECK_FILES_UP_TO:
+            for index in range(len(self)):
+                if not os.path.isfile(self.path(index)):
+                    raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such picture')
+
+    def _read_list(self, num_classes):
+        try:
+            file = open(self.list_file, 'rb')
+        except FileNotFoundError:
+            raise FileNotFoundError(f'{self.list_file}: no such list file; the data folder (-data_path) must hold '
+                                    'train_list.txt and val_list.txt') from None
+        paths, labels = [], []
+        with file:
+            for number, line in enumerate(file, 1):
+                fields = line.strip().rsplit(None, 1)
+                if len(fields) != 2 or not fields[1].lstrip(b'-').isdigit():
+                    text = line.decode(errors='replace').strip()[:80]
+                    raise DataError(f"{self.list_file}:{number}: expected 'relative/path label', got {text!r}")
+                path, label = fields[0], int(fields[1])
+                if label < 0 or (num_classes is not None and label >= num_classes):
+                    limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
+                    raise DataError(f'{self.list_file}:{number}: label {label} is out of range{limit}')
+                paths.append(path)
+                labels.append(label)
+        if not paths:
+            raise DataError(f'{self.list_file}: the list is empty')
+        return np.array(paths), np.array(labels, dtype=np.int64)
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self._paths[index]))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        """key is (epoch, index), or index alone for epoch 0 -> float32 array [3, H, W], int64 label.
+
+        Raises:
+            DataError: the picture is missing or corrupt.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            image = decode_image(self.path(index))
+        except DataError as error:
+            raise DataError(f'{self.list_file}:{index + 1}: {error}') from error
+        if self.train:
+            pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index))
+        else:
+            pixels = self.transform(image)
+        return pixels, self.labels[index]
+
+
+class TrainBatchSampler:
+    """Shuffled batches of (epoch, index) keys for one process.
+
+    The permutation depends on (seed, epoch) only. It is cut into global batches, the incomplete last one is dropped,
+    and each global batch is dealt to the processes image by image: every process has equally many full batches, and a
+    global batch holds the same images whatever the number of processes.
+
+    Args:
+        size: number of images.
+        batch_size: images per process and batch.
+        rank, world_size: of this process.
+        seed: int >= 0.
+
+    Raises:
+        UserError: there are fewer images than one global batch.
+    """
+
+    def __init__(self, size, batch_size, rank=0, world_size=1, seed=0):
+        self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
+        self.epoch = self.start_batch = 0
+        if len(self) == 0:
+            raise UserError(f'{size} training images are fewer than one global batch of {batch_size * world_size} '
+                            f'({batch_size} x {world_size} processes): lower -batch_size')
+
+    def set_epoch(self, epoch, start_batch=0):
+        """Chooses the epoch and the first batch of the next iteration (above 0 to resume inside an epoch)."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __iter__(self):
+        order = random_generator(self.seed, STREAM_ORDER, self.epoch).permutation(self.size)
+        global_batch = self.batch_size * self.world_size
+        for batch in range(self.start_batch, len(self)):
+            indices = order[batch * global_batch:(batch + 1) * global_batch][self.rank::self.world_size]
+            yield [(self.epoch, int(index)) for index in indices]
+
+    def __len__(self):
+        """Batches of a whole epoch, `start_batch` aside."""
+        return self.size // (self.batch_size * self.world_size)
+
+
+class EvalBatchSampler:
+    """Consecutive images in order, without padding or shuffling: each image once, over all processes.
+
+    Whole batches go to the processes in turn (batch k to rank k % world_size), so the composition of a batch does not
+    depend on the number of processes; a process may get one batch fewer than another, or none.
+    """
+
+    def __init__(self, size, batch_size, rank=0, world_size=1):
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+
+    def _starts(self):
+        return range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size)
+
+    def __iter__(self):
+        for start in self._starts():
+            yield list(range(start, min(start + self.batch_size, self.size)))
+
+    def __len__(self):
+        return len(self._starts())
+
+
+class _ErrorsAsValues(paddle.io.Dataset):
+    """Returns a DataError in place of the sample: Paddle turns what a worker raises into pages of traceback."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except DataError as error:
+            return error
+
+
+def _collate(samples):
+    """Samples -> [images, labels, error message or '']."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return [np.zeros(1, np.float32), np.zeros(1, np.int64), str(sample)]
+    images, labels = zip(*samples)
+    return [np.stack(images), np.array(labels, dtype=np.int64), '']
+
+
+class DataLoader(paddle.io.DataLoader):
+    """Paddle's loader over a dataset of this module; raises a worker's DataError as itself in the main process.
+
+    Yields images, float32 [n, 3, H, W], and labels, int64 [n].
+    Workers are started for each iteration, in about 0.1 s: Paddle's persistent ones take longer to resume and fail
+    after an iteration that was left early.
+    """
+
+    def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True):
+        super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
+                         num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
+                         use_shared_memory=use_shared_memory)
+
+    def set_epoch(self, epoch, start_batch=0):
+        """See `TrainBatchSampler.set_epoch`."""
+        self.batch_sampler.set_epoch(epoch, start_batch)
+
+    def __iter__(self):
+        for images, labels, error in super().__iter__():
+            if error:
+                raise DataError(error)
+            yield images, labels
+
+
+def eval_protocol(config):
+    """'crop' or 'warp'; DATA.EVAL_PROTOCOL 'auto' warps from 384 pixels up, as the published checkpoints need."""
+    if config.DATA.EVAL_PROTOCOL == 'auto':
+        return 'warp' if config.DATA.IMAGE_SIZE >= 384 else 'crop'
+    return config.DATA.EVAL_PROTOCOL
+
+
+def get_transform(config, mode):
+    """The transform of mode 'train' or 'val' with the settings of `config`, see transforms.py."""
+    common = dict(interpolation=config.DATA.INTERPOLATION, mean=config.DATA.IMAGENET_MEAN,
+                  std=config.DATA.IMAGENET_STD)
+    if mode == 'val':
+        return eval_transform(config.DATA.IMAGE_SIZE, crop_pct=config.DATA.CROP_PCT, protocol=eval_protocol(config),
+                              **common)
+    train = config.TRAIN
+    return train_transform(config.DATA.IMAGE_SIZE, scale=train.RANDOM_RESIZED_CROP.SCALE,
+                           ratio=train.RANDOM_RESIZED_CROP.RATIO, hflip=train.HFLIP, vflip=train.VFLIP,
+                           color_jitter=train.COLOR_JITTER, auto_augment=train.AUTO_AUGMENT,
+                           re_prob=train.RANDOM_ERASE_PROB, re_mode=train.RANDOM_ERASE_MODE,
+                           re_count=train.RANDOM_ERASE_COUNT, **common)
+
+
+def get_dataset(config, mode='train'):
+    """The dataset of mode 'train' or 'val' in DATA.DATA_PATH.
+
+    Raises:
+        UserError: the name of the dataset or the mode is unknown, or a setting is out of its range.
+        FileNotFoundError, DataError: see ImageNet2012Dataset.
+    """
+    if config.DATA.DATASET not in DATASETS:
+        raise UserError(f'unknown dataset {config.DATA.DATASET!r}: -dataset must be one of {", ".join(DATASETS)}')
+    _check_mode(mode)
+    return ImageNet2012Dataset(config.DATA.DATA_PATH, f'{mode}_list.txt', get_transform(config, mode),
+                               num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED)
+
+
+def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
+    """The loader of one process: DATA.BATCH_SIZE shuffled images a batch, or DATA.BATCH_SIZE_EVAL in order.
+
+    For training call `loader.set_epoch(epoch)` before each epoch.
+
+    Raises:
+        UserError: the mode is unknown, or the dataset is smaller than one global training batch.
+    """
+    _check_mode(mode)
+    if mode == 'train':
+        sampler = TrainBatchSampler(len(dataset), config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
+    else:
+        sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
+    workers = config.DATA.NUM_WORKERS
+    image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2
+    processes = min(world_size, paddle.device.cuda.device_count() or world_size)  # on this machine
+    # one batch in each worker's hands beside those in flight
+    needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes
+    shared = _free_shared_memory() > needed
+    if workers and not shared:
+        logger.warning(
+            'the loader needs %d MB of /dev/shm, %d MB are free: batches go through pipes, which is slower '
+            '(docker: --shm-size)', needed >> 20, _free_shared_memory() >> 20)
+    return DataLoader(dataset, sampler, workers, use_shared_memory=shared)
+
+
+def _check_mode(mode):
+    if mode not in MODES:
+        raise UserError(f'unknown mode {mode!r}: use one of {", ".join(MODES)}')
+
+
+def _free_shared_memory():
+    try:
+        stats = os.statvfs('/dev/shm')
+    except (OSError, AttributeError):
+        return 0
+    return stats.f_bavail * stats.f_frsize

@@ -1,0 +1,124 @@
+"""Checkpoints: whole or not at all, strict, and independent of how many layers the process has built."""
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+import checkpoint
+from ema import ModelEMA
+from errors import UserError
+from optim import build_optimizer, parameter_groups
+from replknet import RepLKNet
+
+
+def small(num_classes=3):
+    return RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=num_classes)
+
+
+def train(model, optimizer, steps, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        optimizer.set_lr(1e-2)
+        images = paddle.to_tensor(rng.standard_normal((2, 3, 32, 32), 'float32'))
+        (model(images) ** 2).sum().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+
+
+def adamw(model):
+    return build_optimizer('adamw', parameter_groups(model, 0.05, 0.9))
+
+
+def test_optimizer_state_goes_over_to_a_model_built_later():
+    model = small()
+    optimizer = adamw(model)
+    train(model, optimizer, 2, seed=0)
+    weights = checkpoint.model_arrays(model)
+    state = checkpoint.optimizer_arrays(optimizer, model)
+    assert set(state['accumulators']) == {n for n, p in model.named_parameters() if not p.stop_gradient}
+    train(model, optimizer, 2, seed=1)
+
+    paddle.nn.Conv2D(3, 3, 3)  # shifts Paddle's own counters of parameter names
+    later = small()
+    checkpoint.load_weights(later, weights, 'checkpoint')
+    later_optimizer = adamw(later)
+    checkpoint.load_optimizer_arrays(later_optimizer, later, state, 'checkpoint')
+    train(later, later_optimizer, 2, seed=1)
+    for name, array in checkpoint.model_arrays(model).items():
+        np.testing.assert_array_equal(later.state_dict()[name].numpy(), array, err_msg=name)
+
+
+def test_optimizer_state_of_another_model_is_refused():
+    model = small()
+    optimizer = adamw(model)
+    train(model, optimizer, 1, seed=0)
+    state = checkpoint.optimizer_arrays(optimizer, model)
+    state['accumulators']['no.such.weight'] = state['accumulators'].pop('head.weight')
+    with pytest.raises(UserError, match='file.pdparams: .*no.such.weight'):
+        checkpoint.load_optimizer_arrays(adamw(model), model, state, 'file.pdparams')
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (lambda w: w.pop('norm.bias'), '1 missing: norm.bias'),
+    (lambda w: w.update(extra=np.zeros(1)), '1 surplus: extra'),
+    (lambda w: w.update({'norm.bias': np.zeros(3)}), r'1 of another shape: norm.bias \[3\] for \[10\]')])
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes(change, words):
+    model = small()
+    before = checkpoint.model_arrays(model)
+    weights = {name: array + 1 for name, array in before.items()}
+    change(weights)
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_weights(model, weights, 'file')
+    for name, array in checkpoint.model_arrays(model).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_only_the_head_of_another_class_count_is_dropped_and_only_when_asked():
+    weights = {name: array + 1 for name, array in checkpoint.model_arrays(small(5)).items()}
+    model = small(3)
+    with pytest.raises(UserError, match='head.weight'):
+        checkpoint.load_weights(model, weights, 'file')
+    head = model.head.weight.numpy()
+    assert checkpoint.load_weights(model, weights, 'file', drop_head=True) == ['head.weight', 'head.bias']
+    np.testing.assert_array_equal(model.head.weight.numpy(), head)
+    np.testing.assert_array_equal(model.norm.bias.numpy(), weights['norm.bias'])
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path):
+    path = tmp_path / 'last.pdparams'
+    checkpoint.save_checkpoint(path, {'epoch': 1})
+    old = path.read_bytes()
+    with pytest.raises(TypeError):
+        checkpoint.save_checkpoint(path, {'epoch': open(os.devnull)})  # noqa: SIM115 - cannot be pickled
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ['last.pdparams']
+
+
+def test_a_checkpoint_reads_with_paddle_load_too(tmp_path):
+    path = tmp_path / 'last.pdparams'
+    model = small()
+    checkpoint.save_checkpoint(path, {'model': checkpoint.model_arrays(model), 'epoch': 3})
+    state = paddle.load(str(path))
+    assert state['epoch'] == 3
+    np.testing.assert_array_equal(np.asarray(state['model']['norm.weight']), model.norm.weight.numpy())
+
+
+@pytest.mark.parametrize('state', [{'model': {}}, {'weights': np.zeros(3)}])
+def test_weights_alone_are_no_run_to_resume(tmp_path, state):
+    path = tmp_path / 'weights.pdparams'
+    paddle.save(state, str(path))
+    with pytest.raises(UserError, match='holds no run to resume'):
+        checkpoint.read_run_checkpoint(path)
+
+
+def test_moving_average_follows_weights_and_statistics():
+    model = small()
+    ema = ModelEMA(model, 0.9)
+    before = checkpoint.model_arrays(model)
+    for tensor in model.state_dict().values():
+        tensor.set_value(tensor + 1)
+    ema.update(model)
+    for name, array in checkpoint.model_arrays(ema.module).items():
+        np.testing.assert_allclose(array, before[name] + 0.1, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not any(p.trainable and not p.stop_gradient for p in ema.module.parameters())

@@ -1,0 +1,125 @@
+"""Settings: where they come from, which wins, and what is refused."""
+from pathlib import Path
+
+import pytest
+
+from config import ConfigError, get_arguments, get_config, save_config, update_config
+
+CONFIGS = sorted(Path('configs').glob('*.yaml'))
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if p.stem != 'finetune'], ids=lambda p: p.stem)
+def test_every_config_file_is_valid(path):
+    get_config(path)
+
+
+# published recipes: global batch, lr, min lr, epochs, warm-up, drop path, weight decay, layer decay, classes, mixup
+@pytest.mark.parametrize(('name', 'recipe'), [
+    ('replknet_31b', (2048, 4e-3, 1e-6, 300, 10, 0.5, 0.05, 1.0, 1000, 1.0)),
+    ('replknet_31b_mindspore', (512, 5e-4, 1e-6, 300, 20, 0.4, 0.05, 1.0, 1000, 1.0)),
+    ('replknet_31b_22k_pretrain', (4096, 4e-3, 1e-6, 90, 5, 0.1, 0.05, 1.0, 21841, 1.0)),
+    ('replknet_31l_22k_pretrain', (4096, 4e-3, 1e-6, 90, 5, 0.1, 0.05, 1.0, 21841, 1.0)),
+    ('replknet_31b_1k_224_to_384', (1024, 4e-4, 1e-6, 30, 1, 0.8, 1e-8, 0.7, 1000, 0.0)),
+    ('replknet_31b_22k_to_1k_224', (512, 4e-4, 1e-6, 30, 1, 0.2, 1e-8, 0.7, 1000, 0.0)),
+    ('replknet_31b_22k_to_1k_384', (512, 4e-4, 3e-4, 30, 1, 0.3, 1e-8, 0.7, 1000, 0.0)),
+    ('replknet_31l_22k_to_1k_384', (512, 4e-4, 3e-4, 30, 1, 0.3, 1e-8, 0.7, 1000, 0.0)),
+])
+def test_recipes_are_the_published_ones(name, recipe):
+    config = get_config(f'configs/{name}.yaml')
+    train, model = config.TRAIN, config.MODEL
+    assert (train.RECIPE_BATCH_SIZE, train.BASE_LR, train.END_LR, train.NUM_EPOCHS, train.WARMUP_EPOCHS,
+            model.DROPPATH, train.WEIGHT_DECAY, train.LAYER_DECAY, model.NUM_CLASSES, train.MIXUP_PROB) == recipe
+    assert config.DATA.BATCH_SIZE * 8 * train.ACCUM_ITER == train.RECIPE_BATCH_SIZE  # on 8 devices
+    assert train.LINEAR_SCALED_LR == 0  # the rate is for that batch already
+
+
+@pytest.mark.parametrize(('name', 'size', 'protocol', 'crop_pct', 'mean'), [
+    ('replknet_31b_1k_224', 224, 'crop', 0.875, 0.485), ('replknet_31b_1k_384', 384, 'warp', 0.875, 0.485),
+    ('replknet_31b_22k1k_224', 224, 'crop', 0.875, 0.485), ('replknet_31b_22k1k_384', 384, 'warp', 0.875, 0.485),
+    ('replknet_31l_22k1k_384', 384, 'warp', 0.875, 0.485), ('replknet_xl_73m1k_320', 320, 'crop', 0.875, 0.5)])
+def test_evaluation_protocol_of_the_published_checkpoints(name, size, protocol, crop_pct, mean):
+    from datasets import eval_protocol
+    data = (config := get_config(f'configs/{name}.yaml')).DATA
+    assert (data.IMAGE_SIZE, eval_protocol(config), data.CROP_PCT, data.IMAGENET_MEAN[0]) == (
+        size, protocol, crop_pct, mean)
+
+
+def test_later_sources_win(tmp_path):
+    write(tmp_path, 'base.yaml', 'SEED: 1\nTRAIN: {NUM_EPOCHS: 7, BASE_LR: 1.0e-3}\nDATA: {BATCH_SIZE: 5}\n')
+    path = write(tmp_path, 'child.yaml', 'BASE: base.yaml\nSEED: 2\nTRAIN:\n  WARMUP_EPOCHS: 3\n')
+    args = get_arguments('', [f'-cfg={path}', '--batch_size', '9', '-opts', 'TRAIN.BASE_LR', '2e-3', 'SEED', '3'])
+    config = update_config(get_config(args.cfg, args.opts), args)
+    assert (config.SEED, config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS) == (3, 7, 3.0)
+    assert (config.TRAIN.BASE_LR, config.DATA.BATCH_SIZE) == (2e-3, 9)
+
+
+def test_written_settings_are_read_back(tmp_path):
+    config = get_config('configs/replknet_xl_73m1k_320.yaml', ['SAVE', 'x', 'EVAL', 'True'])
+    config.freeze()
+    save_config(config, tmp_path / 'config.yaml')
+    again = get_config(tmp_path / 'config.yaml')
+    assert (again.SAVE, again.EVAL) == ('', False)  # they belong to one call of a script
+    assert again.MODEL == config.MODEL and again.TRAIN == config.TRAIN and again.DATA == config.DATA
+
+
+@pytest.mark.parametrize(('text', 'words'), [
+    ('TRAIN: {BASE_LRR: 1.0}', 'unknown key TRAIN.BASE_LRR; did you mean TRAIN.BASE_LR'),
+    ('MODEL: {LARGE_KERNEL_SIZES: [31, 28, 27, 13]}', 'MODEL.LARGE_KERNEL_SIZES has the even kernel 28'),
+    ('MODEL: {LARGE_KERNEL_SIZES: [31, 29, 27]}', 'MODEL.LARGE_KERNEL_SIZES has 3 stages'),
+    ('MODEL: {SMALL_KERNEL: 15}', 'MODEL.SMALL_KERNEL is 15, larger than'),
+    ('MODEL: {SMALL_KERNEL: 4}', 'MODEL.SMALL_KERNEL is 4; it is odd'),
+    ('TRAIN: {MIXUP_ALPHA: 0, CUTMIX_ALPHA: 0}', 'set TRAIN.MIXUP_PROB to 0'),
+    ('SEED: ten', "SEED takes a whole number, not 'ten'"),
+    ('DATA: {IMAGE_SIZE: 224.0}', 'DATA.IMAGE_SIZE takes a whole number'),
+    ('DATA: 3', 'DATA is a group of keys'),
+    ('AMP: 1', 'AMP takes True or False'),
+    ('AMP_DTYPE: float64', 'choose from float16, bfloat16'),
+    ('DATA: {BATCH_SIZE: 0}', 'DATA.BATCH_SIZE is 0; it must be at least 1'),
+    ('TRAIN: {BASE_LR: .nan}', 'TRAIN.BASE_LR takes a number'),
+    ('TRAIN: {END_LR: 1.0}', 'TRAIN.END_LR is 1.0, above TRAIN.BASE_LR'),
+    ('TRAIN: {NUM_EPOCHS: 5}', 'TRAIN.WARMUP_EPOCHS is 10.0, more than TRAIN.NUM_EPOCHS 5'),
+    ('- 1', 'a config file holds KEY: value lines'),
+    ('A: [', 'cannot be read as YAML'),
+    ('BASE: nowhere.yaml', 'nowhere.yaml: no such config file'),
+    ('BASE: bad.yaml', 'include each other'),
+])
+def test_mistakes_are_refused_in_one_line_with_file_and_key(tmp_path, text, words):
+    path = write(tmp_path, 'bad.yaml', text)
+    with pytest.raises(ConfigError) as error:
+        get_config(path)
+    message = str(error.value)
+    assert words in message and str(tmp_path) in message or 'defaults' in message
+    assert '\n' not in message
+
+
+def test_the_file_that_set_the_key_is_named(tmp_path):
+    write(tmp_path, 'base.yaml', 'MODEL: {SMALL_KERNEL: 15}')
+    path = write(tmp_path, 'child.yaml', 'BASE: [base.yaml]\nSEED: 1')
+    with pytest.raises(ConfigError, match='base.yaml: MODEL.SMALL_KERNEL'):
+        get_config(path)
+
+
+@pytest.mark.parametrize('opts', [['SEED'], ['SEED', 'x'], ['NO.SUCH', '1'], ['TRAIN', '1']])
+def test_wrong_opts_name_the_flag(opts):
+    with pytest.raises(ConfigError, match='^-opts: '):
+        get_config(None, opts)
+
+
+def test_null_means_no_small_kernel():
+    assert get_config(None, ['MODEL.SMALL_KERNEL', 'null']).MODEL.SMALL_KERNEL == 0
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    assert get_config(write(tmp_path, 'a.yaml', 'TRAIN: {BASE_LR: 4e-3}')).TRAIN.BASE_LR == 4e-3
+
+
+def test_an_unknown_flag_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        get_arguments('', ['-batchsize=3'])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count('\n') == 1

@@ -1,0 +1,366 @@
+"""Picture transforms as two presets: `eval_transform` and `train_transform`.
+
+Pictures are PIL images in mode RGB, results are float32 arrays [3, H, W] normalised with `mean` and `std` (of values
+in 0..1). Every random draw comes from the `numpy.random.Generator` that is passed in, so one key gives one result
+whichever process computes it.
+
+The evaluation protocols are those of the RepLKNet code (arXiv 2203.06717). The training recipe is timm's, which that
+code uses: RandomResizedCrop, flips, RandAugment (arXiv 1909.13719) or colour jitter, normalisation, random erasing
+(arXiv 1708.04896).
+"""
+import math
+import re
+from functools import partial
+from typing import Callable, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+INTERPOLATIONS = {'nearest': Image.NEAREST, 'bilinear': Image.BILINEAR, 'bicubic': Image.BICUBIC,
+                  'lanczos': Image.LANCZOS}
+EVAL_PROTOCOLS = ('crop', 'warp')
+ERASING_MODES = ('const', 'rand', 'pixel')
+
+
+def eval_transform(image_size, *, crop_pct=0.875, protocol='crop', interpolation='bicubic',
+                   mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Deterministic transform of evaluation and prediction.
+
+    Args:
+        image_size: int, side of the result in pixels.
+        crop_pct: float in (0, 1], with 'crop' the shorter side is resized to int(image_size / crop_pct).
+        protocol: 'crop' (resize the shorter side, centre crop) or 'warp' (resize the whole picture to a square, the
+            protocol of the published checkpoints at 384).
+        interpolation: 'nearest', 'bilinear', 'bicubic' or 'lanczos', antialiased.
+        mean, std: three floats each.
+
+    Returns:
+        callable(image) -> float32 array [3, image_size, image_size].
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    _check_common(image_size, interpolation, mean, std)
+    if protocol not in EVAL_PROTOCOLS:
+        raise ValueError(f'unknown evaluation protocol {protocol!r}: use one of {", ".join(EVAL_PROTOCOLS)}')
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f'crop_pct must be in (0, 1], got {crop_pct}')
+    return partial(_eval_sample, image_size=image_size, crop_pct=crop_pct, protocol=protocol,
+                   interpolation=interpolation, mean=mean, std=std)
+
+
+def _eval_sample(image, *, image_size, crop_pct, protocol, interpolation, mean, std):
+    image = eval_geometry(image, image_size, crop_pct=crop_pct, protocol=protocol, interpolation=interpolation)
+    return normalize(image, mean, std)
+
+
+def eval_geometry(image, image_size, *, crop_pct=0.875, protocol='crop', interpolation='bicubic'):
+    """The part of `eval_transform` before normalisation: RGB picture of any size -> square RGB picture."""
+    resample = INTERPOLATIONS[interpolation]
+    if protocol == 'warp':
+        return image.resize((image_size, image_size), resample)
+    image = _resize_shorter_side(image, int(image_size / crop_pct), resample)
+    return _centre_crop(image, image_size, image_size)
+
+
+def _resize_shorter_side(image, size, resample):
+    width, height = image.size
+    if width <= height:
+        return image.resize((size, int(size * height / width)), resample)
+    return image.resize((int(size * width / height), size), resample)
+
+
+def _centre_crop(image, width, height):
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalize(image, mean, std):
+    """RGB picture -> float32 array [3, H, W], (value / 255 - mean) / std."""
+    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
+    pixels -= np.asarray(mean, np.float32).reshape(3, 1, 1)
+    pixels /= np.asarray(std, np.float32).reshape(3, 1, 1)
+    return np.ascontiguousarray(pixels)
+
+
+def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.0, color_jitter=0.4,
+                    auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel',
+                    re_count=1, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Random transform of training.
+
+    Args:
+        image_size: int, side of the result in pixels.
+        scale, ratio: (low, high) of RandomResizedCrop, share of the picture's area and width / height.
+        hflip, vflip: probability of a horizontal and of a vertical flip.
+        color_jitter: strength of brightness, contrast and saturation jitter; used only without `auto_augment`.
+        auto_augment: RandAugment string such as 'rand-m9-mstd0.5-inc1' (see `RandAugment`), '' for none.
+        interpolation: of the crop and of RandAugment's geometric operations.
+        re_prob, re_mode, re_count: random erasing, see `random_erasing`.
+        mean, std: three floats each; RandAugment fills uncovered pixels with the mean.
+
+    Returns:
+        callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size].
+
+    Raises:
+        ValueError: an argument is out of its range.
+        UserError: `auto_augment` is malformed.
+    """
+    _check_common(image_size, interpolation, mean, std)
+    _check_range('scale', scale, 0, 1)
+    _check_range('ratio', ratio, 0, math.inf)
+    for name, value in (('hflip', hflip), ('vflip', vflip), ('re_prob', re_prob)):
+        if not 0 <= value <= 1:
+            raise ValueError(f'{name} is a probability, got {value}')
+    if color_jitter < 0:
+        raise ValueError(f'color_jitter must not be negative, got {color_jitter}')
+    if re_mode not in ERASING_MODES:
+        raise ValueError(f'unknown random erasing mode {re_mode!r}: use one of {", ".join(ERASING_MODES)}')
+    if re_count < 1:
+        raise ValueError(f're_count must be at least 1, got {re_count}')
+    fill = tuple(min(255, round(255 * m)) for m in mean)
+    augment = RandAugment(auto_augment, fill=fill, interpolation=interpolation) if auto_augment else None
+    return partial(_train_sample, image_size=image_size, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
+                   color_jitter=color_jitter, augment=augment, interpolation=interpolation, re_prob=re_prob,
+                   re_mode=re_mode, re_count=re_count, mean=mean, std=std)
+
+
+def _train_sample(image, rng, *, image_size, scale, ratio, hflip, vflip, color_jitter, augment, interpolation,
+                  re_prob, re_mode, re_count, mean, std):
+    image = random_resized_crop(image, image_size, rng, scale=scale, ratio=ratio, interpolation=interpolation)
+    if rng.random() < hflip:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    if rng.random() < vflip:
+        image = image.transpose(Image.FLIP_TOP_BOTTOM)
+    if augment is not None:
+        image = augment(image, rng)
+    elif color_jitter:
+        image = jitter_color(image, rng, color_jitter)
+    pixels = normalize(image, mean, std)
+    if rng.random() < re_prob:
+        random_erasing(pixels, rng, mode=re_mode, count=re_count)
+    return pixels
+
+
+def random_resized_crop(image, image_size, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation='bicubic'):
+    """Crops a random box, `scale` of the area and `ratio` (log-uniform) width / height, and resizes it to a square.
+
+    After ten boxes that do not fit, the largest centred box within `ratio` is taken, as in torchvision.
+    """
+    resample = INTERPOLATIONS[interpolation]
+    for _ in range(10):
+        area = image.width * image.height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = int(rng.integers(image.width - width + 1))
+            top = int(rng.integers(image.height - height + 1))
+            image = image.crop((left, top, left + width, top + height))
+            break
+    else:
+        width = min(image.width, max(1, round(image.height * ratio[1])))
+        height = min(image.height, max(1, round(image.width / ratio[0])))
+        image = _centre_crop(image, width, height)
+    return image.resize((image_size, image_size), resample)
+
+
+def jitter_color(image, rng, strength):
+    """Brightness, contrast and saturation in random order, each by a factor in [max(0, 1 - strength), 1 + strength]."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for index in rng.permutation(len(enhancers)):
+        image = enhancers[index](image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image
+
+
+def random_erasing(pixels, rng, *, mode='pixel', count=1, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3)):
+    """Overwrites `count` random boxes of the normalised array [3, H, W], in place.
+
+    Args:
+        mode: 'const' (zeros, that is the mean), 'rand' (one normal draw per channel) or 'pixel' (a draw per value).
+        area: (low, high) share of the picture, divided by `count`.
+        aspect: (low, high) of height / width, log-uniform.
+    """
+    channels, height, width = pixels.shape
+    for _ in range(count):
+        for _ in range(10):
+            target = height * width * rng.uniform(*area) / count
+            box_aspect = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+            h, w = round(math.sqrt(target * box_aspect)), round(math.sqrt(target / box_aspect))
+            if h < height and w < width:
+                top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+                shape = {'const': None, 'rand': (channels, 1, 1), 'pixel': (channels, h, w)}[mode]
+                value = 0.0 if shape is None else rng.standard_normal(shape, dtype=np.float32)
+                pixels[:, top:top + h, left:left + w] = value
+                break
+
+
+class _Op(NamedTuple):
+    argument: Callable  # (level in 0..1, rng) -> the operation's argument
+    apply: Callable     # (image, argument, fill, resample) -> image
+
+
+def _either_sign(value, rng):
+    return -value if rng.random() < 0.5 else value
+
+
+def _affine(image, matrix, fill, resample):
+    return image.transform(image.size, Image.AFFINE, matrix, resample, fillcolor=fill)
+
+
+def _solarize_add(image, addend, *_):
+    table = [min(255, value + addend) if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
+
+
+def _enhancement(enhancer):
+    def apply(image, factor, *_):
+        return enhancer(image).enhance(factor)
+    return apply
+
+
+def _no_argument(level, rng):
+    return None
+
+
+def _factor(level, rng):
+    return 0.1 + 1.8 * level
+
+
+def _factor_increasing(level, rng):
+    return max(0.1, 1 + _either_sign(0.9 * level, rng))
+
+
+def _posterize(image, bits, *_):
+    # ImageOps.posterize refuses 0 bits, which the strongest magnitude asks for
+    mask = 256 - 2 ** (8 - min(bits, 8))
+    return image.point([value & mask for value in range(256)] * 3)
+
+
+def _solarize(image, threshold, *_):
+    return ImageOps.solarize(image, threshold)
+
+
+# Operations and their arguments as defined by timm's RandAugment, level = magnitude / 10.
+_OPS = {
+    'AutoContrast': _Op(_no_argument, lambda image, *_: ImageOps.autocontrast(image)),
+    'Equalize': _Op(_no_argument, lambda image, *_: ImageOps.equalize(image)),
+    'Invert': _Op(_no_argument, lambda image, *_: ImageOps.invert(image)),
+    'Rotate': _Op(lambda level, rng: _either_sign(30 * level, rng),
+                  lambda image, degrees, fill, resample: image.rotate(degrees, resample, fillcolor=fill)),
+    'Posterize': _Op(lambda level, rng: int(4 * level), _posterize),
+    'PosterizeIncreasing': _Op(lambda level, rng: max(0, 4 - int(4 * level)), _posterize),
+    'Solarize': _Op(lambda level, rng: int(256 * level), _solarize),
+    'SolarizeIncreasing': _Op(lambda level, rng: 256 - int(256 * level), _solarize),
+    'SolarizeAdd': _Op(lambda level, rng: int(110 * level), _solarize_add),
+    'Color': _Op(_factor, _enhancement(ImageEnhance.Color)),
+    'ColorIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Color)),
+    'Contrast': _Op(_factor, _enhancement(ImageEnhance.Contrast)),
+    'ContrastIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Contrast)),
+    'Brightness': _Op(_factor, _enhancement(ImageEnhance.Brightness)),
+    'BrightnessIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Brightness)),
+    'Sharpness': _Op(_factor, _enhancement(ImageEnhance.Sharpness)),
+    'SharpnessIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Sharpness)),
+    'ShearX': _Op(lambda level, rng: _either_sign(0.3 * level, rng),
+                  lambda image, shear, *style: _affine(image, (1, shear, 0, 0, 1, 0), *style)),
+    'ShearY': _Op(lambda level, rng: _either_sign(0.3 * level, rng),
+                  lambda image, shear, *style: _affine(image, (1, 0, 0, shear, 1, 0), *style)),
+    'TranslateXRel': _Op(lambda level, rng: _either_sign(0.45 * level, rng),
+                         lambda image, share, *style: _affine(image, (1, 0, share * image.width, 0, 1, 0), *style)),
+    'TranslateYRel': _Op(lambda level, rng: _either_sign(0.45 * level, rng),
+                         lambda image, share, *style: _affine(image, (1, 0, 0, 0, 1, share * image.height), *style)),
+}
+
+# The operation set, with the probabilities of weight set 0 ('w0').
+_RAND_AUGMENT_WEIGHTS = {
+    'AutoContrast': 0.025, 'Equalize': 0.005, 'Invert': 0.0, 'Rotate': 0.3, 'Posterize': 0.0, 'Solarize': 0.005,
+    'SolarizeAdd': 0.005, 'Color': 0.025, 'Contrast': 0.005, 'Brightness': 0.005, 'Sharpness': 0.025, 'ShearX': 0.2,
+    'ShearY': 0.2, 'TranslateXRel': 0.1, 'TranslateYRel': 0.1,
+}
+
+
+class RandAugment:
+    """RandAugment from a timm-style string: a name ('rand' or 'randaug') and settings joined by dashes, in any order.
+
+    mM: magnitude (10); nN: operations per picture (2); mstdS: standard deviation of a normal draw around the magnitude
+    (0; above 100 the magnitude is uniform in 0..M); mmaxX: upper bound of the drawn magnitude (10); inc1: operations
+    that grow stronger with the magnitude; pP: probability of each chosen operation (0.5); w0: weighted choice without
+    replacement in place of a uniform one with replacement.
+
+    Args:
+        spec: the string, for example 'rand-m9-mstd0.5-inc1'.
+        fill: (r, g, b) of pixels that a geometric operation uncovers.
+        interpolation: of the geometric operations.
+
+    Raises:
+        UserError: the string is malformed.
+    """
+
+    def __init__(self, spec, *, fill=(128, 128, 128), interpolation='bicubic'):
+        settings = _parse_rand_augment(spec)
+        self.magnitude, self.noise, self.max_magnitude = settings['m'], settings['mstd'], settings['mmax']
+        self.count, self.prob = int(settings['n']), settings['p']
+        self.fill, self.resample = fill, INTERPOLATIONS[interpolation]
+        self.names = [f'{name}Increasing' if settings['inc'] and f'{name}Increasing' in _OPS else name
+                      for name in _RAND_AUGMENT_WEIGHTS]
+        self.weights = None
+        if settings['w'] is not None:
+            weights = np.array(list(_RAND_AUGMENT_WEIGHTS.values()))
+            self.weights = weights / weights.sum()
+
+    def __call__(self, image, rng):
+        """RGB picture -> RGB picture of the same size."""
+        chosen = rng.choice(len(self.names), self.count, replace=self.weights is None, p=self.weights)
+        for index in chosen:
+            if rng.random() < self.prob:
+                op = _OPS[self.names[index]]
+                image = op.apply(image, op.argument(self.draw_magnitude(rng) / 10, rng), self.fill, self.resample)
+        return image
+
+    def draw_magnitude(self, rng):
+        if self.noise > 100:
+            magnitude = rng.uniform(0, self.magnitude)
+        elif self.noise > 0:
+            magnitude = rng.normal(self.magnitude, self.noise)
+        else:
+            magnitude = self.magnitude
+        return min(max(magnitude, 0.0), self.max_magnitude)
+
+
+def _parse_rand_augment(spec):
+    settings = {'m': 10.0, 'n': 2.0, 'mstd': 0.0, 'mmax': 10.0, 'inc': 0.0, 'p': 0.5, 'w': None}
+    name, *parts = spec.split('-')
+    if name not in ('rand', 'randaug'):
+        raise UserError(f'auto augment string {spec!r}: must start with rand or randaug, as in rand-m9-mstd0.5-inc1')
+    for part in parts:
+        match = re.fullmatch(r'([a-z]+)(\d+\.?\d*)', part)
+        if not match or match[1] not in settings:
+            raise UserError(f'auto augment string {spec!r}: {part!r} is no setting, use a number after one of '
+                             f'{", ".join(settings)}')
+        settings[match[1]] = float(match[2])
+    for key, allowed, what in (('n', settings['n'] >= 1 and settings['n'] % 1 == 0, 'a whole number above 0'),
+                               ('inc', settings['inc'] in (0, 1), '0 or 1'),
+                               ('p', settings['p'] <= 1, 'at most 1'),
+                               ('w', settings['w'] in (None, 0), '0'),
+                               ('n', settings['w'] is None or settings['n'] <= 13, 'at most 13 with w0')):
+        if not allowed:
+            raise UserError(f'auto augment string {spec!r}: {key} must be {what}')
+    return settings
+
+
+def _check_common(image_size, interpolation, mean, std):
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f'image_size must be a whole number of pixels above 0, got {image_size!r}')
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f'unknown interpolation {interpolation!r}: use one of {", ".join(INTERPOLATIONS)}')
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f'mean and std must be three numbers each, std above 0, got {mean} and {std}')
+
+
+def _check_range(name, pair, low, high):
+    if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+        raise ValueError(f'{name} must be (low, high) with {low} < low <= high <= {high}, got {pair}')

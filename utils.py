@@ -1,0 +1,134 @@
+"""What every floor above needs: devices, process groups, seeds, the log of a run."""
+import json
+import logging
+import logging.handlers
+import os
+import sys
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from errors import UserError
+
+logger = logging.getLogger('replknet')
+
+
+# ---- devices and processes
+
+def device_count(kind):
+    """Devices of a kind ('gpu', 'xpu', 'npu') that this Paddle can use here; 1 for 'cpu'."""
+    if kind == 'gpu':
+        return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if kind == 'xpu':
+        return paddle.base.core.get_xpu_device_count() if paddle.is_compiled_with_xpu() else 0
+    if kind == 'npu':
+        return sum(name.split(':')[0] == 'npu' for name in paddle.device.get_available_custom_device())
+    return 1
+
+
+def resolve_device(name):
+    """The kind of device to use for the setting `name`; 'auto' takes GPUs when there are any.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == 'auto':
+        return 'gpu' if device_count('gpu') else 'cpu'
+    if not device_count(name):
+        raise UserError(f'-device={name}: Paddle {paddle.__version__} finds no {name} on this machine; '
+                        'use -device=cpu, or install the Paddle build for it')
+    return name
+
+
+def cpu_cores():
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def rank():
+    """Index of this process among all of the run."""
+    return dist.get_rank()
+
+
+def world_size():
+    """Number of processes of the run."""
+    return dist.get_world_size()
+
+
+def is_main():
+    """Whether this process writes the logs and checkpoints."""
+    return rank() == 0
+
+
+def all_reduce_sum(values):
+    """Sums a list of numbers over all processes, in float64; returns floats."""
+    if world_size() == 1:
+        return [float(v) for v in values]
+    tensor = paddle.to_tensor([float(v) for v in values], dtype='float64')
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def all_gather_values(value):
+    """The number each process holds, in the order of their ranks."""
+    mine = [0.0] * world_size()
+    mine[rank()] = value
+    return all_reduce_sum(mine)
+
+
+def barrier():
+    """Waits until every process has got here."""
+    all_reduce_sum([0])
+
+
+# ---- seeds
+
+def random_generator(*key):
+    """A numpy Generator drawn from whole numbers such as (seed, epoch, sample), and from nothing else."""
+    return np.random.default_rng(key)
+
+
+def seed_paddle(*key):
+    """Seeds Paddle's own draws (drop path) from whole numbers such as (seed, step, rank)."""
+    paddle.seed(int(random_generator(*key).integers(2**31)))
+
+
+# ---- the log of a run
+
+def setup_logging(verbose):
+    """Lines to standard output, kept for `log.txt` until `log_to_file`; processes that are not verbose only warn."""
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%m-%d %H:%M:%S'))
+    logger.addHandler(console)
+    logger.addHandler(logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+
+
+def log_to_file(path):
+    """Appends the lines so far, and all that follow, to `path`."""
+    file = logging.FileHandler(path, encoding='utf-8')
+    file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    logger.addHandler(file)
+    for handler in logger.handlers[:]:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.setTarget(file)
+            handler.close()
+            logger.removeHandler(handler)
+
+
+def log_once(message, _seen=set()):  # noqa: B006 - the default is the memory
+    """Logs a line the first time it comes up in this process."""
+    if message not in _seen:
+        _seen.add(message)
+        logger.info(message)
+
+
+def append_json_line(path, record):
+    """Adds one JSON object as a line; numbers that JSON lacks become null."""
+    clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(clean) + '\n')
