@@ -94,7 +94,7 @@ def find_weights(checkpoint, key='auto', path='checkpoint'):
         candidates = ([named] if isinstance(named, str) else []) + ['model', 'state_dict', 'model_ema']
         found = next((c for c in candidates if isinstance(checkpoint.get(c), dict)), None)
     elif not isinstance(checkpoint.get(key), dict):
-        holders = [str(k) for k, v in checkpoint.items() if isinstance(v, dict)]
+        holders = [k for k, v in checkpoint.items() if isinstance(v, dict) and isinstance(k, str) and k.isprintable()]
         raise CheckpointError(f"{path}: has no weights under {key!r}; "
                               f"{'it has ' + ', '.join(holders[:8]) if holders else 'it is a plain state dict'}")
     state = checkpoint if found is None else checkpoint[found]
@@ -103,6 +103,9 @@ def find_weights(checkpoint, key='auto', path='checkpoint'):
         if found is not None and any(isinstance(state.get(k), dict) for k in ('model', 'state_dict', 'model_ema')):
             return find_weights(state, path=path)[0], found
         raise CheckpointError(f'{path}: no tensors' + ('' if found is None else f' under {found!r}'))
+    strange = [name for name in tensors if not name.isprintable()]
+    if strange:
+        raise CheckpointError(f'{path}: a tensor is called {strange[0]!a:.60}')
     for prefix in ('module.', '_orig_mod.'):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix):]: tensor for name, tensor in tensors.items()}
@@ -558,8 +561,9 @@ def _make_global(module, name):
         raise CheckpointError('damaged pickle: a global without a name')
     full = f"{_RENAMED_MODULES.get(module, module)}.{name}"
     if full not in _FUNCTIONS and full not in _INERT and full not in _TORCH_TYPES:
-        raise CheckpointError(f'refused: the file names {module}.{name}'[:200].encode('ascii', 'replace').decode()
-                              + ', which is neither a tensor nor a plain value')
+        shown = f'{module}.{name}'[:100]
+        raise CheckpointError(f"refused: the file names {shown if shown.isprintable() else ascii(shown)}, "
+                              'which is neither a tensor nor a plain value')
     return _Global(full)
 
 
