@@ -136,26 +136,25 @@ def _read_safetensors(file, size):
     if length > MAX_HEADER:
         raise CheckpointError('damaged safetensors header')
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length).decode())
         header.pop('__metadata__', None)
-        entries = [(*entry['data_offsets'], name, str(entry['dtype']), tuple(entry['shape']))
+        entries = [(tuple(entry['data_offsets']), name, str(entry['dtype']), tuple(entry['shape']))
                    for name, entry in header.items()]
-        entries.sort(key=lambda entry: entry[:2])
+        entries.sort()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError('damaged safetensors header') from None
     budget = _Budget(size)
     tensors = {}
     position = 0  # the format allows neither gaps nor overlaps
-    for begin, end, name, kind, shape in entries:
+    for offsets, name, kind, shape in entries:
         dtype = _SAFETENSORS_TYPES.get(kind)
         if dtype is None:
-            raise CheckpointError(f'tensor {name!r} is of type {kind}, which is not supported')
-        if not _is_shape(shape) or not _is_shape((begin, end)) or begin != position or end > size - 8 - length \
-                or end - begin != math.prod(shape) * _itemsize(dtype):
-            raise CheckpointError(f'tensor {name!r} does not fit the file: damaged or truncated')
-        data = _read_bytes(file, end - begin, budget)
-        tensors[name] = _as_array(data, dtype, '<', shape, budget)
-        position = end
+            raise CheckpointError(f'tensor {name!a:.60} is of type {kind!a:.20}, which is not supported')
+        nbytes = math.prod(shape) * _itemsize(dtype) if _is_shape(shape) else -1  # fits no offsets
+        if not _is_shape(offsets) or offsets != (position, position + nbytes) or 8 + length + position + nbytes > size:
+            raise CheckpointError(f'tensor {name!a:.60} does not fit the file: damaged or truncated')
+        tensors[name] = _as_array(_read_bytes(file, nbytes, budget), dtype, '<', shape, budget)
+        position += nbytes
     if 8 + length + position != size:
         raise CheckpointError('has bytes that belong to no tensor: damaged')
     return tensors
@@ -664,7 +663,7 @@ class _Resolver:
             raise TypeError
         return values if type(values) is np.ndarray else tuple(values)  # Paddle makes a tuple of a tensor
 
-    def make_bytes(self, call, text, encoding):
+    def make_bytes(self, call, text='', encoding='latin1'):
         if type(text) is not str or encoding != 'latin1':
             raise TypeError
         self.budget.spend(len(text))
@@ -737,7 +736,7 @@ _FUNCTIONS = {
     'builtins.list': _Resolver.make_list, 'builtins.set': _Resolver.make_list,
     'builtins.frozenset': _Resolver.make_list, 'collections.deque': _Resolver.make_list,
     'builtins.tuple': _Resolver.make_tuple, 'torch.Size': _Resolver.make_tuple,
-    '_codecs.encode': _Resolver.make_bytes,
+    '_codecs.encode': _Resolver.make_bytes, 'builtins.bytes': _Resolver.make_bytes,  # protocol 2 has no bytes
     'numpy.dtype': _Resolver.make_dtype, 'numpy.core.multiarray._reconstruct': _Resolver.make_array,
     'numpy.core.numeric._frombuffer': _Resolver.make_array_of_buffer,
     'numpy.core.multiarray.scalar': _Resolver.make_scalar,
