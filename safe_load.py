@@ -61,10 +61,10 @@ def read_checkpoint(path):
         FileNotFoundError: no such file.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise CheckpointError(f'{path}: is a folder, not a checkpoint file')
     if not os.path.exists(path):
         raise FileNotFoundError(f'{path}: no such file')
+    if not os.path.isfile(path):
+        raise CheckpointError(f'{path}: is a folder or a device, not a checkpoint file')
     with open(path, 'rb') as file:
         try:
             return _read(file, os.fstat(file.fileno()).st_size)
@@ -94,7 +94,7 @@ def find_weights(checkpoint, key='auto', path='checkpoint'):
         candidates = ([named] if isinstance(named, str) else []) + ['model', 'state_dict', 'model_ema']
         found = next((c for c in candidates if isinstance(checkpoint.get(c), dict)), None)
     elif not isinstance(checkpoint.get(key), dict):
-        holders = [str(k) for k, v in checkpoint.items() if isinstance(v, dict)]
+        holders = [k for k, v in checkpoint.items() if isinstance(v, dict) and isinstance(k, str) and k.isprintable()]
         raise CheckpointError(f"{path}: has no weights under {key!r}; "
                               f"{'it has ' + ', '.join(holders[:8]) if holders else 'it is a plain state dict'}")
     state = checkpoint if found is None else checkpoint[found]
@@ -103,6 +103,9 @@ def find_weights(checkpoint, key='auto', path='checkpoint'):
         if found is not None and any(isinstance(state.get(k), dict) for k in ('model', 'state_dict', 'model_ema')):
             return find_weights(state, path=path)[0], found
         raise CheckpointError(f'{path}: no tensors' + ('' if found is None else f' under {found!r}'))
+    strange = [name for name in tensors if not name.isprintable()]
+    if strange:
+        raise CheckpointError(f'{path}: a tensor is called {strange[0]!a:.60}')
     for prefix in ('module.', '_orig_mod.'):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix):]: tensor for name, tensor in tensors.items()}
@@ -133,26 +136,25 @@ def _read_safetensors(file, size):
     if length > MAX_HEADER:
         raise CheckpointError('damaged safetensors header')
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length).decode())
         header.pop('__metadata__', None)
-        entries = [(*entry['data_offsets'], name, str(entry['dtype']), tuple(entry['shape']))
+        entries = [(tuple(entry['data_offsets']), name, str(entry['dtype']), tuple(entry['shape']))
                    for name, entry in header.items()]
-        entries.sort(key=lambda entry: entry[:2])
+        entries.sort()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError('damaged safetensors header') from None
     budget = _Budget(size)
     tensors = {}
     position = 0  # the format allows neither gaps nor overlaps
-    for begin, end, name, kind, shape in entries:
+    for offsets, name, kind, shape in entries:
         dtype = _SAFETENSORS_TYPES.get(kind)
         if dtype is None:
-            raise CheckpointError(f'tensor {name!r} is of type {kind}, which is not supported')
-        if not _is_shape(shape) or not _is_shape((begin, end)) or begin != position or end > size - 8 - length \
-                or end - begin != math.prod(shape) * _itemsize(dtype):
-            raise CheckpointError(f'tensor {name!r} does not fit the file: damaged or truncated')
-        data = _read_bytes(file, end - begin, budget)
-        tensors[name] = _as_array(data, dtype, '<', shape, budget)
-        position = end
+            raise CheckpointError(f'tensor {name!a:.60} is of type {kind!a:.20}, which is not supported')
+        nbytes = math.prod(shape) * _itemsize(dtype) if _is_shape(shape) else -1  # fits no offsets
+        if not _is_shape(offsets) or offsets != (position, position + nbytes) or 8 + length + position + nbytes > size:
+            raise CheckpointError(f'tensor {name!a:.60} does not fit the file: damaged or truncated')
+        tensors[name] = _as_array(_read_bytes(file, nbytes, budget), dtype, '<', shape, budget)
+        position += nbytes
     if 8 + length + position != size:
         raise CheckpointError('has bytes that belong to no tensor: damaged')
     return tensors
@@ -558,8 +560,9 @@ def _make_global(module, name):
         raise CheckpointError('damaged pickle: a global without a name')
     full = f"{_RENAMED_MODULES.get(module, module)}.{name}"
     if full not in _FUNCTIONS and full not in _INERT and full not in _TORCH_TYPES:
-        raise CheckpointError(f'refused: the file names {module}.{name}'[:200].encode('ascii', 'replace').decode()
-                              + ', which is neither a tensor nor a plain value')
+        shown = f'{module}.{name}'[:100]
+        raise CheckpointError(f"refused: the file names {shown if shown.isprintable() else ascii(shown)}, "
+                              'which is neither a tensor nor a plain value')
     return _Global(full)
 
 
@@ -637,7 +640,10 @@ class _Resolver:
 
     def make_dict(self, call, *args):
         items = {}
-        for source in (self(v) for v in args if type(v) in (list, dict)):  # not the factory of a defaultdict
+        for source in args:
+            if source is None or type(source) is _Global:  # the factory of a defaultdict
+                continue
+            source = self(source)
             for pair in source.items() if type(source) is dict else source:
                 if type(pair) not in (list, tuple) or len(pair) != 2:
                     raise CheckpointError('damaged pickle: a dict of something else than pairs')
@@ -657,7 +663,7 @@ class _Resolver:
             raise TypeError
         return values if type(values) is np.ndarray else tuple(values)  # Paddle makes a tuple of a tensor
 
-    def make_bytes(self, call, text, encoding):
+    def make_bytes(self, call, text='', encoding='latin1'):
         if type(text) is not str or encoding != 'latin1':
             raise TypeError
         self.budget.spend(len(text))
@@ -671,7 +677,7 @@ class _Resolver:
         if type(name) is not str or not re.fullmatch(r'[<>|=]?(b1|\?|[iu][1248]|f[248])', name):
             raise CheckpointError(f'arrays of type {name!r:.40} are not supported')
         order = state[1] if type(state) is tuple and len(state) > 1 else '='
-        if order not in ('<', '>', '|', '='):
+        if type(order) is not str or order not in ('<', '>', '|', '='):
             raise CheckpointError('damaged pickle: unknown byte order')
         dtype = np.dtype(name)
         return dtype if order in '|=' else dtype.newbyteorder(order)
@@ -730,7 +736,7 @@ _FUNCTIONS = {
     'builtins.list': _Resolver.make_list, 'builtins.set': _Resolver.make_list,
     'builtins.frozenset': _Resolver.make_list, 'collections.deque': _Resolver.make_list,
     'builtins.tuple': _Resolver.make_tuple, 'torch.Size': _Resolver.make_tuple,
-    '_codecs.encode': _Resolver.make_bytes,
+    '_codecs.encode': _Resolver.make_bytes, 'builtins.bytes': _Resolver.make_bytes,  # protocol 2 has no bytes
     'numpy.dtype': _Resolver.make_dtype, 'numpy.core.multiarray._reconstruct': _Resolver.make_array,
     'numpy.core.numeric._frombuffer': _Resolver.make_array_of_buffer,
     'numpy.core.multiarray.scalar': _Resolver.make_scalar,

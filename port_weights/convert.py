@@ -80,12 +80,12 @@ class Report:
 
 
 def convert(source, destination, model=None, key='auto', head=None, names='auto', verify=False, reference=None,
-            report=None):
+            report=None, num_classes=None):
     """Converts one file of weights.
 
     Args:
         source, destination: file names; the extension of `destination` chooses the format, none: .safetensors.
-        model: variant the weights must be of, such as 'replknet_31b'.
+        model, num_classes: variant the weights must be of, such as 'replknet_31b', and outputs of their head.
         key: entry of the file with the weights, see `safe_load.find_weights`.
         head: which of several heads to keep, 'none' for none.
         names: 'paddle' for this project's names, 'official' for PyTorch's, 'auto': official in .pth.
@@ -112,7 +112,7 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
     if not os.path.isdir(os.path.dirname(os.path.abspath(destination))):
         raise FileNotFoundError(f'{os.path.dirname(destination)}: no such folder')
 
-    tensors, result, half = _load(source, model, key, head)
+    tensors, result, half = _load(source, model, num_classes, key, head)
     if report:
         with open(report, 'w', encoding='utf-8') as file:
             file.write('\n'.join([*result.summary(), *result.listing(), '']))
@@ -126,7 +126,7 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
     return result
 
 
-def _load(source, model, key, head):
+def _load(source, model, num_classes, key, head):
     """Tensors by this project's names, their Report, and whether any was of half precision."""
     state, found = find_weights(read_checkpoint(source), key, source)
     half = any(array.dtype == np.float16 for array in state.values())
@@ -142,6 +142,8 @@ def _load(source, model, key, head):
         raise CheckpointError(f"{source}: is {variant or 'of a custom size'}, not {model}: layers "
                               f"{architecture['layers']}, channels {architecture['channels']}, large kernels "
                               f"{architecture['large_kernel_sizes']}")
+    if num_classes is not None and num_classes != architecture['num_classes']:
+        raise CheckpointError(f"{source}: is for {architecture['num_classes'] or 'no'} classes, not {num_classes}")
     tensors, sources = mapping.tensors, mapping.sources
     result = Report(
         found, variant, architecture, {}, mapping.dropped, [name for name in expected if name not in tensors],
