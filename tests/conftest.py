@@ -80,7 +80,7 @@ def run_script():
     """Runs a Python file of the project as a user would; returns the finished process with its output as text."""
 
     def run(script, *args, timeout=300, cwd=None, **environment):
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **environment}
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
         return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
                               timeout=timeout, cwd=cwd, env=env, stdin=subprocess.DEVNULL)
 
