@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from typing import Dict, List, Optional
 
@@ -103,10 +104,10 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
         destination, extension = f'{destination}.safetensors', '.safetensors'
     if extension not in _WRITERS:
         raise CheckpointError(f'{destination}: unknown kind of file; use {", ".join(_WRITERS)}')
-    official = extension == '.pth' if names == 'auto' else names == 'official'
-    if official == (extension == '.pdparams') and names != 'auto' or extension == '.pth' and not official:
-        raise CheckpointError(f'{destination}: {extension} is written with '
-                              f"{'official' if extension == '.pth' else 'paddle'} names only")
+    only = {'.pdparams': 'paddle', '.pth': 'official'}.get(extension)
+    if names not in ('auto', only) and only:
+        raise CheckpointError(f'{destination}: {extension} is written with {only} names only')
+    official = (only or names) == 'official'
     if os.path.exists(destination) and os.path.exists(source) and os.path.samefile(source, destination):
         raise CheckpointError(f'{destination}: is the source itself')
     if not os.path.isdir(os.path.dirname(os.path.abspath(destination))):
@@ -192,17 +193,16 @@ def _check_reference(model, reference, key, half, source):
     import paddle
     if model.num_classes is None:
         raise CheckpointError(f'{source}: has no head, so there are no logits to compare with {reference}')
+    stem = os.path.splitext(os.path.basename(source))[0]
     try:
-        arrays = dict(np.load(reference).items())
-        stem = os.path.splitext(os.path.basename(source))[0]
-        wanted = next((arrays[name] for name in ('logits', f'{stem}_{key}', stem) if name in arrays), None)
-        images = arrays.get('input')
-        if images is None:
-            images = np.load(os.path.join(os.path.dirname(reference), 'input.npy'))
+        arrays = dict(np.load(reference, allow_pickle=False).items())
+        images = arrays['input'] if 'input' in arrays else np.load(
+            os.path.join(os.path.dirname(reference), 'input.npy'), allow_pickle=False)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error.filename or reference}: no such file') from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{reference}: cannot be read as reference: {error}') from None
+        raise FileNotFoundError(f'{error.filename}: no such file') from None
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile):
+        raise CheckpointError(f'{reference}: is not an .npz file of logits') from None
+    wanted = next((arrays[name] for name in ('logits', f'{stem}_{key}', stem) if name in arrays), None)
     if wanted is None:
         raise CheckpointError(f"{reference}: has neither 'logits' nor {stem!r}")
     with paddle.no_grad():

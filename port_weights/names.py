@@ -115,7 +115,7 @@ def infer_architecture(tensors):
     """
     def shape(name, dimensions=4):
         if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
-            raise CheckpointError(f'no usable tensor {name}: these are not the weights of a RepLKNet')
+            raise CheckpointError(f'no usable tensor {name}: every RepLKNet has one')
         return tensors[name].shape
 
     stages = _indices(tensors, 'stages')
@@ -124,13 +124,14 @@ def infer_architecture(tensors):
                     'in_channels': shape('stem.0.conv.weight')[1]}
     for stage in range(len(stages)):
         blocks = f'stages.{stage}.blocks'
-        widths = shape(f'{blocks}.0.pw_conv_1.conv.weight'), shape(f'{blocks}.1.pw_conv_1.conv.weight')
+        width, channels = shape(f'{blocks}.0.pw_conv_1.conv.weight')[:2]
+        if stage == 0:
+            architecture['dw_ratio'] = width / channels
+            architecture['ffn_ratio'] = shape(f'{blocks}.1.pw_conv_1.conv.weight')[0] / channels
         branch = 'large_kernel_reparam' if merged else 'large_kernel_origin.conv'
         architecture['large_kernel_sizes'].append(shape(f'{blocks}.0.large_kernel.{branch}.weight')[-1])
         architecture['layers'].append((len(_indices(tensors, blocks)) + 1) // 2)
-        architecture['channels'].append(widths[0][1])
-        architecture.setdefault('dw_ratio', widths[0][0] / widths[0][1])
-        architecture.setdefault('ffn_ratio', widths[1][0] / widths[1][1])
+        architecture['channels'].append(channels)
     if not stages:
         raise CheckpointError('no stages: these are not the weights of a RepLKNet')
     small = 'stages.0.blocks.0.large_kernel.small_kernel_conv.conv.weight'
