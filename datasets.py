@@ -4,6 +4,7 @@ A data folder holds `train_list.txt` and `val_list.txt` with one 'relative/path 
 
 Every random draw is a function of (seed, epoch, image) or of (seed, epoch), never of a worker or a process.
 """
+import codecs
 import os
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from errors import UserError
 from transforms import eval_transform, train_transform
-from utils import logger, random_generator
+from utils import device_count, logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
@@ -35,6 +36,7 @@ def decode_image(path):
     try:
         with open(path, 'rb') as file:
             image = Image.open(file)
+            image.info.pop('transparency', None)  # goes with the alpha channel; Pillow would warn
             if image.mode.startswith('I'):
                 # 16-bit grey: Pillow's own conversion would clip at 255
                 high_byte = np.asarray(image, dtype=np.int64) >> 8
@@ -86,6 +88,8 @@ class ImageNet2012Dataset(paddle.io.Dataset):
                                     'train_list.txt and val_list.txt') from None
         paths, labels = [], []
         with file:
+            if file.read(3) != codecs.BOM_UTF8:
+                file.seek(0)
             for number, line in enumerate(file, 1):
                 fields = line.strip().rsplit(None, 1)
                 if len(fields) != 2 or not fields[1].lstrip(b'-').isdigit():
@@ -287,7 +291,7 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
         sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
     workers = config.DATA.NUM_WORKERS
     image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2
-    processes = min(world_size, paddle.device.cuda.device_count() or world_size)  # on this machine
+    processes = min(world_size, device_count('gpu') or world_size)  # on this machine
     # one batch in each worker's hands beside those in flight
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes
     shared = _free_shared_memory() > needed

@@ -1,4 +1,7 @@
 """What the main scripts share: settings from the command line, processes, and how a run ends."""
+import contextlib
+import io
+import logging
 import os
 import sys
 import tempfile
@@ -70,7 +73,8 @@ def run_in_this_process(config, device):
     """One process of a run; of several when Paddle's launcher or `run_in_processes` has started it."""
     launched = int(os.environ.get('PADDLE_TRAINERS_NUM', '1')) > 1
     if launched:
-        dist.init_parallel_env()
+        with contextlib.redirect_stderr(io.StringIO()):  # Paddle lists its own flags there
+            dist.init_parallel_env()
     paddle.set_device('cpu' if device == 'cpu' else f'{device}:{dist.ParallelEnv().device_id}')
     utils.setup_logging(verbose=utils.is_main())
     run(config, device)
@@ -86,6 +90,7 @@ def run_in_processes(config, device):
     if device == 'cpu':
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, utils.cpu_cores() // count)))
     with tempfile.TemporaryDirectory() as folder:
+        logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
         context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)

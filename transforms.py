@@ -83,10 +83,11 @@ def _centre_crop(image, width, height):
 
 def normalize(image, mean, std):
     """RGB picture -> float32 array [3, H, W], (value / 255 - mean) / std."""
-    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order='C')
+    pixels /= 255
     pixels -= np.asarray(mean, np.float32).reshape(3, 1, 1)
     pixels /= np.asarray(std, np.float32).reshape(3, 1, 1)
-    return np.ascontiguousarray(pixels)
+    return pixels
 
 
 def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.0, color_jitter=0.4,

@@ -1,0 +1,173 @@
+"""One epoch and one evaluation: what is counted, averaged, skipped and stopped."""
+import math
+import types
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from config import get_config
+from ema import ModelEMA
+from engine import MAX_SKIPPED_STEPS, Amp, accuracy_line, evaluate, train_one_epoch
+from errors import TrainingStopped
+from optim import build_optimizer, parameter_groups
+
+CPU = Amp(get_config(), 'cpu')
+
+
+def linear(classes=3):
+    paddle.seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
+
+
+def batches(sizes, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(paddle.to_tensor(rng.standard_normal((n, 3, 2, 2), 'float32')),
+             paddle.to_tensor(rng.integers(0, classes, n))) for n in sizes]
+
+
+def train(model, loader, lr=0.1, optimizer=None, **kwargs):
+    optimizer = optimizer or build_optimizer('sgd', parameter_groups(model, 0.0))
+    kwargs = {'epoch': 1, 'first_step': 0, 'lr_at': lambda step: lr, 'amp': CPU, **kwargs}
+    return train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, **kwargs)
+
+
+@pytest.mark.parametrize(('sizes', 'accum'), [([2] * 6, 3), ([2] * 5, 2), ([2] * 7, 4), ([2], 4)])
+def test_accumulated_gradients_are_those_of_the_joined_batch(sizes, accum):
+    loader = batches(sizes)
+    accumulated, joined = linear(), linear()
+    metrics = train(accumulated, loader, accum_iter=accum)
+    groups = [loader[i:i + accum] for i in range(0, len(loader), accum)]
+    train(joined, [tuple(paddle.concat(parts) for parts in zip(*group)) for group in groups])
+    assert metrics['steps'] == len(groups) == math.ceil(len(sizes) / accum)
+    for a, b in zip(accumulated.parameters(), joined.parameters()):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+
+
+def test_learning_rate_is_set_per_optimizer_step():
+    seen = []
+    metrics = train(linear(), batches([2] * 5), accum_iter=2, first_step=7, lr_at=lambda s: seen.append(s) or s * 0.01)
+    assert seen == [7, 8, 9]
+    assert metrics['lr'] == pytest.approx(0.09)
+
+
+def test_loss_is_the_mean_over_images():
+    loader = batches([4, 4, 2])
+    model = linear()
+    expected = sum(float(nn.functional.cross_entropy(model(x), y)) * len(y) for x, y in loader) / 10
+    metrics = train(model, loader, lr=0.0)
+    assert metrics['loss'] == pytest.approx(expected, rel=1e-6)
+    assert metrics['images'] == 10 and metrics['skipped'] == 0
+
+
+@pytest.mark.parametrize('decays', [1, 2])
+def test_gradients_are_clipped_by_the_norm_of_all_of_them(decays):
+    model = linear()
+    loader = [(x * 100, y) for x, y in batches([4])]
+    before = [p.numpy() for p in model.parameters()]
+    groups = parameter_groups(model, 0.0) if decays == 1 else [
+        {'params': [p], 'weight_decay': 0.0, 'learning_rate': 1.0} for p in model.parameters()]
+    train(model, loader, lr=1.0, optimizer=build_optimizer('sgd', groups), grad_clip=0.5)
+    moved = np.concatenate([(p.numpy() - b).ravel() for p, b in zip(model.parameters(), before)])
+    assert np.linalg.norm(moved) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step():
+    loader = batches([2, 2, 2])
+    loader[1] = (loader[1][0] * math.nan, loader[1][1])
+    model = linear()
+    with pytest.raises(TrainingStopped, match=r'step 11 \(epoch 3\).*rank 0'):
+        train(model, loader, first_step=10, epoch=3)
+    assert all(np.isfinite(p.numpy()).all() for p in model.parameters())  # the bad step was not applied
+
+
+class FakeScaler:
+    """Loss scaling whose steps overflow as told; Paddle's own does nothing on the CPU."""
+
+    def __init__(self, overflows):
+        self.overflows, self._found_inf, self.applied = iter(overflows), False, 0
+
+    def scale(self, loss):
+        return loss * 1024
+
+    def unscale_(self, optimizer):
+        self._found_inf = next(self.overflows)
+        for group in optimizer._param_groups:
+            for parameter in group['params']:
+                parameter.grad.set_value(parameter.grad / 1024)
+
+    def step(self, optimizer):
+        if not self._found_inf:
+            self.applied += 1
+            optimizer.step()
+
+    def update(self):
+        pass
+
+
+def test_overflowing_steps_are_skipped_counted_and_kept_out_of_the_average():
+    scaled, plain = linear(), linear()
+    ema = types.SimpleNamespace(calls=0)
+    ema.update = lambda model: setattr(ema, 'calls', ema.calls + 1)
+    loader = batches([2] * 4)
+    metrics = train(scaled, loader, scaler=FakeScaler([False, True, False, True]), ema=ema)
+    train(plain, [loader[0], loader[2]])
+    assert (metrics['steps'], metrics['skipped'], ema.calls) == (4, 2, 2)
+    for a, b in zip(scaled.parameters(), plain.parameters()):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+
+
+def test_a_loss_that_overflows_under_scaling_does_not_stop_the_run():
+    loader = batches([2, 2])
+    loader[0] = (loader[0][0] * math.inf, loader[0][1])
+    assert train(linear(), loader, scaler=FakeScaler([True, False]))['skipped'] == 1
+
+
+def test_a_run_that_only_overflows_stops():
+    with pytest.raises(TrainingStopped, match='in a row overflowed'):
+        train(linear(), batches([1] * MAX_SKIPPED_STEPS), scaler=FakeScaler([True] * MAX_SKIPPED_STEPS))
+
+
+def test_moving_average_is_updated_once_per_optimizer_step():
+    model = linear()
+    ema = ModelEMA(model, 0.5)
+    start = model[1].weight.numpy()
+    train(model, batches([2] * 4), accum_iter=4, ema=ema)
+    np.testing.assert_allclose(ema.module[1].weight.numpy(), (start + model[1].weight.numpy()) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize('classes', [2, 3, 5, 8])
+def test_evaluation_counts_top_1_and_top_5(classes):
+    model = linear(classes)
+    loader = batches([4, 4, 3], classes)
+    metrics = evaluate(model, loader, 11, CPU)
+    logits = np.concatenate([model(x).numpy() for x, _ in loader]).astype('float64')
+    labels = np.concatenate([y.numpy() for _, y in loader])
+    order = np.argsort(-logits, axis=1)
+    shifted = logits - logits.max(1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(11), labels]
+    assert metrics['acc1'] == pytest.approx(100 * (order[:, 0] == labels).mean())
+    assert metrics['acc5'] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).mean())
+    assert metrics['loss'] == pytest.approx(losses.mean(), rel=1e-5)
+    assert metrics['images'] == 11
+
+
+def test_evaluation_of_another_number_of_images_than_the_dataset_has_is_an_error():
+    with pytest.raises(RuntimeError, match='11 images of a dataset of 12'):
+        evaluate(linear(), batches([11]), 12, CPU)
+
+
+def test_accuracy_line_has_its_fixed_form():
+    metrics = {'acc1': 97.5, 'acc5': 100 * 359 / 360, 'loss': 0.12341, 'images': 360}
+    assert accuracy_line(metrics) == 'Acc@1 97.500 Acc@5 99.722 loss 0.1234 images 360'
+
+
+def test_mixed_precision_on_the_cpu_is_off_and_said_once(monkeypatch):
+    lines = []
+    monkeypatch.setattr('utils.logger.info', lines.append)
+    config = get_config(None, ['AMP', 'True'])
+    amps = [Amp(config, 'cpu') for _ in range(2)]
+    assert not any(amp.enabled for amp in amps)
+    assert [amp.scaler() for amp in amps] == [None, None]
+    assert len(lines) == 1 and 'float32' in lines[0]

@@ -1,0 +1,237 @@
+"""The main scripts as a user runs them: real processes, real files, one and several ranks."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from safe_load import read_checkpoint
+
+LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+$', re.M)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, run_script, list_dataset, tiny_yaml):
+    """Folders of a whole run of two epochs in one process and of one in two processes, with the output of each."""
+    runs = {}
+    for count, script in ((1, 'main_single_gpu.py'), (2, 'main_multi_gpu.py')):
+        folder = tmp_path_factory.mktemp('runs') / f'run{count}'
+        done = run_script(script, f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={folder}', '-device=cpu',
+                          '-accum_iter=2', '-opts', 'SAVE_FREQ', '1')
+        assert done.returncode == 0, done.stderr
+        runs[count] = (folder, done.stdout)
+    return runs
+
+
+def assert_same(a, b, where=''):
+    """Two checkpoints hold the same bytes."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert set(a) == set(b), where
+        for key in a:
+            assert_same(a[key], b[key], f'{where}/{key}')
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), where
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
+    folder, output = trained[count]
+    assert {'config.yaml', 'log.txt', 'metrics.jsonl', 'last.pdparams', 'best.pdparams', 'best_ema.pdparams',
+            'epoch_0001.pdparams', 'epoch_0002.pdparams'} == set(os.listdir(folder))
+    assert len(LINE.findall(output)) == 4  # two epochs, model and EMA
+    assert all(line.endswith('images 11') for line in LINE.findall(output))
+    records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [(r['event'], r['epoch'], r.get('weights')) for r in records] == [
+        (event, epoch, weights) for epoch in (1, 2)
+        for event, weights in (('train', None), ('eval', 'model'), ('eval', 'model_ema'))]
+    steps = 3 if count == 1 else 2  # 13 images: 6 micro-batches of 2, or 3 global ones of 2 x 2; two per step
+    assert [r['step'] for r in records if r['event'] == 'train'] == [steps, 2 * steps]
+    assert records[0]['images'] == 12
+    log = (folder / 'log.txt').read_text()
+    assert 'parameters' in log and 'images/s' in log and 'eta' in log and 'Acc@1' in log
+    assert ('averaged over the processes' in log) == (count == 2)
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_resuming_continues_as_if_never_stopped(trained, run_script, list_dataset, tmp_path, count):
+    folder, _ = trained[count]
+    again = tmp_path / 'again'
+    done = run_script('main_single_gpu.py' if count == 1 else 'main_multi_gpu.py', '-device=cpu',
+                      f'-resume={folder}/epoch_0001.pdparams', f'-data_path={list_dataset}', f'-output={again}')
+    assert done.returncode == 0, done.stderr
+    assert_same(read_checkpoint(again / 'last.pdparams'), read_checkpoint(folder / 'last.pdparams'))
+
+
+def test_resuming_in_place_appends_to_the_run(trained, run_script, list_dataset, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name in ('config.yaml', 'metrics.jsonl'):
+        (folder / name).write_bytes((trained[1][0] / name).read_bytes())
+    (folder / 'last.pdparams').write_bytes((trained[1][0] / 'epoch_0001.pdparams').read_bytes())
+    done = run_script('main_single_gpu.py', '-device=cpu', f'-resume={folder}', f'-data_path={list_dataset}')
+    assert done.returncode == 0, done.stderr
+    assert (folder / 'metrics.jsonl').read_text().count('\n') == 9
+    assert read_checkpoint(folder / 'last.pdparams')['epoch'] == 2
+
+
+@pytest.mark.parametrize('which', ['best', 'best_ema'])
+def test_evaluation_is_the_same_for_any_number_of_processes(trained, run_script, list_dataset, which):
+    folder, _ = trained[2]
+    lines = []
+    for count in (1, 2, 3):
+        done = run_script('main_multi_gpu.py', '-eval', f'-pretrained={folder}/{which}.pdparams', '-device=cpu',
+                          f'-data_path={list_dataset}', '-nprocs', count)
+        assert done.returncode == 0, done.stderr
+        lines.append(done.stdout.splitlines()[-1])
+    assert LINE.match(lines[0]) and lines == [lines[0]] * 3
+    records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    weights = {'best': 'model', 'best_ema': 'model_ema'}[which]
+    best = max(r['acc1'] for r in records if r.get('weights') == weights)
+    assert f'Acc@1 {best:.3f} ' in lines[0]
+
+
+def test_paddle_s_launcher_starts_the_same_run(trained, list_dataset, tiny_yaml, tmp_path):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run(
+        [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2', '--log_dir', str(tmp_path / 'log'),
+         f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
+         '-device=cpu', '-accum_iter=2', '-opts', 'SAVE_FREQ', '1'],
+        capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(read_checkpoint(tmp_path / 'run/last.pdparams')['model'],
+                read_checkpoint(trained[2][0] / 'last.pdparams')['model'])
+
+
+@pytest.mark.parametrize('recompute', ['plain', 'recompute'])
+def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, tmp_path, recompute):
+    done = run_script('tests/two_process_gradients.py', tmp_path / 'out', recompute, PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stderr
+    one, first, second = (np.load(f'{tmp_path}/out.{name}.npz') for name in ('one', '0', '1'))
+    for name in (n for n in one if n.startswith('weight/')):
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+        np.testing.assert_allclose(first[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert first['images'] == one['images'] == 20
+    np.testing.assert_allclose(first['loss'], one['loss'], rtol=1e-5)
+    np.testing.assert_allclose(first['mean'], [1.5, 2.5])
+    np.testing.assert_allclose(second['mean'], [1.5, 2.5])
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_loss_that_is_not_finite_stops_every_rank_in_one_line(run_script, list_dataset, tiny_yaml, tmp_path, count):
+    began = time.monotonic()
+    done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
+                      '-device=cpu', '-nprocs', count, '-opts', 'TRAIN.BASE_LR', '1e30', 'TRAIN.WARMUP_EPOCHS', '0')
+    assert done.returncode == 1
+    assert re.fullmatch(r'step \d+ \(epoch 1\): the loss is not finite on rank [01](, 1)?, lr .*\n', done.stderr)
+    assert not (tmp_path / 'run/last.pdparams').exists()
+    assert time.monotonic() - began < 60
+
+
+def test_a_killed_rank_takes_the_others_down(list_dataset, tiny_yaml, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
+         f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        for line in process.stdout:
+            if 'epoch 2' in line:
+                break
+        children = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(process.pid)], capture_output=True,
+                                  text=True).stdout.splitlines()
+        ranks = [int(c.split()[0]) for c in children if 'spawn_main' in c]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert 'process 1 ended with signal 9; the others were stopped' in errors
+    finally:
+        process.kill()
+
+
+def mistakes(folder, dataset, yaml):
+    """(name, flags, words of the message)"""
+    half = folder / 'half'
+    half.mkdir()
+    (half / 'val_list.txt').write_text('nothing here.jpg 0\n')
+    bad = folder / 'bad'
+    bad.mkdir()
+    (bad / 'val_list.txt').write_text(f'{dataset}/val/class 0/0.jpg 4\n')
+    junk = folder / 'junk.pdparams'
+    junk.write_bytes(b'junk' * 10)
+    base = [f'-cfg={yaml}', f'-data_path={dataset}', '-device=cpu']
+    yield 'no config', ['-data_path=x'], '-cfg is missing'
+    yield 'config not there', ['-cfg=nowhere.yaml'], 'nowhere.yaml: no such config file'
+    yield 'flag', [*base, '-batchsize=2'], 'unrecognized arguments: -batchsize=2'
+    yield 'flag value', [*base, '-batch_size=two'], "invalid int value: 'two'"
+    yield 'no list', [f'-cfg={yaml}', f'-data_path={folder}', '-device=cpu'], 'val_list.txt: no such list file'
+    yield 'no picture', [f'-cfg={yaml}', f'-data_path={half}', '-device=cpu'], 'val_list.txt:1: '
+    yield 'label', [f'-cfg={yaml}', f'-data_path={bad}', '-device=cpu'], 'val_list.txt:1: label 4 is out of range'
+    yield 'weights not there', [*base, '-eval', '-pretrained=no.pdparams'], 'no.pdparams'
+    yield 'weights damaged', [*base, '-eval', f'-pretrained={junk}'], 'junk.pdparams'
+    yield 'nothing to evaluate', [*base, '-eval'], '-eval needs weights'
+    yield 'batch too large', [*base, '-batch_size=100'], 'fewer than one global batch'
+    yield 'policy', [*base, '-opts', 'TRAIN.AUTO_AUGMENT', 'rand-x9'], 'rand-x9'
+    yield 'device', [f'-cfg={yaml}', f'-data_path={dataset}', '-device=gpu'], '-device=gpu'
+
+
+def test_a_mistake_is_one_line_with_status_2(run_script, list_dataset, tiny_yaml, tmp_path):
+    for name, flags, words in mistakes(tmp_path, list_dataset, tiny_yaml):
+        done = run_script('main_single_gpu.py', f'-output={tmp_path}/run', *flags)
+        assert done.returncode == 2, f'{name}: {done.stdout}{done.stderr}'
+        assert words in done.stderr and done.stderr.count('\n') == 1, f'{name}: {done.stderr}'
+        assert not (tmp_path / 'run').exists(), name
+
+
+def test_several_processes_report_a_mistake_once(run_script, tiny_yaml, tmp_path):
+    done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={tmp_path}', '-device=cpu',
+                      f'-output={tmp_path}/run')
+    assert done.returncode == 2
+    assert done.stderr.count('\n') == 1 and 'no such list file' in done.stderr
+
+
+def test_a_picture_that_is_damaged_later_stops_with_its_line(run_script, tiny_yaml, tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(b'\xff\xd8 no picture')
+    (tmp_path / 'train_list.txt').write_text('a.jpg 0\n' * 4)
+    (tmp_path / 'val_list.txt').write_text('a.jpg 0\n')
+    for workers in (0, 1):
+        done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={tmp_path}', '-device=cpu',
+                          f'-output={tmp_path}/run{workers}', '-num_workers', workers)
+        assert done.returncode == 2
+        assert done.stderr.count('\n') == 1 and re.search(r'train_list.txt:\d: .*a.jpg', done.stderr), done.stderr
+
+
+def test_another_run_s_folder_is_never_written(trained, run_script, list_dataset, tiny_yaml):
+    folder, _ = trained[1]
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={folder}')
+    assert done.returncode == 2 and 'holds a run already' in done.stderr
+    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['-last_epoch=2'], 'is of epoch 1, -last_epoch says 2'),
+    (['-opts', 'MODEL.CHANNELS', '[4,6,8,12]'], 'the weights do not fit the model'),
+    (['-opts', 'TRAIN.NUM_EPOCHS', '1'], 'all 1 epochs are done')])
+def test_a_checkpoint_that_does_not_fit_is_not_resumed(trained, run_script, list_dataset, tmp_path, flags, words):
+    done = run_script('main_single_gpu.py', f'-resume={trained[1][0]}/epoch_0001.pdparams', '-device=cpu',
+                      f'-data_path={list_dataset}', f'-output={tmp_path}/run', *flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_fine_tuning_to_other_classes_drops_the_head_and_says_so(trained, run_script, list_dataset, tmp_path):
+    flags = [f'-pretrained={trained[1][0]}/best.pdparams', f'-data_path={list_dataset}', '-device=cpu']
+    classes = ['-opts', 'MODEL.NUM_CLASSES', '6', 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.MIXUP_PROB', '0']
+    done = run_script('main_single_gpu.py', *flags, f'-output={tmp_path}/run', *classes)
+    assert done.returncode == 0, done.stderr
+    assert 'head of 4 classes is dropped' in done.stdout
+    done = run_script('main_single_gpu.py', *flags, '-eval', *classes)
+    assert done.returncode == 2 and 'head.weight' in done.stderr
