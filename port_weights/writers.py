@@ -6,6 +6,7 @@ tensors, and no copy of the weights is made.
 import contextlib
 import json
 import os
+import secrets
 import struct
 import zipfile
 
@@ -22,9 +23,10 @@ def atomic_file(path):
     Processes that write the same path at once each write a file of their own; the last one to end stays.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
+    # process ids repeat among the machines that share a folder
+    temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(8)}.tmp')
     try:
-        with open(temporary, 'wb') as file:
+        with open(temporary, 'xb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

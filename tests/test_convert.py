@@ -238,6 +238,16 @@ def test_expected_shapes_are_those_of_the_model(merged):
     assert inferred == {**arguments, 'in_channels': 3, 'small_kernel': 0 if merged else 3}
 
 
+@pytest.mark.parametrize('dw_ratio, ffn_ratio, channels', [
+    (0.29, 4, [100, 7]), (1.3, 0.7, [7, 30]), (7 / 3, 3.3, [3, 9])])
+def test_ratios_that_round(dw_ratio, ffn_ratio, channels):
+    model = {'large_kernel_sizes': [5, 3], 'layers': [1, 1], 'channels': channels, 'small_kernel': 0,
+             'dw_ratio': dw_ratio, 'ffn_ratio': ffn_ratio, 'num_classes': None}
+    shapes = expected_shapes(model)
+    inferred = infer_architecture({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
+    assert expected_shapes(inferred) == shapes
+
+
 # ---- what others read
 
 def test_paddle_load_reads_pdparams(golden, tmp_path):
@@ -294,7 +304,7 @@ def test_command(golden, tmp_path, dashes):
 def damaged(tiny, kind):
     state = dict(tiny)
     if kind == 'missing':
-        del state['stages.2.blocks.1.pw1.conv.weight']
+        del state['stages.2.blocks.3.pw1.conv.weight']
     elif kind == 'surplus':
         state['stages.2.blocks.1.extra.weight'] = np.zeros(3, 'f4')
     elif kind == 'shape':
@@ -311,7 +321,7 @@ def damaged(tiny, kind):
 
 
 @pytest.mark.parametrize('kind, message', [
-    ('missing', '1 missing: stages.2.blocks.1.pw_conv_1.conv.weight; nothing was written'),
+    ('missing', '1 missing: stages.2.blocks.3.pw_conv_1.conv.weight; nothing was written'),
     ('surplus', '1 surplus: stages.2.blocks.1.extra.weight; nothing was written'),
     ('shape', '1 of a wrong shape: transitions.0.1.conv.weight [16, 1, 5, 5], not [16, 1, 3, 3]; nothing was written'),
     ('stage', 'no usable tensor'), ('others', 'no usable tensor stem.0.conv.weight'), ('integers', 'int64'),
