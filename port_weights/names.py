@@ -187,7 +187,7 @@ def _choose_head(state, names, dropped, head, official):
         def classes(sources):
             shapes = [state[s].shape for s, name in sources.items() if name == 'head.weight' and state[s].ndim == 2]
             return f' ({shapes[0][0 if official else 1]} classes)' if shapes else ''
-        raise CheckpointError('has several heads: choose with --head one of ' + ', '.join(
+        raise CheckpointError('has several heads: choose with convert.py -head one of ' + ', '.join(
             f'{name}{classes(sources)}' for name, sources in heads.items()) + ' or none')
     if head not in (None, 'none', *heads):
         raise CheckpointError(f"has no head {head!r}; it has {', '.join(heads) or 'none'}")
