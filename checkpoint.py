@@ -4,7 +4,6 @@ A checkpoint is one file, a pickle of plain values and numpy arrays under struct
 as well: `model`, `model_ema`, `optimizer`, `scaler`, `epoch` and `step` (both counted as done), `best`, `config`, and
 `weights_key`, which names the entry that stands for the file where one set of weights is wanted.
 """
-import os
 import pickle
 import re
 
@@ -12,29 +11,16 @@ import numpy as np
 import paddle
 
 from errors import UserError
+from files import atomic_file
 from safe_load import read_checkpoint
 
 FORMAT = 1
 
 
 def save_checkpoint(path, state):
-    """Writes `state` beside `path`, flushes it to disk and moves it into place; a crash leaves the old file whole."""
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            pickle.dump({'format': FORMAT, **state}, file, protocol=4)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the move itself
-    finally:
-        os.close(handle)
+    """Writes `state` so that a crash leaves the old file whole."""
+    with atomic_file(path) as file:
+        pickle.dump({'format': FORMAT, **state}, file, protocol=4)
 
 
 def read_run_checkpoint(path):

@@ -209,15 +209,14 @@ def get_arguments(description, argv=None):
 _PER_CALL = ('SAVE', 'EVAL', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
 
 
-def save_config(config, path):
-    """Writes the settings as YAML that `-cfg` reads back, without those that belong to one call only."""
+def config_text(config):
+    """The settings as YAML that `-cfg` reads back, without those that belong to one call only."""
     lasting = config.clone()
     lasting.defrost()
     for key in _PER_CALL:
         group, name = _group(lasting, key)
         group[name] = _get(_C, key, '')
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(lasting.dump())
+    return lasting.dump()
 
 
 def _merge_file(config, path, origins, including):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import checkpoint
 import utils
+from config import config_text
 from datasets import get_dataloader, get_dataset
 from ema import ModelEMA
 from errors import TrainingStopped, UserError
@@ -346,7 +347,7 @@ def _train(config, device, amp, folder, model, state, val_set):
         folder.claim()
     metrics = {}
     for epoch in range(epochs_done + 1, train.NUM_EPOCHS + 1):
-        train_loader.batch_sampler.set_epoch(epoch)
+        train_loader.set_epoch(epoch)
         trained = train_one_epoch(
             wrapped, train_loader, criterion, optimizer, epoch=epoch, first_step=step, lr_at=lr_at, amp=amp,
             scaler=scaler, ema=ema, mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
@@ -426,7 +427,7 @@ def _build_model(config):
 def _state(config, model, ema, optimizer, scaler, epoch, step, best):
     """The state of a run after `epoch` epochs, for `checkpoint.save_checkpoint`."""
     state = {'model': checkpoint.model_arrays(model), 'optimizer': checkpoint.optimizer_arrays(optimizer, model),
-             'epoch': epoch, 'step': step, 'best': best, 'config': config.dump()}
+             'epoch': epoch, 'step': step, 'best': best, 'config': config_text(config)}
     if ema is not None:
         state['model_ema'] = checkpoint.model_arrays(ema.module)
     if scaler is not None:

@@ -9,6 +9,7 @@
     features = backbone(images)                     # four maps at strides 4, 8, 16, 32
 """
 import contextlib
+import itertools
 
 import numpy as np
 import paddle
@@ -201,18 +202,25 @@ def _recompute(block, x):
     """`block(x)` whose activations are not kept but computed again for the gradients."""
     from paddle.distributed.fleet.utils import recompute
 
+    passes = itertools.count()
+    random_state = paddle.get_rng_state()
+
     def forward(x):
-        # the second pass, which runs with gradients on, must not move the running statistics once more
-        with _frozen_statistics(block) if paddle.is_grad_enabled() else contextlib.nullcontext():
+        with _as_before(block, random_state) if next(passes) else contextlib.nullcontext():
             return block(x)
 
-    return recompute(forward, x) if paddle.is_grad_enabled() else block(x)
+    # The reentrant kind runs a backward pass inside the backward pass, which DataParallel does not bear; and Paddle
+    # 2.6 cannot preserve the random state on the CPU.
+    return recompute(forward, x, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextlib.contextmanager
-def _frozen_statistics(layer):
+def _as_before(layer, random_state):
+    """For a second pass: the random draws of the first, and running statistics that do not move once more."""
     norms = [m for m in layer.sublayers() if isinstance(m, (nn.BatchNorm2D, nn.SyncBatchNorm))]
     momenta = [norm._momentum for norm in norms]
+    current = paddle.get_rng_state()
+    paddle.set_rng_state(random_state)
     for norm in norms:
         norm._momentum = 1.0  # running = 1 * running + 0 * batch
     try:
@@ -220,6 +228,7 @@ def _frozen_statistics(layer):
     finally:
         for norm, momentum in zip(norms, momenta):
             norm._momentum = momentum
+        paddle.set_rng_state(current)
 
 
 class RepLKNet(nn.Layer):

@@ -5,8 +5,9 @@ import time
 
 import utils
 from checkpoint import save_checkpoint
-from config import save_config
+from config import config_text
 from errors import UserError
+from files import atomic_file
 from utils import logger
 
 LAST = 'last.pdparams'
@@ -63,8 +64,8 @@ class RunFolder:
                     os.close(os.open(config_file, os.O_CREAT | os.O_EXCL))
                     self.own = True
                 self._refuse_if_taken()
-            save_config(self.config, config_file + '.tmp')
-            os.replace(config_file + '.tmp', config_file)
+            with atomic_file(config_file) as file:
+                file.write(config_text(self.config).encode())
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None

@@ -105,7 +105,7 @@ def setup_logging(verbose):
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%m-%d %H:%M:%S'))
     logger.addHandler(console)
-    logger.addHandler(logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+    logger.addHandler(logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1))
 
 
 def log_to_file(path):
@@ -116,6 +116,7 @@ def log_to_file(path):
     for handler in logger.handlers[:]:
         if isinstance(handler, logging.handlers.MemoryHandler):
             handler.setTarget(file)
+            handler.flush()
             handler.close()
             logger.removeHandler(handler)
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from config import ConfigError, get_arguments, get_config, save_config, update_config
+from config import ConfigError, config_text, get_arguments, get_config, update_config
 
 CONFIGS = sorted(Path('configs').glob('*.yaml'))
 
@@ -61,8 +61,7 @@ def test_later_sources_win(tmp_path):
 def test_written_settings_are_read_back(tmp_path):
     config = get_config('configs/replknet_xl_73m1k_320.yaml', ['SAVE', 'x', 'EVAL', 'True'])
     config.freeze()
-    save_config(config, tmp_path / 'config.yaml')
-    again = get_config(tmp_path / 'config.yaml')
+    again = get_config(write(tmp_path, 'config.yaml', config_text(config)))
     assert (again.SAVE, again.EVAL) == ('', False)  # they belong to one call of a script
     assert again.MODEL == config.MODEL and again.TRAIN == config.TRAIN and again.DATA == config.DATA
 

@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {'errors', 'paddle_env', 'config', 'utils'},
+    {'errors', 'files', 'paddle_env', 'config', 'utils'},
     {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},

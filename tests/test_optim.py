@@ -48,7 +48,8 @@ def test_no_weight_decay_on_norms_biases_and_other_1d_parameters():
     decayed = {p.name for g in parameter_groups(model, 0.05) if g['weight_decay'] for p in g['params']}
     for name, parameter in model.named_parameters():
         if not parameter.stop_gradient:
-            assert (parameter.name in decayed) == (name.endswith('.weight') and 'norm' not in name and '_bn' not in name)
+            is_matrix = name.endswith('.weight') and 'norm' not in name and '_bn' not in name
+            assert (parameter.name in decayed) == is_matrix, name
 
 
 def test_every_trained_parameter_is_in_one_group():

@@ -218,7 +218,7 @@ def test_another_run_s_folder_is_never_written(trained, run_script, list_dataset
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
-    (['-last_epoch=2'], 'is of epoch 1, -last_epoch says 2'),
+    (['-last_epoch=2', '-opts', 'TRAIN.NUM_EPOCHS', '3'], 'is of epoch 1, -last_epoch says 2'),
     (['-opts', 'MODEL.CHANNELS', '[4,6,8,12]'], 'the weights do not fit the model'),
     (['-opts', 'TRAIN.NUM_EPOCHS', '1'], 'all 1 epochs are done')])
 def test_a_checkpoint_that_does_not_fit_is_not_resumed(trained, run_script, list_dataset, tmp_path, flags, words):

@@ -1,0 +1,199 @@
+// Vectors of float for the machine this is compiled for, and the way between them and float32/bfloat16/float16 memory.
+// Only GCC/clang vector extensions: AVX-512, AVX and any other target (NEON, SSE) come from the same source.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#define DW_INLINE __attribute__((always_inline)) inline
+
+namespace dwconv {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+DW_INLINE Vec splat(float value) { return Vec{} + value; }
+
+// ---- kLanes consecutive elements, at any address ----
+
+DW_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+DW_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+
+DW_INLINE Bits load_half(const void* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof(h));
+  return __builtin_convertvector(h, Bits);
+}
+
+DW_INLINE void store_half(void* p, Bits bits) {
+  Half h = __builtin_convertvector(bits, Half);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+DW_INLINE Vec load(const bfloat16* p) { return (Vec)(load_half(p) << 16); }
+
+DW_INLINE void store(bfloat16* p, Vec v) {  // round to nearest even, NaN stays NaN
+  Bits u = (Bits)v;
+  Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  store_half(p, (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+DW_INLINE Vec load(const float16* p) {
+  Bits h = load_half(p), u = h & 0x7fffu;
+  Bits normal = (u << 13) + 0x38000000u;
+  Bits special = (u << 13) | 0x7f800000u;                                // Inf, NaN
+  Bits tiny = (Bits)(__builtin_convertvector((Ints)u, Vec) * 0x1p-24f);  // subnormal half
+  return (Vec)((u < 0x400u ? tiny : u >= 0x7c00u ? special : normal) | ((h & 0x8000u) << 16));
+}
+
+DW_INLINE void store(float16* p, Vec v) {  // round to nearest even, NaN stays NaN, overflow becomes Inf
+  Bits sign = ((Bits)v >> 16) & 0x8000u, u = (Bits)v & 0x7fffffffu;
+  Bits normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  Bits tiny = (Bits)((Vec)u + splat(0.5f)) - 0x3f000000u;  // 0.5 has a unit in the last place of 2^-24
+  Bits special = u > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  store_half(p, sign | (u < 0x38800000u ? tiny : u >= 0x47800000u ? special : normal));
+}
+
+// The first n < kLanes elements only; what lies behind them is not touched.
+template <class T>
+DW_INLINE Vec load_part(const T* p, int n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+DW_INLINE void store_part(T* p, Vec v, int n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+DW_INLINE float to_float(const float* p) { return *p; }
+DW_INLINE float to_float(const bfloat16* p) { return load_part(p, 1)[0]; }
+DW_INLINE float to_float(const float16* p) { return load_part(p, 1)[0]; }
+
+// ---- kLanes planes in memory <-> one vector per pixel ----
+
+#if defined(__clang__)
+#define DW_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DW_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+DW_INLINE void interleave(Vec a, Vec b, Vec* out) {
+#if defined(__AVX512F__)
+  out[0] = DW_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  out[1] = DW_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX__)
+  out[0] = DW_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  out[1] = DW_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  out[0] = DW_SHUFFLE(a, b, 0, 4, 1, 5);
+  out[1] = DW_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Interleaving the two halves of the rows rotates the bits of (row, column) by one; log2(kLanes) rounds swap them.
+DW_INLINE void transpose(Vec* rows) {
+  Vec other[kLanes];
+#pragma GCC unroll 4
+  for (int n = kLanes; n > 1; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; i++) interleave(rows[i], rows[i + kLanes / 2], other + 2 * i);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) rows[i] = other[i];
+  }
+}
+
+// Calls full(i) for windows of kLanes elements that cover [0, count), the last one moved back to overlap the one before,
+// or part() where fewer than kLanes elements are all there is.
+template <class Full, class Part>
+DW_INLINE void for_each_window(int count, Full full, Part part) {
+  if (count < kLanes) return part();
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) full(i);
+  if (i < count) full(count - kLanes);
+}
+
+// `channels` <= kLanes planes of `count` elements -> [count] vectors. Lanes without a channel repeat the last one: what is
+// computed in them is that channel's result once more, so unpack may write it again.
+template <class T>
+inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out) {
+  const T* plane[kLanes];
+  for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
+  for_each_window(
+      count,
+      [&](int i) {
+        Vec rows[kLanes];
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; j++) out[i + j] = rows[j];
+      },
+      [&] {
+        Vec rows[kLanes];
+        for (int c = 0; c < kLanes; c++) rows[c] = load_part(plane[c], count);
+        transpose(rows);
+        for (int j = 0; j < count; j++) out[j] = rows[j];
+      });
+}
+
+// The inverse of pack.
+template <class T>
+inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_stride, int channels) {
+  T* plane[kLanes];
+  for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
+  for_each_window(
+      count,
+      [&](int i) {
+        Vec rows[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; j++) rows[j] = in[i + j];
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; c++) store(plane[c] + i, rows[c]);
+      },
+      [&] {
+        Vec rows[kLanes] = {};
+        for (int j = 0; j < count; j++) rows[j] = in[j];
+        transpose(rows);
+        for (int c = 0; c < channels; c++) store_part(plane[c], rows[c], count);
+      });
+}
+
+// ---- scratch memory, aligned for vectors ----
+
+class Scratch {
+ public:
+  explicit Scratch(std::size_t floats)
+      : data_(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* floats() const { return data_; }
+  Vec* vectors() const { return reinterpret_cast<Vec*>(data_); }
+
+ private:
+  float* data_;
+};
+
+}  // namespace dwconv
