@@ -23,8 +23,9 @@ if not __package__:  # run as a script
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from errors import UserError  # noqa: E402
+from files import atomic_file  # noqa: E402
 from port_weights import names as naming  # noqa: E402
-from port_weights.writers import atomic_file, write_paddle, write_safetensors, write_torch  # noqa: E402
+from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
 from safe_load import CheckpointError, find_weights, read_checkpoint  # noqa: E402
 
 _WRITERS = {'.safetensors': write_safetensors, '.pdparams': write_paddle, '.pth': write_torch}

@@ -12,10 +12,11 @@ import numpy as np
 import paddle
 import pytest
 
+from files import atomic_file
 from port_weights import convert as convert_module
 from port_weights.convert import convert, main
 from port_weights.names import expected_shapes, infer_architecture, map_names, official_names, variant_name
-from port_weights.writers import atomic_file, write_paddle, write_safetensors, write_torch
+from port_weights.writers import write_paddle, write_safetensors, write_torch
 from replknet import RepLKNet
 from safe_load import CheckpointError, find_weights, read_checkpoint
 
