@@ -55,7 +55,8 @@ class Report:
 
     def problems(self):
         """One line, or '' when all tensors fit."""
-        return '; '.join(f'{len(items)} {kind}: {", ".join(items[:4])}{", ..." if len(items) > 4 else ""}'
+        return '; '.join(f'{len(items)} {kind}: {", ".join(items[:4])}'
+                         + (', ... (-report=FILE lists them)' if len(items) > 4 else '')
                          for kind, items in (('missing', self.missing), ('surplus', self.surplus),
                                              ('of a wrong shape', self.misshapen)) if items)
 
@@ -92,7 +93,7 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
         head: which of several heads to keep, 'none' for none.
         names: 'paddle' for this project's names, 'official' for PyTorch's, 'auto': official in .pth.
         verify: load the result into the Paddle model, run it, and go to the official names and back.
-        reference: .npz with logits of the source's model to compare with (needs `verify`), see `_check_reference`.
+        reference: .npz with logits of the source's model to compare with, see `_check_reference`; implies `verify`.
         report: text file for the fate of every tensor, written in case of an error too.
     Returns:
         Report.
@@ -122,7 +123,7 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
         raise CheckpointError(f'{source}: {result.problems()}; nothing was written')
     with atomic_file(destination) as file:
         _WRITERS[extension](file, naming.official_names(tensors) if official else tensors)
-        if verify:
+        if verify or reference is not None:
             file.flush()
             result.checks += _verify(file.name, tensors, result, reference, half, source)
     return result
@@ -240,7 +241,7 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Paddle's notes
             result = convert(args.source, args.destination, args.model, args.key, args.head, args.names,
-                             args.verify or args.reference is not None, args.reference, args.report)
+                             args.verify, args.reference, args.report)
     except (UserError, OSError) as error:
         print(f'convert.py: {error}', file=sys.stderr)
         return 2

