@@ -728,7 +728,8 @@ class _Resolver:
         return Placeholder(f'{owner.name}.{name}')
 
 
-_RENAMED_MODULES = {'__builtin__': 'builtins', 'numpy._core.multiarray': 'numpy.core.multiarray',
+_RENAMED_MODULES = {'__builtin__': 'builtins', 'pathlib._local': 'pathlib',
+                    'numpy._core.multiarray': 'numpy.core.multiarray',
                     'numpy._core.numeric': 'numpy.core.numeric'}
 _FUNCTIONS = {
     'builtins.dict': _Resolver.make_dict, 'collections.OrderedDict': _Resolver.make_dict,

@@ -1,8 +1,12 @@
 """Depthwise convolution at the speed of the machine, up to 63x63 kernels, forward and backward.
 
 `DepthwiseConv2D` replaces `nn.Conv2D(channels, channels, K, stride, K // 2, groups=channels)`; who calls it need not
-know which implementation runs. docs/large_kernel.md describes them.
+know which implementation runs. `python -m large_kernel` builds the C++ operator ahead and says what will be used.
+docs/large_kernel.md describes the implementations.
 """
+import paddle_env  # noqa: F401  must stand before paddle
+from large_kernel.autotune import describe as describe_choices
 from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d
+from large_kernel.extension import BuildError, load_operator
 
-__all__ = ['DepthwiseConv2D', 'depthwise_conv2d']
+__all__ = ['BuildError', 'DepthwiseConv2D', 'depthwise_conv2d', 'describe_choices', 'load_operator']

@@ -1,18 +1,106 @@
 """The depthwise convolution layer and the choice of its implementation."""
 import os
+import warnings
 
+import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from large_kernel import autotune, extension
 from large_kernel.fft import conv_fft
 
+VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
 IMPLEMENTATIONS = ('auto', 'custom', 'fft', 'native')
+MAX_KERNEL = 63
+FFT_FROM = 7  # kernel size from which the FFT is taken without measuring, when a program is traced
+_DTYPES = ('float32', 'float16', 'bfloat16')
 
 
 def conv_native(x, weight, bias, stride):
     """Paddle's own convolution; same arguments and result as `depthwise_conv2d`."""
+    if _on_cpu(x) and _dtype_name(x) != 'float32':  # Paddle has no half-precision convolution on the CPU
+        return conv_native(x.astype('float32'), weight, bias, stride).astype(x.dtype)
     return F.conv2d(x, weight.astype(x.dtype), None if bias is None else bias.astype(x.dtype),
                     stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+def conv_custom(x, weight, bias, stride):
+    """The C++ operator; same arguments and result as `depthwise_conv2d`."""
+    weight = weight.astype(x.dtype)
+    bias = None if bias is None else bias.astype(x.dtype)
+    # A traced program does not know yet who will ask for gradients.
+    traced = not paddle.in_dynamic_mode()
+    return extension.run(x, weight, bias, stride, traced or not x.stop_gradient,
+                         traced or not (weight.stop_gradient and (bias is None or bias.stop_gradient)))
+
+
+_FUNCTIONS = {'custom': conv_custom, 'fft': conv_fft, 'native': conv_native}
+
+
+def _dtype_name(x):
+    return str(x.dtype).split('.')[-1].lower()
+
+
+def _on_cpu(x):
+    if paddle.in_dynamic_mode():
+        return x.place.is_cpu_place()
+    return paddle.device.get_device() == 'cpu'
+
+
+def _check(x, weight, bias, stride):
+    shapes = f'input {list(x.shape)}, weight {list(weight.shape)}'
+    if len(x.shape) != 4:
+        raise ValueError(f'depthwise_conv2d needs an input [N, C, H, W]: {shapes}')
+    if len(weight.shape) != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f'depthwise_conv2d needs a weight [C, 1, K, K]: {shapes}')
+    if weight.shape[2] % 2 == 0 or not 1 <= weight.shape[2] <= MAX_KERNEL:
+        raise ValueError(f'depthwise_conv2d needs an odd kernel of at most {MAX_KERNEL}: {shapes}')
+    if x.shape[1] != weight.shape[0]:
+        raise ValueError(f'depthwise_conv2d needs as many channels in input and weight: {shapes}')
+    if bias is not None and list(bias.shape) != [weight.shape[0]]:
+        raise ValueError(f'depthwise_conv2d needs a bias [C]: bias {list(bias.shape)}, {shapes}')
+    if 0 in x.shape:
+        raise ValueError(f'depthwise_conv2d needs a non-empty input: {shapes}')
+    if stride not in (1, 2):
+        raise ValueError(f'depthwise_conv2d needs stride 1 or 2, not {stride}: {shapes}')
+    if _dtype_name(x) not in _DTYPES:
+        raise ValueError(f'depthwise_conv2d takes {", ".join(_DTYPES)}, not {_dtype_name(x)}: {shapes}')
+
+
+_warned = False
+
+
+def _custom_serves(x):
+    """Whether `auto` takes the C++ operator; warns once where it should but cannot."""
+    global _warned
+    if not _on_cpu(x):
+        return False
+    reason = extension.reason_unavailable()
+    if reason and not _warned:
+        _warned = True
+        warnings.warn(f'the C++ operator for depthwise convolutions is not available, paddle.fft serves instead: '
+                      f'{reason}', RuntimeWarning, stacklevel=4)
+    return reason is None
+
+
+def select(x, weight, stride):
+    """Name of the implementation that will run: LARGE_KERNEL_CONV_IMPL, or for `auto` the C++ operator on the CPU,
+    and where that cannot be had the faster of fft and native, measured once for each shape."""
+    name = os.environ.get(VARIABLE) or 'auto'
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'{VARIABLE}={name}: expected one of {", ".join(IMPLEMENTATIONS)}')
+    if name == 'custom':
+        reason = 'it runs on the CPU only' if not _on_cpu(x) else extension.reason_unavailable()
+        if reason:
+            raise RuntimeError(f'{VARIABLE}=custom: {reason}')
+    if name != 'auto':
+        return name
+    if _custom_serves(x):
+        return 'custom'
+    if not paddle.in_dynamic_mode():
+        return 'fft' if weight.shape[-1] >= FFT_FROM and -1 not in x.shape[2:] else 'native'
+    training = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
+    return autotune.choose({'fft': conv_fft, 'native': conv_native}, x, weight, stride, training)
 
 
 def depthwise_conv2d(x, weight, bias=None, stride=1):
@@ -20,30 +108,50 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16.
-        weight: [C, 1, K, K], K odd.
+        weight: [C, 1, K, K], K odd, at most 63; cast to x's dtype.
         bias: [C] or None.
         stride: 1 or 2.
 
     Returns:
         [N, C, ceil(H / stride), ceil(W / stride)], of x's dtype.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride, or an unknown LARGE_KERNEL_CONV_IMPL.
+        RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built or the input is not on the CPU.
     """
-    name = os.environ.get('LARGE_KERNEL_CONV_IMPL', 'auto')
-    if name == 'native' or -1 in x.shape[2:]:
-        return conv_native(x, weight, bias, stride)
-    return conv_fft(x, weight, bias, stride)
+    _check(x, weight, bias, stride)
+    return _FUNCTIONS[select(x, weight, stride)](x, weight, bias, stride)
+
+
+def _single(value, name):
+    """An int, or a pair of equal ints as nn.Conv2D takes them."""
+    values = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(values) != 1 or not isinstance(next(iter(values)), int):
+        raise ValueError(f'DepthwiseConv2D needs one int as {name}, or the same one twice, not {value}')
+    return values.pop()
 
 
 class DepthwiseConv2D(nn.Conv2D):
     """Drop-in for `nn.Conv2D(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels)`.
 
+    Same parameters, initialisation and state dict; `depthwise_conv2d` computes it.
+
     Args:
         channels: input and output channels.
-        kernel_size: odd, from 1 to 63.
+        kernel_size: odd, at most 63.
         stride: 1 or 2.
         weight_attr, bias_attr: as in `nn.Conv2D`; `bias_attr=False` for no bias.
+
+    Raises:
+        ValueError: an even or too large kernel, another stride.
     """
 
     def __init__(self, channels, kernel_size, stride=1, weight_attr=None, bias_attr=None):
+        kernel_size, stride = _single(kernel_size, 'kernel_size'), _single(stride, 'stride')
+        if kernel_size % 2 == 0 or not 1 <= kernel_size <= MAX_KERNEL:
+            raise ValueError(f'DepthwiseConv2D needs an odd kernel_size of at most {MAX_KERNEL}, not {kernel_size}')
+        if stride not in (1, 2):
+            raise ValueError(f'DepthwiseConv2D needs stride 1 or 2, not {stride}')
         super().__init__(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels,
                          weight_attr=weight_attr, bias_attr=bias_attr)
 

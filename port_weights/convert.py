@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from typing import Dict, List, Optional
 
@@ -22,8 +23,9 @@ if not __package__:  # run as a script
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from errors import UserError  # noqa: E402
+from files import atomic_file  # noqa: E402
 from port_weights import names as naming  # noqa: E402
-from port_weights.writers import atomic_file, write_paddle, write_safetensors, write_torch  # noqa: E402
+from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
 from safe_load import CheckpointError, find_weights, read_checkpoint  # noqa: E402
 
 _WRITERS = {'.safetensors': write_safetensors, '.pdparams': write_paddle, '.pth': write_torch}
@@ -53,7 +55,8 @@ class Report:
 
     def problems(self):
         """One line, or '' when all tensors fit."""
-        return '; '.join(f'{len(items)} {kind}: {", ".join(items[:4])}{", ..." if len(items) > 4 else ""}'
+        return '; '.join(f'{len(items)} {kind}: {", ".join(items[:4])}'
+                         + (', ... (-report=FILE lists them)' if len(items) > 4 else '')
                          for kind, items in (('missing', self.missing), ('surplus', self.surplus),
                                              ('of a wrong shape', self.misshapen)) if items)
 
@@ -90,7 +93,7 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
         head: which of several heads to keep, 'none' for none.
         names: 'paddle' for this project's names, 'official' for PyTorch's, 'auto': official in .pth.
         verify: load the result into the Paddle model, run it, and go to the official names and back.
-        reference: .npz with logits of the source's model to compare with (needs `verify`), see `_check_reference`.
+        reference: .npz with logits of the source's model to compare with, see `_check_reference`; implies `verify`.
         report: text file for the fate of every tensor, written in case of an error too.
     Returns:
         Report.
@@ -103,10 +106,10 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
         destination, extension = f'{destination}.safetensors', '.safetensors'
     if extension not in _WRITERS:
         raise CheckpointError(f'{destination}: unknown kind of file; use {", ".join(_WRITERS)}')
-    official = extension == '.pth' if names == 'auto' else names == 'official'
-    if official == (extension == '.pdparams') and names != 'auto' or extension == '.pth' and not official:
-        raise CheckpointError(f'{destination}: {extension} is written with '
-                              f"{'official' if extension == '.pth' else 'paddle'} names only")
+    only = {'.pdparams': 'paddle', '.pth': 'official'}.get(extension)
+    if names not in ('auto', only) and only:
+        raise CheckpointError(f'{destination}: {extension} is written with {only} names only')
+    official = (only or names) == 'official'
     if os.path.exists(destination) and os.path.exists(source) and os.path.samefile(source, destination):
         raise CheckpointError(f'{destination}: is the source itself')
     if not os.path.isdir(os.path.dirname(os.path.abspath(destination))):
@@ -120,7 +123,7 @@ def convert(source, destination, model=None, key='auto', head=None, names='auto'
         raise CheckpointError(f'{source}: {result.problems()}; nothing was written')
     with atomic_file(destination) as file:
         _WRITERS[extension](file, naming.official_names(tensors) if official else tensors)
-        if verify:
+        if verify or reference is not None:
             file.flush()
             result.checks += _verify(file.name, tensors, result, reference, half, source)
     return result
@@ -192,17 +195,16 @@ def _check_reference(model, reference, key, half, source):
     import paddle
     if model.num_classes is None:
         raise CheckpointError(f'{source}: has no head, so there are no logits to compare with {reference}')
+    stem = os.path.splitext(os.path.basename(source))[0]
     try:
-        arrays = dict(np.load(reference).items())
-        stem = os.path.splitext(os.path.basename(source))[0]
-        wanted = next((arrays[name] for name in ('logits', f'{stem}_{key}', stem) if name in arrays), None)
-        images = arrays.get('input')
-        if images is None:
-            images = np.load(os.path.join(os.path.dirname(reference), 'input.npy'))
+        arrays = dict(np.load(reference, allow_pickle=False).items())
+        images = arrays['input'] if 'input' in arrays else np.load(
+            os.path.join(os.path.dirname(reference), 'input.npy'), allow_pickle=False)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error.filename or reference}: no such file') from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{reference}: cannot be read as reference: {error}') from None
+        raise FileNotFoundError(f'{error.filename}: no such file') from None
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile):
+        raise CheckpointError(f'{reference}: is not an .npz file of logits') from None
+    wanted = next((arrays[name] for name in ('logits', f'{stem}_{key}', stem) if name in arrays), None)
     if wanted is None:
         raise CheckpointError(f"{reference}: has neither 'logits' nor {stem!r}")
     with paddle.no_grad():
@@ -239,7 +241,7 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Paddle's notes
             result = convert(args.source, args.destination, args.model, args.key, args.head, args.names,
-                             args.verify or args.reference is not None, args.reference, args.report)
+                             args.verify, args.reference, args.report)
     except (UserError, OSError) as error:
         print(f'convert.py: {error}', file=sys.stderr)
         return 2

@@ -115,24 +115,21 @@ def infer_architecture(tensors):
     """
     def shape(name, dimensions=4):
         if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
-            raise CheckpointError(f'no usable tensor {name}: these are not the weights of a RepLKNet')
+            raise CheckpointError(f'no usable tensor {name}: every RepLKNet has one')
         return tensors[name].shape
 
     stages = _indices(tensors, 'stages')
     merged = any('.large_kernel_reparam.' in name for name in tensors)
-    architecture = {'large_kernel_sizes': [], 'layers': [], 'channels': [], 'merged': merged,
-                    'in_channels': shape('stem.0.conv.weight')[1]}
-    for stage in range(len(stages)):
-        blocks = f'stages.{stage}.blocks'
-        widths = shape(f'{blocks}.0.pw_conv_1.conv.weight'), shape(f'{blocks}.1.pw_conv_1.conv.weight')
-        branch = 'large_kernel_reparam' if merged else 'large_kernel_origin.conv'
-        architecture['large_kernel_sizes'].append(shape(f'{blocks}.0.large_kernel.{branch}.weight')[-1])
-        architecture['layers'].append((len(_indices(tensors, blocks)) + 1) // 2)
-        architecture['channels'].append(widths[0][1])
-        architecture.setdefault('dw_ratio', widths[0][0] / widths[0][1])
-        architecture.setdefault('ffn_ratio', widths[1][0] / widths[1][1])
-    if not stages:
-        raise CheckpointError('no stages: these are not the weights of a RepLKNet')
+    branch = 'large_kernel_reparam' if merged else 'large_kernel_origin.conv'
+    widths = [[shape(f'stages.{stage}.blocks.{block}.pw_conv_1.conv.weight') for stage in range(len(stages))]
+              for block in (0, 1)]  # of a RepLKBlock and of a ConvFFN
+    architecture = {
+        'large_kernel_sizes': [shape(f'stages.{stage}.blocks.0.large_kernel.{branch}.weight')[-1]
+                               for stage in range(len(stages))],
+        'layers': [(len(_indices(tensors, f'stages.{stage}.blocks')) + 1) // 2 for stage in range(len(stages))],
+        'channels': [channels for _, channels, _, _ in widths[0]],
+        'dw_ratio': _ratio(widths[0]), 'ffn_ratio': _ratio(widths[1]),
+        'in_channels': shape('stem.0.conv.weight')[1], 'merged': merged}
     small = 'stages.0.blocks.0.large_kernel.small_kernel_conv.conv.weight'
     architecture['small_kernel'] = shape(small)[-1] if small in tensors else 0
     architecture['num_classes'] = shape('head.weight', 2)[1] if 'head.weight' in tensors else None
@@ -140,6 +137,14 @@ def infer_architecture(tensors):
     if normed:
         architecture.update(out_indices=normed, norm_intermediate_features=True)
     return architecture
+
+
+def _ratio(shapes):
+    """The ratio r for which int(r * inputs) is the outputs of all 1x1 convolutions, if there is one."""
+    ratio = max((outputs / inputs for outputs, inputs, _, _ in shapes), default=0.0)
+    while any(int(inputs * ratio) < outputs for outputs, inputs, _, _ in shapes):
+        ratio = float(np.nextafter(ratio, np.inf))  # the quotient was rounded down
+    return ratio
 
 
 def variant_name(architecture):
@@ -182,7 +187,7 @@ def _choose_head(state, names, dropped, head, official):
         def classes(sources):
             shapes = [state[s].shape for s, name in sources.items() if name == 'head.weight' and state[s].ndim == 2]
             return f' ({shapes[0][0 if official else 1]} classes)' if shapes else ''
-        raise CheckpointError('has several heads: choose with --head one of ' + ', '.join(
+        raise CheckpointError('has several heads: choose with convert.py -head one of ' + ', '.join(
             f'{name}{classes(sources)}' for name, sources in heads.items()) + ' or none')
     if head not in (None, 'none', *heads):
         raise CheckpointError(f"has no head {head!r}; it has {', '.join(heads) or 'none'}")

@@ -3,9 +3,7 @@
 All three are written by hand: neither torch nor safetensors need be installed, the bytes depend on nothing but the
 tensors, and no copy of the weights is made.
 """
-import contextlib
 import json
-import os
 import struct
 import zipfile
 
@@ -13,26 +11,6 @@ import numpy as np
 
 _SAFETENSORS_TYPES = {'float32': 'F32', 'int64': 'I64'}
 _TORCH_TYPES = {'float32': 'FloatStorage', 'int64': 'LongStorage'}
-
-
-@contextlib.contextmanager
-def atomic_file(path):
-    """Binary file that becomes `path` when the block ends well; after an error nothing is left of it.
-
-    Processes that write the same path at once each write a file of their own; the last one to end stays.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
 
 
 def write_safetensors(file, state):

@@ -276,7 +276,7 @@ def test_strange_but_harmless_files_are_read(tmp_path, name):
 
 def test_the_hostile_pickles_are_real(tmp_path):
     """The reader is not tested with blanks: plain unpickling runs the code."""
-    for name in ('os.system', 'os.system as STACK_GLOBAL', 'subprocess', 'builtins.eval'):
+    for name in ('os.system', 'os.system as STACK_GLOBAL', 'builtins.eval'):
         path = written(tmp_path, hostile.hostile_files()[name])
         subprocess.run([sys.executable, '-c', f'import pickle; pickle.load(open({str(path)!r}, "rb"))'], cwd=tmp_path,
                        check=True)

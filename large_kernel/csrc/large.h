@@ -161,7 +161,7 @@ void correlate_large(const T* x, const T* weight, const T* bias, const Shape& s,
     Vec* in = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *out = in + plane, *table = out + strip * s.width;
     int packed = -1;
-#pragma omp for schedule(dynamic, chunk)
+#pragma omp for schedule(monotonic : dynamic, chunk)
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
       const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);
       const std::ptrdiff_t offset = ((std::ptrdiff_t)image * s.channels + block * kLanes) * plane;
@@ -217,7 +217,7 @@ void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, 
   {
     Vec* px = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *pdy = px + plane, *sum = pdy + plane;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(monotonic : dynamic, 1)
     for (int task = 0; task < s.blocks() * cuts; task++) {
       const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block);
       const int begin = k * cut / cuts, end = k * (cut + 1) / cuts;

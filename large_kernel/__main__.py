@@ -1,0 +1,27 @@
+"""python -m large_kernel: build the C++ operator ahead and print which implementation will be used, and why."""
+import os
+import sys
+
+import paddle_env
+from large_kernel import conv, extension
+
+
+def main():
+    name = os.environ.get(conv.VARIABLE) or 'auto'
+    if name not in conv.IMPLEMENTATIONS:
+        print(f'{conv.VARIABLE}={name}: expected one of {", ".join(conv.IMPLEMENTATIONS)}', file=sys.stderr)
+        return 2
+    reason = extension.reason_unavailable()
+    print(f'C++ operator: {extension.load_operator() if reason is None else "not available: " + reason}')
+    if name != 'auto':
+        print(f'will be used: {name}, because {conv.VARIABLE} says so')
+    elif reason is None:
+        print('will be used: custom on the CPU; on other devices the faster of fft and native, measured for each shape')
+    else:
+        print('will be used: the faster of fft and native, measured for each shape')
+    print(f'matrix products: {paddle_env.describe()}')
+    return 2 if name == 'custom' and reason else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
