@@ -408,7 +408,7 @@ def _build_model(config):
     elif config.MODEL.PRETRAINED:
         origin = resolve_weights(config.MODEL.PRETRAINED)
         weights, key = find_weights(read_checkpoint(origin), path=origin)
-        weights = to_paddle_names(weights)
+        weights = to_paddle_names(weights, origin)
         origin += f' ({key})' if key else ''
     elif config.EVAL:
         raise UserError('-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists')

@@ -7,8 +7,10 @@ import sys
 import tempfile
 import time
 
-import paddle
-import paddle.distributed as dist
+import paddle_env
+
+import paddle  # isort: skip
+import paddle.distributed as dist  # isort: skip
 
 import utils
 from config import get_arguments, get_config, update_config
@@ -75,8 +77,12 @@ def run_in_this_process(config, device):
     if launched:
         with contextlib.redirect_stderr(io.StringIO()):  # Paddle lists its own flags there
             dist.init_parallel_env()
+    local = int(os.environ.get('PADDLE_LOCAL_SIZE', dist.get_world_size()))
+    threads = paddle_env.set_threads(processes=local) if device == 'cpu' else 0
     paddle.set_device('cpu' if device == 'cpu' else f'{device}:{dist.ParallelEnv().device_id}')
     utils.setup_logging(verbose=utils.is_main())
+    utils.logger.info(f'Paddle {paddle.__version__} on {device}' + (
+        f', {threads} threads a process; {paddle_env.describe()}' if device == 'cpu' else ''))
     run(config, device)
 
 
@@ -87,8 +93,6 @@ def run_in_processes(config, device):
         raise UserError(f'-nprocs={count}: there are {utils.device_count(device)} {device} devices here')
     if count == 1:
         return exit_status(run_in_this_process, config, device)
-    if device == 'cpu':
-        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, utils.cpu_cores() // count)))
     with tempfile.TemporaryDirectory() as folder:
         logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')

@@ -1,4 +1,4 @@
-"""What must be in the environment before Paddle's first matrix product. Import it before paddle.
+"""What must be set before Paddle loads or first multiplies. Every script imports it before paddle.
 
 Paddle's x86-64 wheels bundle an MKL of 2019 (libmklml) that sends every processor not made by Intel down a slow path:
 matrix products and 1x1 convolutions run at a third of their speed on an AMD processor with AVX-512. Type 7 selects
@@ -9,6 +9,8 @@ import importlib.util
 import os
 import platform
 import sys
+import warnings
+import zlib  # noqa: F401 - Paddle 2.6 exports zlib's symbols; loaded after them, Pillow's PNG codec fails
 from pathlib import Path
 
 VARIABLE = 'MKL_DEBUG_CPU_TYPE'
@@ -46,6 +48,11 @@ def _configure():
 
 
 _MESSAGE = _configure()
+
+# Paddle's notes about itself, which bury the lines that matter; warnings and errors still show.
+os.environ.setdefault('GLOG_minloglevel', '1')
+for _note in ('No ccache found', 'Your model will be trained under CPUONLY', 'When training, we now always track'):
+    warnings.filterwarnings('ignore', message=_note)
 
 
 def describe():

@@ -2,7 +2,6 @@
 import json
 import logging
 import logging.handlers
-import os
 import sys
 
 import numpy as np
@@ -39,11 +38,6 @@ def resolve_device(name):
         raise UserError(f'-device={name}: Paddle {paddle.__version__} finds no {name} on this machine; '
                         'use -device=cpu, or install the Paddle build for it')
     return name
-
-
-def cpu_cores():
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def rank():
