@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 import contextlib
 import os
+import secrets
 
 
 @contextlib.contextmanager
@@ -10,9 +11,9 @@ def atomic_file(path):
     Processes that write the same path at once each write a file of their own; the last one to end stays.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
+    temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.tmp')
     try:
-        with open(temporary, 'wb') as file:
+        with open(temporary, 'xb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -13,8 +13,8 @@ print(' '.join(name for name in sys.argv[1:] if find_spec(name) is None))
 PYTHON_END
 }
 
-modules="numpy yaml yacs PIL tqdm safetensors setuptools"
-[ -z "$dev" ] || modules="$modules pytest sklearn"
+modules="numpy yaml yacs PIL tqdm setuptools"
+[ -z "$dev" ] || modules="$modules pytest sklearn safetensors"
 PYTHON=
 for candidate in python python3; do
     # an active environment, or a system-wide install of paddle
