@@ -57,7 +57,7 @@ def draw(rng, batch, channels, height, width, kernel, stride, dtype='float32'):
 
 def errors(x, weight, bias, dy, stride, bound, rounding=0.0, plane=False):
     """Largest error of the output and of each gradient, as a share of the bound:
-    `bound` float32 epsilons of the sum of |products|, the plane's largest if `plane`, plus the output's own rounding."""
+    `bound` float32 epsilons of the sum of |products|, the plane's largest if `plane`, plus the result's rounding."""
     y = depthwise_conv2d(x, weight, bias, stride)
     got = [y, *paddle.grad([y], [x, weight, bias], [dy])]
     got = [tensor.astype('float32').numpy().astype('float64') for tensor in got]
@@ -91,9 +91,9 @@ def test_operator_on_drawn_shapes(force, seed):
 
 @needs_operator
 @pytest.mark.parametrize('shape', [
-    (1, 16, 56, 56, 31, 1), (2, 16, 28, 28, 29, 1), (5, 16, 14, 14, 27, 1), (5, 16, 7, 7, 13, 1), (1, 16, 96, 96, 31, 1),
-    (1, 5, 112, 112, 3, 1), (2, 5, 112, 112, 3, 2), (2, 7, 56, 56, 5, 1), (1, 2, 1, 200, 31, 1), (1, 2, 200, 1, 31, 1),
-    (1, 1, 300, 301, 51, 1), (3, 1, 1, 1, 63, 1), (3, 1, 1, 1, 63, 2), (1, 3, 2, 2, 63, 2), (1, 2, 9, 9, 1, 2),
+    (1, 16, 56, 56, 31, 1), (2, 16, 28, 28, 29, 1), (5, 16, 14, 14, 27, 1), (5, 16, 7, 7, 13, 1),
+    (1, 16, 96, 96, 31, 1), (1, 5, 112, 112, 3, 1), (2, 5, 112, 112, 3, 2), (2, 7, 56, 56, 5, 1), (1, 2, 1, 200, 31, 1),
+    (1, 2, 200, 1, 31, 1), (1, 1, 300, 301, 51, 1), (3, 1, 1, 1, 63, 1), (3, 1, 1, 1, 63, 2), (1, 3, 2, 2, 63, 2), (1, 2, 9, 9, 1, 2),
 ], ids=str)
 def test_operator_on_the_networks_and_extreme_shapes(force, shape):
     force('custom')
@@ -145,7 +145,8 @@ def test_operator_against_finite_differences(force, kernel, stride):
 def test_results_do_not_depend_on_the_number_of_threads(force):
     force('custom')
     rng = np.random.default_rng(4)
-    shapes = [(3, 20, 14, 14, 27, 1), (1, 3, 30, 31, 31, 1), (5, 33, 7, 7, 13, 1), (2, 19, 20, 20, 5, 1), (3, 9, 9, 11, 3, 2)]
+    shapes = [(3, 20, 14, 14, 27, 1), (1, 3, 30, 31, 31, 1), (5, 33, 7, 7, 13, 1), (2, 19, 20, 20, 5, 1),
+              (3, 9, 9, 11, 3, 2)]
     try:
         for shape in shapes:
             x, weight, bias, dy = draw(rng, *shape)

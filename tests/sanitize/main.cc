@@ -2,6 +2,7 @@
 // Built by the tests with and without sanitizers and for several instruction sets. Exits with 1 on a wrong value.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
@@ -83,14 +84,15 @@ bool run(const Shape& s, double rounding, std::mt19937& random) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const int shapes = argc > 1 ? std::atoi(argv[1]) : 8;  // of each kernel and stride
   std::mt19937 random(1);
   const int channels[] = {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}, kernels[] = {1, 3, 5, 7, 9, 13, 21, 31, 63};
   int bad = 0, count = 0;
   auto pick = [&](int n) { return (int)(random() % n); };
   for (int kernel : kernels) {
     for (int stride = 1; stride <= 2; stride++) {
-      for (int i = 0; i < 8; i++, count++) {
+      for (int i = 0; i < shapes; i++, count++) {
         const int limit = kernel > 13 ? 24 : 40;
         const Shape s = {1 + pick(3), channels[pick(11)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit),
                          kernel, stride};
