@@ -1,4 +1,4 @@
-"""Building the operator: cache, several processes, no compiler; the kernels alone under sanitizers and other targets."""
+"""Building the operator: cache, several processes, no compiler; the kernels alone, sanitized and for other targets."""
 import os
 import platform
 import shutil
