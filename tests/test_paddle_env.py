@@ -24,12 +24,12 @@ def machine(monkeypatch):
 
 
 def test_set_on_amd_with_avx512(machine):
-    assert '7 set' in paddle_env._configure() and os.environ[paddle_env.VARIABLE] == '7'
+    assert '7 set' in paddle_env._configure_mkl() and os.environ[paddle_env.VARIABLE] == '7'
 
 
 def test_never_over_the_users_setting(machine):
     machine.setenv(paddle_env.VARIABLE, '5')
-    assert 'user' in paddle_env._configure() and os.environ[paddle_env.VARIABLE] == '5'
+    assert 'user' in paddle_env._configure_mkl() and os.environ[paddle_env.VARIABLE] == '5'
 
 
 @pytest.mark.parametrize('target, value', [
@@ -40,7 +40,33 @@ def test_never_over_the_users_setting(machine):
 ])
 def test_left_alone_elsewhere(machine, target, value):
     machine.setattr(target, value)
-    assert 'left alone' in paddle_env._configure() and paddle_env.VARIABLE not in os.environ
+    assert 'left alone' in paddle_env._configure_mkl() and paddle_env.VARIABLE not in os.environ
+
+
+def test_users_malloc_settings_stand(monkeypatch):
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '1000')
+    assert paddle_env._configure_malloc() == 'malloc as set by the user'
+    monkeypatch.delenv('MALLOC_TRIM_THRESHOLD_')
+    monkeypatch.setattr('platform.libc_ver', lambda: ('musl', '1.2'))
+    assert 'left alone' in paddle_env._configure_malloc()
+    assert 'malloc' in paddle_env.describe()
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='counts page faults through /proc')
+def test_freed_activations_are_not_faulted_in_again():
+    code = ('{}\n'
+            'import paddle, resource\n'
+            'x = paddle.zeros([2, 128, 56, 56])\n'
+            'relu = paddle.nn.functional.relu\n'
+            'relu(x); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+            'for _ in range(20): relu(x)\n'
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n')
+    names = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'GLIBC_TUNABLES')
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    faults = [int(subprocess.run([sys.executable, '-W', 'ignore', '-c', code.format(first)], cwd=ROOT, env=env,
+                                 capture_output=True, text=True).stdout.split()[-1])
+              for first in ('import paddle_env', '')]
+    assert faults[0] < 2000 < faults[1], faults
 
 
 def test_cpu_info(tmp_path):
