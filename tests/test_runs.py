@@ -266,7 +266,8 @@ def test_training_without_mixup_and_with_the_other_options(run_script, list_data
     done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
                       '-device=cpu', '-amp', '-num_workers=1', '-opts', 'TRAIN.MIXUP_PROB', '0',
                       'TRAIN.MIXUP_ALPHA', '0', 'TRAIN.CUTMIX_ALPHA', '0', 'TRAIN.LAYER_DECAY', '0.7',
-                      'TRAIN.GRAD_CLIP', '1.0', 'MODEL.RECOMPUTE', 'True', 'TRAIN.MODEL_EMA', 'False', 'TRAIN.NUM_EPOCHS', '1')
+                      'TRAIN.GRAD_CLIP', '1.0', 'MODEL.RECOMPUTE', 'True', 'TRAIN.MODEL_EMA', 'False',
+                      'TRAIN.NUM_EPOCHS', '1')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('computing in float32') == 1
     assert len(LINE.findall(done.stdout)) == 1 and not (tmp_path / 'run/best_ema.pdparams').exists()
