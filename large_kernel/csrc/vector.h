@@ -202,6 +202,14 @@ inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int
       });
 }
 
+// One value of each channel, in the lanes pack puts it.
+template <class T>
+DW_INLINE Vec load_lanes(const T* p, int channels) {
+  Vec v;
+  for (int c = 0; c < kLanes; c++) v[c] = to_float(p + (c < channels ? c : channels - 1));
+  return v;
+}
+
 // The inverse of pack.
 template <class T>
 inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_stride, int channels) {

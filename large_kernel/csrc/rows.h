@@ -1,7 +1,8 @@
-// Small kernels and stride 2: pixels of a row in vector lanes, over planes copied once with a border of zeros.
-// These are bound by memory, so one pass reads a plane, and a plane and its copy stay in the second-level cache.
+// Everything else (stride 2 with large kernels, few channels, 3x3 and 5x5 on very large maps): pixels of a row in vector
+// lanes, over planes copied once with a border of zeros.
 #pragma once
 #include <cmath>
+#include <numeric>
 
 #include "large.h"
 
@@ -187,19 +188,46 @@ inline bool all_finite(const float* p, int count) {
   return true;
 }
 
+template <class T>
+void exact_forward(const T* x, const T* weight, float bias, const Shape& s, T* y) {
+  const std::ptrdiff_t pixels = (std::ptrdiff_t)s.out_height() * s.out_width();
+  Scratch exact(pixels + kLanes);
+  float* sum = exact.floats();
+  std::fill(sum, sum + pixels, bias);
+  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += to_float(x + i) * to_float(weight + tap); });
+  write_row(sum, (int)pixels, y, y + pixels);
+}
+
+template <class T>
+void exact_input_gradient(const T* dy, const T* weight, const Shape& s, T* dx) {
+  const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
+  Scratch exact(pixels + kLanes);
+  float* sum = exact.floats();
+  std::fill(sum, sum + pixels, 0.f);
+  for_each_tap(s, [&](auto o, auto i, int tap) { sum[i] += to_float(dy + o) * to_float(weight + tap); });
+  write_row(sum, (int)pixels, dx, dx + pixels);
+}
+
+// Of one channel over the batch; x and dy point to its first plane.
+template <class T>
+void exact_weight_gradient(const T* x, const T* dy, const Shape& s, T* dweight) {
+  const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
+  const int area = s.kernel * s.kernel;
+  Scratch exact(area + kLanes);
+  float* sum = exact.floats();
+  std::fill(sum, sum + area, 0.f);
+  for (std::ptrdiff_t image = 0; image < s.batch; image++, x += s.channels * in, dy += s.channels * out) {
+    for_each_tap(s, [&](auto o, auto i, int tap) { sum[tap] += to_float(dy + o) * to_float(x + i); });
+  }
+  write_row(sum, area, dweight, dweight + area);
+}
+
 // ---- the three passes over one plane ----
 
 template <class T>
 void forward_plane(const T* plane, float bias, const Shape& s, Workspace& w, T* y) {
   const int k = s.kernel, height = s.out_height(), width = s.out_width();
   const std::ptrdiff_t pixels = (std::ptrdiff_t)height * width;
-  if (!all_finite(w.row, k * k)) {
-    Scratch exact(pixels + kLanes);
-    std::fill(exact.floats(), exact.floats() + pixels, bias);
-    for_each_tap(s, [&](auto o, auto i, int tap) { exact.floats()[o] += to_float(plane + i) * w.row[tap]; });
-    write_row(exact.floats(), (int)pixels, y, y + pixels);
-    return;
-  }
   copy_plane(plane, s.height, s.width, k / 2, w.x);
   const Taps taps = {w.weight, k, k, k, 1};
   const Tile tile = select_tile(k, k, s.stride);
@@ -214,16 +242,9 @@ void forward_plane(const T* plane, float bias, const Shape& s, Workspace& w, T* 
 // dy stands in w.dy. Row and column Y = 2 a + phase of the bordered input receive dy[a - m] * weight[2 m + phase], which
 // is a correlation with every second tap of the rotated kernel; the same at stride 1 with the one phase 0.
 template <class T>
-void input_gradient_plane(const T* dy, const Shape& s, Workspace& w, T* dx) {
+void input_gradient_plane(const Shape& s, Workspace& w, T* dx) {
   const int k = s.kernel, pad = k / 2, stride = s.stride, reach = (k - 1) / stride;
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
-  if (!all_finite(w.row, k * k)) {
-    Scratch exact(pixels + kLanes);
-    std::fill(exact.floats(), exact.floats() + pixels, 0.f);
-    for_each_tap(s, [&](auto o, auto i, int tap) { exact.floats()[i] += to_float(dy + o) * w.row[tap]; });
-    write_row(exact.floats(), (int)pixels, dx, dx + pixels);
-    return;
-  }
   const int start = pad / stride, skip = pad % stride;
   const int vectors = round_up((s.width + skip + stride - 1) / stride, kLanes) / kLanes;
   float* line = w.out + w.out_pitch * kTileRows * stride * stride;
@@ -329,47 +350,54 @@ DW_INLINE float sum_lanes(Vec v) {
   return sum;
 }
 
+// Whether all are finite; if not, zeros of a border must not be multiplied with them.
 template <class T>
-void read_weights(const T* weight, const Shape& s, int channel, Workspace& w) {
-  const int area = s.kernel * s.kernel;
+bool read_weights(const T* weight, int area, Workspace& w) {
   for (int i = 0; i < area; i++) {
-    w.row[i] = to_float(weight + (std::ptrdiff_t)channel * area + i);
+    w.row[i] = to_float(weight + i);
     w.weight[i] = splat(w.row[i]);
   }
+  return all_finite(w.row, area);
 }
 
 template <class T>
-void forward_small(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
+void forward_rows(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
+  const int area = s.kernel * s.kernel;
 #pragma omp parallel
   {
     Workspace w(s);
 #pragma omp for schedule(static)
     for (std::ptrdiff_t plane = 0; plane < (std::ptrdiff_t)s.batch * s.channels; plane++) {
-      const int channel = plane % s.channels;
-      read_weights(weight, s, channel, w);
-      forward_plane(x + plane * in, bias ? to_float(bias + channel) : 0.f, s, w, y + plane * out);
+      const std::ptrdiff_t channel = plane % s.channels;
+      const float shift = bias ? to_float(bias + channel) : 0.f;
+      if (read_weights(weight + channel * area, area, w)) {
+        forward_plane(x + plane * in, shift, s, w, y + plane * out);
+      } else {
+        exact_forward(x + plane * in, weight + channel * area, shift, s, y + plane * out);
+      }
     }
   }
 }
 
 // dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
 template <class T>
-void backward_small(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+void backward_rows(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel, border = (s.kernel - 1) / s.stride;
 #pragma omp parallel
   {
     Workspace w(s);
 #pragma omp for schedule(static)
-    for (int channel = 0; channel < s.channels; channel++) {
-      read_weights(weight, s, channel, w);
+    for (std::ptrdiff_t channel = 0; channel < s.channels; channel++) {
+      const bool finite = read_weights(weight + channel * area, area, w);
       std::fill(w.weight_sum, w.weight_sum + area, Vec{});
       float bias_sum = 0;
       for (int image = 0; image < s.batch; image++) {
-        const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + channel;
+        const std::ptrdiff_t plane = image * (std::ptrdiff_t)s.channels + channel;
         copy_plane(dy + plane * out, s.out_height(), s.out_width(), border, w.dy);
-        if (dx) input_gradient_plane(dy + plane * out, s, w, dx + plane * in);
+        if (dx && finite) input_gradient_plane(s, w, dx + plane * in);
+        if (dx && !finite) exact_input_gradient(dy + plane * out, weight + channel * area, s, dx + plane * in);
         if (dweight) weight_gradient_plane(x + plane * in, s, w);
         if (dbias) {
           Vec sum = {};
@@ -380,18 +408,13 @@ void backward_small(const T* x, const T* weight, const T* dy, const Shape& s, T*
         }
       }
       if (dweight) {
-        float* sum = w.row;
-        for (int i = 0; i < area; i++) sum[i] = sum_lanes(w.weight_sum[i]);
-        if (!all_finite(sum, area)) {
-          std::fill(sum, sum + area, 0.f);
-          for (int image = 0; image < s.batch; image++) {
-            const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + channel;
-            for_each_tap(s, [&](auto o, auto i, int tap) {
-              sum[tap] += to_float(dy + plane * out + o) * to_float(x + plane * in + i);
-            });
-          }
+        for (int i = 0; i < area; i++) w.row[i] = sum_lanes(w.weight_sum[i]);
+        T* to = dweight + channel * area;
+        if (all_finite(w.row, area)) {
+          write_row(w.row, area, to, to + area);
+        } else {
+          exact_weight_gradient(x + channel * in, dy + channel * out, s, to);
         }
-        for (int i = 0; i < area; i++) store_part(dweight + (std::ptrdiff_t)channel * area + i, splat(sum[i]), 1);
       }
       if (dbias) store_part(dbias + channel, splat(bias_sum), 1);
     }
