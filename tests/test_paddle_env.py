@@ -67,7 +67,7 @@ def test_freed_activations_are_not_faulted_in_again():
     faults = [int(subprocess.run([sys.executable, '-W', 'ignore', '-c', code.format(first)], cwd=ROOT, env=env,
                                  capture_output=True, text=True).stdout.split()[-1])
               for first in ('import paddle_env', '')]
-    assert faults[0] < faults[1] / 2, faults
+    assert faults[0] <= faults[1] / 2, faults  # Paddle 2.6 keeps the memory by itself: none in both
 
 
 def test_cpu_info(tmp_path):
