@@ -21,6 +21,9 @@ from engine import run
 from errors import TrainingStopped, UserError
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run_folder import RunFolder, config_beside, default_folder
+from zoo import ZOO
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # the first process to report a mistake that all of them made makes this file, so that it is printed once
 _REPORTED = 'REPLKNET_ERROR_REPORTED'
@@ -29,10 +32,13 @@ _REPORTED = 'REPLKNET_ERROR_REPORTED'
 def read_settings(description, argv=None):
     """Frozen settings and the kind of device from the command line.
 
-    Without -cfg the settings are those beside the checkpoint that -resume or -pretrained names.
+    Without -cfg the settings are those of the zoo for its names, else those beside the checkpoint that -resume or
+    -pretrained names.
     """
     args = get_arguments(description, argv)
-    cfg = args.cfg or config_beside(args.flags['resume'] or args.flags['pretrained'] or '')
+    cfg, start = args.cfg, args.flags['resume'] or args.flags['pretrained']
+    if not cfg and start:
+        cfg = os.path.join(ROOT, ZOO[start].config) if start in ZOO else config_beside(start)
     if not cfg:
         raise UserError('-cfg is missing: name a file of settings, such as -cfg=./configs/replknet_31b.yaml')
     config = get_config(cfg, args.opts, args.flags)
