@@ -157,9 +157,7 @@ def test_a_killed_rank_takes_the_others_down(list_dataset, tiny_yaml, tmp_path):
          f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     try:
-        for line in process.stdout:
-            if 'epoch 2' in line:
-                break
+        assert any('epoch 2' in line for line in process.stdout), process.communicate()[1]
         children = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(process.pid)], capture_output=True,
                                   text=True).stdout.splitlines()
         ranks = [int(c.split()[0]) for c in children if 'spawn_main' in c]
@@ -281,9 +279,7 @@ def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tm
          f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    for line in process.stdout:
-        if 'epoch 1' in line:
-            break
+    assert any('epoch 1' in line for line in process.stdout), process.communicate()[1]
     if name == 'SIGINT':
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     else:
