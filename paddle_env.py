@@ -40,7 +40,7 @@ def _bundles_old_mkl():
 
 def _configure_mkl():
     if VARIABLE in os.environ:
-        return f'{VARIABLE}={os.environ[VARIABLE]}, as set by the user'
+        return f'{VARIABLE}={os.environ[VARIABLE]} from the environment'
     if platform.system() != 'Linux' or platform.machine() != 'x86_64':
         return f'{VARIABLE} left alone: not x86-64 Linux'
     info = cpu_info()

@@ -47,13 +47,13 @@ import sys
 root, python, *more = sys.argv[1:]
 os.chdir(root)
 files = ['requirements.txt', *more]
-stamp = '.venv/installed' + ('-dev' if more else '')
-wanted = hashlib.sha256(b''.join(open(name, 'rb').read() for name in files)).hexdigest()
+# stamps, written last, so an installation that was cut off is done again
+stamps = {f'.venv/installed-{name}': hashlib.sha256(open(name, 'rb').read()).hexdigest() for name in files}
 
 
 def installed():
-    """Written last, so an installation that was cut off is done again."""
-    return os.access('.venv/bin/python', os.X_OK) and os.path.exists(stamp) and open(stamp).read() == wanted
+    return os.access('.venv/bin/python', os.X_OK) and all(
+        os.path.exists(path) and open(path).read() == digest for path, digest in stamps.items())
 
 
 def run(command, advice):
@@ -81,8 +81,9 @@ def main():
     run(['.venv/bin/python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check',
          *(part for name in files for part in ('-r', name))],
         'pip could not install the requirements, see above; run the command again to go on')
-    with open(stamp, 'w') as file:
-        file.write(wanted)
+    for path, digest in stamps.items():
+        with open(path, 'w') as file:
+            file.write(digest)
 
 
 try:
