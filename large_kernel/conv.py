@@ -103,6 +103,7 @@ def select(x, weight, stride):
     return autotune.choose({'fft': conv_fft, 'native': conv_native}, x, weight, stride, training)
 
 
+@paddle.jit.not_to_static  # traced as it is: translated to a graph, shapes would become tensors
 def depthwise_conv2d(x, weight, bias=None, stride=1):
     """Depthwise convolution with "same" padding (K // 2 zeros on each side).
 

@@ -4,6 +4,13 @@
 #include "depthwise.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
+#include "paddle/phi/core/dense_tensor.h"
+
+namespace phi::funcs {
+// Exported by Paddle builds with oneDNN; absent from others.
+__attribute__((weak)) void TransDataLayoutFromOneDNN(DataLayout from, DataLayout to, const DenseTensor& in,
+                                                     DenseTensor* out, Place place, bool always_copy);
+}
 
 namespace {
 
@@ -18,6 +25,17 @@ dwconv::Shape check(const Tensor& x, const Tensor& weight, int stride) {
                (stride == 1 || stride == 2),
            "large_kernel_conv needs input [N, C, H, W], weight [C, 1, K, K] with odd K, and stride 1 or 2");
   return {(int)in[0], (int)in[1], (int)in[2], (int)in[3], (int)w[2], stride};
+}
+
+// Paddle Inference hands over what a oneDNN operator produced in oneDNN's own blocked layout.
+Tensor plain(const Tensor& x) {
+  if (x.layout() != phi::DataLayout::ONEDNN) return x;
+  PD_CHECK(phi::funcs::TransDataLayoutFromOneDNN, "large_kernel_conv: oneDNN layout in a Paddle without oneDNN");
+  auto out = std::make_shared<phi::DenseTensor>();
+  phi::funcs::TransDataLayoutFromOneDNN(phi::DataLayout::ONEDNN, phi::DataLayout::NCHW,
+                                        *std::static_pointer_cast<phi::DenseTensor>(x.impl()), out.get(),
+                                        phi::CPUPlace(), false);
+  return Tensor(out);
 }
 
 // Calls f with a null pointer of the element type the tensor holds.
@@ -37,7 +55,8 @@ const T* read(const Tensor& t) { return static_cast<const T*>(t.data()); }
 template <class T>
 T* written(Tensor& t) { return static_cast<T*>(t.data()); }
 
-Tensor run_forward(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride) {
+Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
+  const Tensor x = plain(input);
   const dwconv::Shape s = check(x, weight, stride);
   Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
   dispatch(x, [&](auto* type) {
