@@ -24,11 +24,11 @@ from harness import UserError
 MODES = ('forward', 'training')
 FIELDS = ('batch', 'channels', 'height', 'width', 'kernel', 'stride')
 SYSTEMS = {  # name: environment variables
-    'custom': {'LARGE_KERNEL_CONV_IMPL': 'custom'},
-    'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft'},
-    'native': {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.STOCK_MKL},
-    'torch': {},
-    'torch-channels-last': {},
+    'custom': {'LARGE_KERNEL_CONV_IMPL': 'custom', **harness.BOUND_PADDLE},
+    'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft', **harness.BOUND_PADDLE},
+    'native': {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.BOUND_PADDLE, **harness.STOCK_MKL},
+    'torch': harness.BOUND,
+    'torch-channels-last': harness.BOUND,
     'onnxruntime': {},
     'openvino': {},
 }
@@ -211,7 +211,7 @@ def bench(names, cases, arguments):
             commands['peak'] = [__file__, '-child=peak', f'-library={library}']
         systems = {}
         for name, command in commands.items():
-            systems[name] = harness.System(name, command, arguments.threads, SYSTEMS.get(name, {}))
+            systems[name] = harness.System(name, command, arguments.threads, SYSTEMS.get(name, harness.BOUND))
             stack.callback(systems[name].close)
         for case in cases:
             able = {name: system for name, system in systems.items()

@@ -20,16 +20,17 @@ import harness
 import numpy as np
 from harness import UserError
 
-_CUSTOM, _NATIVE = {'LARGE_KERNEL_CONV_IMPL': 'custom'}, {'LARGE_KERNEL_CONV_IMPL': 'native'}
+_CUSTOM = {'LARGE_KERNEL_CONV_IMPL': 'custom', **harness.BOUND_PADDLE}
+_NATIVE = {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.BOUND_PADDLE}
 SYSTEMS = {  # name: environment variables
     'custom': _CUSTOM,
-    'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft'},
+    'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft', **harness.BOUND_PADDLE},
     'native': _NATIVE,
     'stock': {**_NATIVE, **harness.STOCK_MKL},
     'inference': _CUSTOM,
     'inference-stock': {**_NATIVE, **harness.STOCK_MKL},
-    'torch': {},
-    'torch-channels-last': {},
+    'torch': harness.BOUND,
+    'torch-channels-last': harness.BOUND,
     'onnxruntime': {},
     'openvino': {},
 }
