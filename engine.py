@@ -19,15 +19,14 @@ from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
 from optim import build_optimizer, learning_rate, parameter_groups
-from port_weights.names import to_paddle_names
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
-from safe_load import find_weights, read_checkpoint
 from utils import logger
-from zoo import resolve_weights
+from zoo import pretrained_weights
 
 # one run's random draws: a stream each, so that no two ever share their numbers
 STREAM_MIXUP, STREAM_PADDLE, STREAM_INIT = 1, 2, 3
+REPORT_SECONDS = 60  # without a progress line in a log
 MAX_SKIPPED_STEPS = 100  # overflowing steps in a row after which a run with loss scaling stops
 
 
@@ -222,9 +221,10 @@ class _Progress:
     """Progress of one pass: tqdm on a terminal, plain lines elsewhere; counts images and the wait for data."""
 
     def __init__(self, name, steps, report_freq, steps_left=None):
-        self.name, self.steps, self.report_freq, self.steps_left = name, steps, report_freq, steps_left
+        self.name, self.steps, self.report_freq = name, steps, report_freq
+        self.steps_left = steps if steps_left is None else steps_left
         self.images = self.waited = self.done = 0
-        self.start = time.perf_counter()
+        self.start = self.reported = time.perf_counter()
         terminal = utils.is_main() and os.isatty(2)
         self.bar = tqdm(total=steps, desc=name, leave=False) if terminal else None
 
@@ -243,16 +243,23 @@ class _Progress:
         """Counts one step over `images` images (of all ranks, where the figures of all are known)."""
         self.images += images
         self.done += 1
-        seconds = time.perf_counter() - self.start
+        now = time.perf_counter()
+        seconds = now - self.start
         values = {**{k: f'{v:.3g}' if k == 'lr' else f'{v:.4f}' for k, v in values.items()},
                   'images/s': f'{self.images / seconds:.1f}', 'wait': f'{100 * self.waited / seconds:.0f}%'}
         if self.bar is not None:
             self.bar.set_postfix(values, refresh=False)
             self.bar.update()
-        elif self.report_freq and (self.done % self.report_freq == 0 or self.done == self.steps):
+        elif self._due(now):
+            self.reported = now
             eta = (self.steps_left - self.done) * seconds / self.done
             line = ' '.join(f'{k} {v}' for k, v in values.items())
             logger.info(f'{self.name} step {self.done}/{self.steps} {line} eta {_duration(eta)}')
+
+    def _due(self, now):
+        if self.report_freq and (self.done % self.report_freq == 0 or self.done == self.steps):
+            return True
+        return now - self.reported > REPORT_SECONDS
 
     def close(self):
         """Ends the bar; returns the seconds since the start."""
@@ -406,10 +413,7 @@ def _build_model(config):
         if config.TRAIN.LAST_EPOCH not in (0, state['epoch']):
             raise UserError(f"{origin}: is of epoch {state['epoch']}, -last_epoch says {config.TRAIN.LAST_EPOCH}")
     elif config.MODEL.PRETRAINED:
-        origin = resolve_weights(config.MODEL.PRETRAINED)
-        weights, key = find_weights(read_checkpoint(origin), path=origin)
-        weights = to_paddle_names(weights, origin)
-        origin += f' ({key})' if key else ''
+        weights, origin = pretrained_weights(config.MODEL.PRETRAINED)
     elif config.EVAL:
         raise UserError('-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists')
     utils.seed_paddle(config.SEED, STREAM_INIT)  # the same initial weights on every rank

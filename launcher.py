@@ -3,6 +3,7 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -107,32 +108,31 @@ def _child(config, device):
 
 def _wait(processes):
     """Waits for all; when one fails the others, which may wait for it, are stopped. Returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        while True:
-            codes = [p.exitcode for p in processes]
-            failed = [(rank, code) for rank, code in enumerate(codes) if code]
-            if failed or all(code == 0 for code in codes):
-                break
-            time.sleep(0.2)
-        if failed:
-            _stop(processes)
-            rank, code = failed[0]
-            if code not in (1, 2, 130):
-                print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '
-                      'the others were stopped', file=sys.stderr, flush=True)
-            return code if code > 0 else 1
-        return 0
+        failed = []
+        while not failed and any(p.exitcode is None for p in processes):
+            time.sleep(0.1)
+            failed = [(rank, p.exitcode) for rank, p in enumerate(processes) if p.exitcode]
     except KeyboardInterrupt:
-        _stop(processes)
         return 130
+    finally:
+        _stop(processes)  # also when this process is told to end
+    if not failed:
+        return 0
+    rank, code = failed[0]
+    if code not in (1, 2, 130):  # these have said why
+        print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; the others were stopped',
+              file=sys.stderr, flush=True)
+    return code if code > 0 else 1
 
 
 def _stop(processes, patience=5):
     """Lets the processes end by themselves for some seconds, as they do after an error of all, then ends them."""
     deadline = time.monotonic() + patience
-    for signal in ('terminate', 'kill'):
+    for end in ('terminate', 'kill'):
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
-                getattr(process, signal)()
+                getattr(process, end)()
         deadline = time.monotonic() + patience

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Optional
 
 from port_weights.convert import convert
+from port_weights.names import to_paddle_names
+from safe_load import find_weights, read_checkpoint
 
 logger = logging.getLogger('replknet')
 
@@ -129,6 +131,19 @@ def resolve_weights(name_or_path, weights_dir='./weights'):
         f'{_DRIVE.format(checkpoint.official_drive)} or {_BAIDU.format(checkpoint.official_baidu)}'
         + (f', or {checkpoint.name}.pdparams from {_DRIVE.format(checkpoint.paddle_drive)}'
            if checkpoint.paddle_drive else ''))
+
+
+def pretrained_weights(name_or_path, weights_dir='./weights'):
+    """The weights that `-pretrained` means, in the names and layout of this project.
+
+    Returns:
+        ({name: array}, where they come from), which `checkpoint.load_weights` takes after the model.
+    Raises:
+        UserError, FileNotFoundError: see `resolve_weights` and `safe_load`.
+    """
+    path = resolve_weights(name_or_path, weights_dir)
+    weights, key = find_weights(read_checkpoint(path), path=path)
+    return to_paddle_names(weights, path), f'{path} ({key})' if key else path
 
 
 def table():

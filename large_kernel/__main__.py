@@ -19,7 +19,7 @@ def main():
         print('will be used: custom on the CPU; on other devices the faster of fft and native, measured for each shape')
     else:
         print('will be used: the faster of fft and native, measured for each shape')
-    print(f'matrix products: {paddle_env.describe()}')
+    print(f'environment: {paddle_env.describe()}')
     return 2 if name == 'custom' and reason else 0
 
 

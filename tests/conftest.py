@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import paddle_env  # noqa: F401 - before any test imports paddle
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 

@@ -60,7 +60,8 @@ def test_an_environment_with_paddle_but_without_the_rest_names_what_is_missing(p
 @pytest.mark.parametrize(('body', 'words'), [
     ('case "$*" in "- paddle") echo paddle ;; *) exit 1 ;; esac', 'python3 -m venv failed'),
     ('case "$*" in "- paddle") echo paddle ;; "-m venv"*) mkdir -p "$3/bin"; '
-     'printf "#!/bin/sh\\nexit 1\\n" > "$3/bin/python"; /bin/chmod +x "$3/bin/python" ;; esac', 'pip could not install')])
+     'printf "#!/bin/sh\\nexit 1\\n" > "$3/bin/python"; /bin/chmod +x "$3/bin/python" ;; esac',
+     'pip could not install')])
 def test_a_set_up_that_fails_says_why_and_can_be_run_again(project, tmp_path, body, words):
     for _ in range(2):
         done = sh(project, 'setup_env.sh', path=stub_python(tmp_path / 'bin', body), timeout=30)

@@ -1,0 +1,434 @@
+"""The depthwise convolution against a float64 reference, as a layer, and under Paddle's other mechanisms."""
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import large_kernel
+from large_kernel import DepthwiseConv2D, autotune, depthwise_conv2d, extension
+
+import paddle  # isort: skip
+from paddle import nn  # isort: skip
+
+ROOT = Path(__file__).parent.parent
+VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
+EPS = np.finfo('float32').eps
+LANES = 16
+
+needs_operator = pytest.mark.skipif(extension.reason_unavailable() is not None,
+                                    reason=f'no C++ operator: {extension.reason_unavailable()}')
+IMPLEMENTATIONS = [pytest.param('custom', marks=needs_operator), 'fft', 'native']
+
+
+@pytest.fixture
+def force(monkeypatch):
+    return lambda name: monkeypatch.setenv(VARIABLE, name)
+
+
+def correlate(x, weight, dy, stride):
+    """Float64 output [N, C, OH, OW] and the gradients of x and weight, by an FFT too long to wrap around."""
+    kernel, (height, width) = weight.shape[-1], x.shape[2:]
+    pad, size = kernel // 2, (height + kernel, width + kernel)
+    spread = np.zeros(x.shape)
+    spread[:, :, ::stride, ::stride] = dy
+    fx, fw, fd = (np.fft.rfft2(a.astype('float64'), size) for a in (x, weight[:, 0], spread))
+
+    def window(spectrum, rows, columns):  # result[i] = product at lag i - pad
+        return np.roll(np.fft.irfft2(spectrum, size), (pad, pad), (-2, -1))[..., :rows, :columns]
+
+    y = window(fx * fw.conj(), height, width)[:, :, ::stride, ::stride]
+    dx = np.roll(np.fft.irfft2(fd * fw, size), (-pad, -pad), (-2, -1))[..., :height, :width]
+    return y, dx, window((fx * fd.conj()).sum(0), kernel, kernel)[:, None]
+
+
+def draw(rng, batch, channels, height, width, kernel, stride, dtype='float32'):
+    def normal(*shape):  # values that the dtype holds exactly
+        return paddle.to_tensor(rng.standard_normal(shape).astype('float32')).astype(dtype)
+    x, weight, bias = normal(batch, channels, height, width), normal(channels, 1, kernel, kernel), normal(channels)
+    dy = normal(batch, channels, -(-height // stride), -(-width // stride))
+    for tensor in (x, weight, bias):
+        tensor.stop_gradient = False
+    return x, weight, bias, dy
+
+
+def errors(x, weight, bias, dy, stride, bound, rounding=0.0, plane=False):
+    """Largest error of the output and of each gradient, as a share of the bound:
+    `bound` float32 epsilons of the sum of |products|, the plane's largest if `plane`, plus the result's rounding."""
+    y = depthwise_conv2d(x, weight, bias, stride)
+    got = [y, *paddle.grad([y], [x, weight, bias], [dy])]
+    got = [tensor.astype('float32').numpy().astype('float64') for tensor in got]
+    x, weight, bias, dy = (tensor.detach().astype('float32').numpy() for tensor in (x, weight, bias, dy))
+    want, limit = (correlate(*arrays, stride) for arrays in ((x, weight, dy), map(np.abs, (x, weight, dy))))
+    want = [want[0] + bias[:, None, None], *want[1:], dy.astype('float64').sum((0, 2, 3))]
+    limit = [limit[0] + np.abs(bias)[:, None, None], *limit[1:], np.abs(dy).sum((0, 2, 3))]
+    if plane:
+        limit = [m.max((-2, -1), keepdims=True) if m.ndim == 4 else m for m in limit]
+    return [np.max(np.abs(g - w) / (bound * EPS * m + rounding * np.abs(w) + 1e-7 * (rounding > 0) + 1e-12))
+            for g, w, m in zip(got, want, limit)]
+
+
+def drawn_shapes(rng, count):
+    for _ in range(count):
+        kernel = int(rng.choice([3, 5, 7, 9, 11, 13, 15, 21, 27, 29, 31, 33, 47, 63]))
+        channels = int(rng.choice([1, 2, 3, 7, LANES - 1, LANES, LANES + 1, 2 * LANES, 2 * LANES + 5, 37]))
+        height, width = rng.integers(1, 45, 2)
+        yield int(rng.integers(1, 6)), channels, int(height), int(width), kernel, int(rng.integers(1, 3))
+
+
+@needs_operator
+@pytest.mark.parametrize('seed', range(10))
+def test_operator_on_drawn_shapes(force, seed):
+    force('custom')
+    rng = np.random.default_rng(seed)
+    for shape in drawn_shapes(rng, 55):
+        share = errors(*draw(rng, *shape), shape[-1], bound=8)
+        assert max(share) < 1, f'[N, C, H, W], K, stride = {shape}: {share}'
+
+
+@needs_operator
+@pytest.mark.parametrize('shape', [
+    (1, 16, 56, 56, 31, 1), (2, 16, 28, 28, 29, 1), (5, 16, 14, 14, 27, 1), (5, 16, 7, 7, 13, 1),
+    (1, 16, 96, 96, 31, 1), (1, 5, 112, 112, 3, 1), (2, 5, 112, 112, 3, 2), (2, 7, 56, 56, 5, 1), (1, 2, 1, 200, 31, 1),
+    (1, 2, 200, 1, 31, 1), (1, 1, 300, 301, 51, 1), (3, 1, 1, 1, 63, 1), (3, 1, 1, 1, 63, 2),
+    (1, 3, 2, 2, 63, 2), (1, 2, 9, 9, 1, 2),
+], ids=str)
+def test_operator_on_the_networks_and_extreme_shapes(force, shape):
+    force('custom')
+    assert max(errors(*draw(np.random.default_rng(0), *shape), shape[-1], bound=8)) < 1
+
+
+@pytest.mark.parametrize('name', ['fft', 'native'])
+def test_other_implementations_on_drawn_shapes(force, name):
+    force(name)
+    rng = np.random.default_rng(1)
+    for shape in drawn_shapes(rng, 20):
+        # An FFT spreads rounding errors over a plane.
+        share = errors(*draw(rng, *shape), shape[-1], bound=8, plane=name == 'fft')
+        assert max(share) < 1, f'{shape}: {share}'
+
+
+@needs_operator
+@pytest.mark.parametrize('dtype, rounding', [('bfloat16', 2**-8), ('float16', 2**-11)])
+def test_operator_in_half_precision(force, dtype, rounding):
+    force('custom')
+    rng = np.random.default_rng(2)
+    for shape in [*drawn_shapes(rng, 20), (2, 16, 14, 14, 27, 1), (2, 20, 33, 33, 3, 2)]:
+        share = errors(*draw(rng, *shape, dtype), shape[-1], bound=8, rounding=rounding)
+        assert max(share) < 1, f'{shape}: {share}'
+
+
+@needs_operator
+@pytest.mark.parametrize('kernel, stride', [(3, 1), (3, 2), (5, 1), (13, 1), (9, 2)])
+def test_operator_against_finite_differences(force, kernel, stride):
+    """The loss is linear in x and in the weight, so a central difference is exact but for rounding."""
+    force('custom')
+    rng = np.random.default_rng(3)
+    x, weight, bias, dy = draw(rng, 2, 5, 9, 8, kernel, stride)
+    dx, dweight = paddle.grad([depthwise_conv2d(x, weight, bias, stride)], [x, weight], [dy])
+
+    def loss(x, weight):
+        return float((depthwise_conv2d(x, weight, bias, stride).detach() * dy).sum())
+
+    for _ in range(5):
+        along = paddle.to_tensor(rng.standard_normal(x.shape).astype('float32'))
+        slope = (loss(x + along, weight) - loss(x - along, weight)) / 2
+        assert slope == pytest.approx(float((dx * along).sum()), abs=2e-3)
+        along = paddle.to_tensor(rng.standard_normal(weight.shape).astype('float32'))
+        slope = (loss(x, weight + along) - loss(x, weight - along)) / 2
+        assert slope == pytest.approx(float((dweight * along).sum()), abs=2e-3)
+
+
+@needs_operator
+def test_results_do_not_depend_on_the_number_of_threads(force):
+    force('custom')
+    rng = np.random.default_rng(4)
+    shapes = [(3, 20, 14, 14, 27, 1), (1, 3, 30, 31, 31, 1), (5, 33, 7, 7, 13, 1), (2, 19, 20, 20, 5, 1),
+              (3, 9, 9, 11, 3, 2)]
+    try:
+        for shape in shapes:
+            x, weight, bias, dy = draw(rng, *shape)
+            results = []
+            for threads in (1, 2, 3, 8):
+                paddle.base.core.set_num_threads(threads)
+                y = depthwise_conv2d(x, weight, bias, shape[-1])
+                results.append([t.numpy() for t in (y, *paddle.grad([y], [x, weight, bias], [dy]))])
+            for other in results[1:]:
+                for a, b in zip(results[0], other):
+                    np.testing.assert_array_equal(a, b)
+    finally:
+        paddle.base.core.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
+
+def by_taps(x, weight, dy, stride):
+    """Output and gradients with the taps on padding left out, one product at a time where a value is not finite."""
+    kernel, (height, width) = weight.shape[-1], x.shape[2:]
+    y, dx, dweight = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(weight.shape)
+    for oy, ox, ky, kx in np.ndindex(*dy.shape[2:], kernel, kernel):
+        iy, ix = oy * stride + ky - kernel // 2, ox * stride + kx - kernel // 2
+        if 0 <= iy < height and 0 <= ix < width:
+            y[..., oy, ox] += x[..., iy, ix] * weight[:, 0, ky, kx]
+            dx[..., iy, ix] += dy[..., oy, ox] * weight[:, 0, ky, kx]
+            dweight[:, 0, ky, kx] += (dy[..., oy, ox] * x[..., iy, ix]).sum(0)
+    return y, dx, dweight
+
+
+@needs_operator
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')
+@pytest.mark.parametrize('kernel, stride', [(3, 1), (5, 1), (3, 2), (5, 2), (9, 2), (7, 1), (13, 1)])
+@pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan])
+def test_nan_and_inf_reach_what_they_meet_and_nothing_else(force, kernel, stride, value):
+    rng = np.random.default_rng(5)
+    for place in ('x', 'weight', 'dy'):
+        for corner in (0, -1):
+            x, weight, _, dy = (t.detach().numpy() for t in draw(rng, 2, 3, 7, 8, kernel, stride))
+            {'x': x, 'weight': weight, 'dy': dy}[place][-1, 0, corner, corner] = value
+            want = by_taps(x.astype('float64'), weight.astype('float64'), dy.astype('float64'), stride)
+            got = {}
+            for name in ('custom', 'native'):
+                force(name)
+                tensors = [paddle.to_tensor(a, stop_gradient=False) for a in (x, weight)]
+                y = depthwise_conv2d(*tensors, stride=stride)
+                got[name] = [t.numpy() for t in (y, *paddle.grad([y], tensors, [paddle.to_tensor(dy)]))]
+            for mine, theirs, reference in zip(got['custom'], got['native'], want):
+                np.testing.assert_allclose(mine, reference, rtol=1e-3, atol=1e-4)
+                # nn.Conv2D also multiplies some of its padding, where 0 * Inf is NaN; elsewhere it agrees.
+                assert np.isfinite(mine[np.isfinite(theirs)]).all()
+                np.testing.assert_array_equal(mine[np.isinf(theirs)], theirs[np.isinf(theirs)])
+
+
+@pytest.mark.parametrize('bias', [None, False])
+def test_layer_is_a_drop_in_for_conv2d(bias):
+    paddle.seed(0)
+    ours = DepthwiseConv2D(6, 13, stride=2, bias_attr=bias)
+    paddle.seed(0)
+    theirs = nn.Conv2D(6, 6, 13, stride=2, padding=6, groups=6, bias_attr=bias)
+    assert isinstance(ours, nn.Conv2D)
+    assert {k: list(v.shape) for k, v in ours.state_dict().items()} == \
+        {k: list(v.shape) for k, v in theirs.state_dict().items()}
+    np.testing.assert_array_equal(ours.weight.numpy(), theirs.weight.numpy())  # the same initialisation
+    assert ours.weight.name.endswith('.w_0') and (bias is False or ours.bias.name.endswith('.b_0'))
+    theirs.weight.set_value(theirs.weight * 2)
+    ours.set_state_dict(theirs.state_dict())
+    x = paddle.randn([2, 6, 20, 17])
+    np.testing.assert_allclose(ours(x).numpy(), theirs(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
+def test_layer_keeps_the_dtype_of_its_input(force, name, dtype):
+    force(name)
+    layer = DepthwiseConv2D(5, 7)
+    x = paddle.randn([2, 5, 9, 9]).astype(dtype)
+    x.stop_gradient = False
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.dtype == x.grad.dtype and layer.weight.grad.dtype == paddle.float32
+    force('native')
+    np.testing.assert_allclose(y.astype('float32').numpy(), layer(x.astype('float32')).numpy(),
+                               atol=1e-5 if dtype == 'float32' else 0.02)
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_recompute_auto_cast_and_strided_inputs(force, name):
+    from paddle.distributed.fleet.utils import recompute
+    force(name)
+    net = nn.Sequential(DepthwiseConv2D(5, 9), nn.ReLU(), DepthwiseConv2D(5, 3, 2, bias_attr=False))
+    x = paddle.randn([2, 9, 5, 8]).transpose([0, 2, 1, 3])  # not contiguous
+    x.stop_gradient = False
+
+    def gradients(run):
+        net.clear_gradients()
+        run(x).pow(2).sum().backward()
+        found = [x.grad.numpy().copy(), *(p.grad.numpy().copy() for p in net.parameters())]
+        x.clear_gradient()
+        return found
+
+    plain = gradients(net)
+    with paddle.amp.auto_cast():  # leaves float32 on the CPU
+        cast = gradients(net)
+    for other in (gradients(lambda x: recompute(net, x)), cast):
+        for a, b in zip(plain, other):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_operator
+def test_frozen_weights_and_inputs(force):
+    force('custom')
+    x, weight, bias, dy = draw(np.random.default_rng(6), 2, 5, 9, 9, 13, 1)
+    want_dx, want_dweight, want_dbias = paddle.grad([depthwise_conv2d(x, weight, bias)], [x, weight, bias], [dy])
+    fixed = [t.detach() for t in (x, weight, bias)]
+    np.testing.assert_array_equal(paddle.grad([depthwise_conv2d(x, *fixed[1:])], [x], [dy])[0], want_dx)
+    np.testing.assert_array_equal(
+        paddle.grad([depthwise_conv2d(fixed[0], weight, fixed[2])], [weight], [dy])[0], want_dweight)
+    np.testing.assert_array_equal(paddle.grad([depthwise_conv2d(*fixed[:2], bias)], [bias], [dy])[0], want_dbias)
+
+
+@pytest.mark.parametrize('x, weight, stride, words', [
+    ([2, 4, 8, 8], [5, 1, 3, 3], 1, 'channels'), ([2, 4, 8, 8], [4, 1, 4, 4], 1, 'odd kernel'),
+    ([2, 4, 8, 8], [4, 1, 65, 65], 1, 'at most 63'), ([4, 8, 8], [4, 1, 3, 3], 1, 'N, C, H, W'),
+    ([2, 4, 8, 8], [4, 2, 3, 3], 1, 'C, 1, K, K'), ([2, 4, 8, 8], [4, 1, 3, 5], 1, 'C, 1, K, K'),
+    ([2, 4, 8, 8], [4, 1, 3, 3], 3, 'stride 1 or 2'), ([0, 4, 8, 8], [4, 1, 3, 3], 1, 'non-empty'),
+])
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_bad_input_is_a_value_error_with_the_shapes(force, name, x, weight, stride, words):
+    force(name)
+    with pytest.raises(ValueError, match=words) as caught:
+        depthwise_conv2d(paddle.zeros(x), paddle.zeros(weight), stride=stride)
+    assert str(x) in str(caught.value) and str(weight) in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_bad_dtype_bias_and_settings_are_value_errors(force):
+    weight = paddle.zeros([4, 1, 3, 3])
+    with pytest.raises(ValueError, match='float64'):
+        depthwise_conv2d(paddle.zeros([2, 4, 8, 8], 'float64'), weight)
+    with pytest.raises(ValueError, match='bias'):
+        depthwise_conv2d(paddle.zeros([2, 4, 8, 8]), weight, paddle.zeros([5]))
+    for arguments in [(4, 4), (4, 65), (4, 3, 3), (4, (3, 5)), (4, 'same')]:
+        with pytest.raises(ValueError, match='DepthwiseConv2D needs'):
+            DepthwiseConv2D(*arguments)
+    force('cudnn')
+    with pytest.raises(ValueError, match='LARGE_KERNEL_CONV_IMPL=cudnn'):
+        depthwise_conv2d(paddle.zeros([2, 4, 8, 8]), weight)
+
+
+def test_measured_choice_has_no_side_effects_and_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(autotune, '_choices', {})
+    layer = DepthwiseConv2D(8, 21)
+    x = paddle.randn([2, 8, 24, 24])
+    state = paddle.get_rng_state()[0].current_seed(), paddle.get_rng_state()
+    candidates = {'fft': large_kernel.conv.conv_fft, 'native': large_kernel.conv.conv_native}
+    with caplog.at_level(logging.INFO, 'large_kernel'):
+        first = autotune.choose(candidates, x, layer.weight, 1, True)
+        assert autotune.choose(candidates, x[:1], layer.weight, 1, True) == first
+    assert len(caplog.records) == 1 and first in candidates and first in large_kernel.describe_choices()
+    assert layer.weight.grad is None and x.grad is None
+    drawn = paddle.randn([3])
+    paddle.set_rng_state(state[1])
+    np.testing.assert_array_equal(drawn.numpy(), paddle.randn([3]).numpy())
+
+
+def test_a_candidate_that_fails_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(autotune, '_choices', {})
+
+    def broken(x, weight, bias, stride):
+        raise RuntimeError('out of memory')
+
+    weight = paddle.zeros([4, 1, 5, 5])
+    candidates = {'broken': broken, 'native': large_kernel.conv.conv_native}
+    assert autotune.choose(candidates, paddle.zeros([1, 4, 8, 8]), weight, 1, False) == 'native'
+    with pytest.raises(RuntimeError, match='no implementation'):
+        autotune.choose({'broken': broken}, paddle.zeros([1, 4, 9, 8]), weight, 1, False)
+
+
+class Net(nn.Layer):
+    """Convolutions that oneDNN takes around ours, as in the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduce, self.large = nn.Conv2D(3, 20, 1), DepthwiseConv2D(20, 13)
+        self.expand, self.small = nn.Conv2D(20, 24, 1), DepthwiseConv2D(24, 3, 2, bias_attr=False)
+
+    def forward(self, x):
+        return self.small(nn.functional.gelu(self.expand(nn.functional.relu(self.large(self.reduce(x))))))
+
+
+PREDICT = """
+import sys
+import numpy as np
+import large_kernel
+large_kernel.load_operator()
+from paddle import inference
+folder, onednn = sys.argv[1:]
+program = [p for p in ('m.json', 'm.pdmodel') if (__import__('os').path.exists(f'{folder}/{p}'))][0]
+config = inference.Config(f'{folder}/{program}', f'{folder}/m.pdiparams')
+config.enable_mkldnn() if onednn == '1' else config.disable_mkldnn()
+predictor = inference.create_predictor(config)
+source = predictor.get_input_handle(predictor.get_input_names()[0])
+for i in range(2):  # two image sizes through one program
+    source.copy_from_cpu(np.load(f'{folder}/x{i}.npy'))
+    predictor.run()
+    y = predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+    np.testing.assert_allclose(y, np.load(f'{folder}/y{i}.npy'), rtol=1e-3, atol=1e-5)
+print('same')
+"""
+
+
+@needs_operator
+def test_exported_program_runs_the_operator_in_paddle_inference(force, tmp_path):
+    force('auto')
+    net = Net()
+    net.eval()
+    for i, shape in enumerate([[2, 3, 19, 22], [1, 3, 30, 14]]):
+        x = paddle.randn(shape)
+        np.save(tmp_path / f'x{i}.npy', x.numpy())
+        np.save(tmp_path / f'y{i}.npy', net(x).numpy())
+    spec = paddle.static.InputSpec([None, 3, None, None], 'float32', 'x')
+    paddle.jit.save(net, str(tmp_path / 'm'), input_spec=[spec])
+    program = (tmp_path / 'm.json' if (tmp_path / 'm.json').exists() else tmp_path / 'm.pdmodel').read_bytes()
+    assert b'large_kernel_conv' in program
+    loaded = paddle.jit.load(str(tmp_path / 'm'))
+    np.testing.assert_allclose(loaded(x).numpy(), net(x).numpy(), rtol=1e-4, atol=1e-6)
+    for onednn in '01':
+        result = subprocess.run([sys.executable, '-c', PREDICT, str(tmp_path), onednn], cwd=ROOT, text=True,
+                                capture_output=True)
+        assert result.stdout.strip().endswith('same'), result.stderr[-2000:]
+
+
+@needs_operator
+def test_traced_program_trains_like_the_layer(force):
+    force('auto')
+    net = Net()
+    x = paddle.randn([2, 3, 16, 16])
+
+    def gradients(run):
+        net.clear_gradients()
+        run(x).pow(2).sum().backward()
+        return [p.grad.numpy().copy() for p in net.parameters()]
+
+    for a, b in zip(gradients(net), gradients(paddle.jit.to_static(net.forward, full_graph=True))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+DATA_PARALLEL = """
+import os, sys
+import numpy as np
+import large_kernel, paddle
+import paddle.distributed as dist
+from paddle import nn
+
+def make():
+    paddle.seed(0)
+    return nn.Sequential(large_kernel.DepthwiseConv2D(5, 13), nn.ReLU(), large_kernel.DepthwiseConv2D(5, 3, 2))
+
+def worker(folder):
+    dist.init_parallel_env()
+    net = paddle.DataParallel(make())
+    x = paddle.to_tensor(np.load(folder + '/x.npy'))[dist.get_rank()::2]
+    net(x).mean().backward()
+    if dist.get_rank() == 0:
+        np.savez(folder + '/grads.npz', *[p.grad.numpy() for p in net.parameters()])
+
+if __name__ == '__main__':
+    folder = sys.argv[1]
+    np.save(folder + '/x.npy', np.random.default_rng(0).standard_normal((4, 5, 12, 12)).astype('float32'))
+    dist.spawn(worker, (folder,), nprocs=2, backend='gloo')
+    net = make()
+    net(paddle.to_tensor(np.load(folder + '/x.npy'))).mean().backward()
+    found = np.load(folder + '/grads.npz')
+    for p, name in zip(net.parameters(), found.files):
+        np.testing.assert_allclose(found[name], p.grad.numpy(), rtol=1e-4, atol=1e-6)
+    print('same')
+"""
+
+
+@needs_operator
+def test_data_parallel_processes_average_the_gradients(tmp_path):
+    script = tmp_path / 'parallel.py'
+    script.write_text(DATA_PARALLEL)
+    result = subprocess.run([sys.executable, str(script), str(tmp_path)], text=True, capture_output=True,
+                            env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=120)
+    assert result.stdout.strip().endswith('same'), result.stderr[-2000:]

@@ -1,0 +1,148 @@
+"""Building the operator: cache, several processes, no compiler; the kernels alone, sanitized and for other targets."""
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from large_kernel import extension
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / 'large_kernel' / 'csrc'
+COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
+
+needs_operator = pytest.mark.skipif(extension.reason_unavailable() is not None,
+                                    reason=f'no C++ operator: {extension.reason_unavailable()}')
+
+CONVOLVE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    import paddle, large_kernel
+    from large_kernel import conv
+    caught.clear()
+    layer = large_kernel.DepthwiseConv2D(4, 21)
+    for _ in range(2):
+        x = paddle.randn([2, 4, 16, 16])
+        x.stop_gradient = False
+        layer(x).sum().backward()
+print(conv.select(x, layer.weight, 1))
+print([str(w.message) for w in caught if 'operator' in str(w.message)])
+"""
+
+
+def environment(tmp_path, **extra):
+    names = ('CXX', 'LARGE_KERNEL_CONV_IMPL', 'XDG_CACHE_HOME')
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    return {**env, 'LARGE_KERNEL_CACHE_DIR': str(tmp_path / 'cache'), **extra}
+
+
+def python(arguments, env):
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+@needs_operator
+def test_processes_that_start_together_build_once(tmp_path):
+    env = environment(tmp_path)
+    processes = [python(['-c', CONVOLVE], env) for _ in range(3)]
+    outputs = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert all(out.split() == ['custom', '[]'] for out, _ in outputs)
+    lines = [line for _, err in outputs for line in err.splitlines() if 'large_kernel' in line]
+    assert len(lines) == 1 and 'built' in lines[0] and ' s: ' in lines[0]
+    assert sorted(path.suffix for path in (tmp_path / 'cache').iterdir()) == ['.lock', '.so']
+    ahead = python(['-m', 'large_kernel'], env)
+    out, err = ahead.communicate(timeout=60)
+    assert ahead.returncode == 0 and 'will be used: custom' in out and 'built' not in err
+
+
+def test_no_compiler_warns_once_and_another_implementation_serves(tmp_path):
+    env = environment(tmp_path, CXX='/nonexistent/g++')
+    process = python(['-c', CONVOLVE], env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    name, warned = out.splitlines()
+    assert name == 'fft' and warned.count('/nonexistent/g++ not found') == 1 and warned.count('operator') == 1
+    ahead = python(['-m', 'large_kernel'], env)
+    out, err = ahead.communicate(timeout=60)
+    assert ahead.returncode == 0 and 'not available' in out and '/nonexistent/g++' in out and 'Traceback' not in err
+
+
+def test_custom_asked_for_where_it_cannot_be_built_is_one_line(tmp_path):
+    env = environment(tmp_path, CXX='/nonexistent/g++', LARGE_KERNEL_CONV_IMPL='custom')
+    process = python(['-c', CONVOLVE], env)
+    _, err = process.communicate(timeout=120)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith('RuntimeError: LARGE_KERNEL_CONV_IMPL=custom: ') and '/nonexistent/g++' in last
+    ahead = python(['-m', 'large_kernel'], env)
+    ahead.communicate(timeout=60)
+    assert ahead.returncode == 2
+
+
+@pytest.mark.skipif(platform.system() != 'Linux', reason='the operator is built on Linux only')
+def test_a_failed_build_names_the_compilers_error(tmp_path, monkeypatch):
+    compiler = tmp_path / 'broken-g++'
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit 0\n'
+                        'echo "x.cc:1:1: error: no such thing" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CXX', str(compiler))
+    monkeypatch.setenv('LARGE_KERNEL_CACHE_DIR', str(tmp_path / 'cache'))
+    with pytest.raises(extension.BuildError, match='error: no such thing') as caught:
+        extension.library_path()
+    assert '\n' not in str(caught.value)
+    assert not list((tmp_path / 'cache').glob('*.so'))
+
+
+@pytest.mark.skipif(platform.system() != 'Linux', reason='the operator is built on Linux only')
+def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    monkeypatch.setenv('LARGE_KERNEL_CACHE_DIR', str(tmp_path / 'file' / 'cache'))
+    folder = extension._cache_dir()
+    assert folder.parent == tmp_path and folder.is_dir()
+    folder.chmod(0o777)  # others could plant a library in it
+    other = extension._cache_dir()
+    assert other != folder and not other.stat().st_mode & 0o022
+
+
+def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, '_registered', None)
+    with pytest.raises(extension.BuildError, match='does not exist'):
+        extension.load_operator(tmp_path / 'none.so')
+    (tmp_path / 'broken.so').write_bytes(b'not a library')
+    with pytest.raises(extension.BuildError, match='cannot be loaded'):
+        extension.load_operator(tmp_path / 'broken.so')
+
+
+TARGETS = {
+    'native': ['-O2', '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'],
+    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma'],
+    'baseline': ['-O1'],
+    'sanitized': ['-O1', '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native',
+                  '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
+}
+
+
+@pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
+@pytest.mark.parametrize('target', TARGETS)
+def test_kernels_alone(tmp_path, target):
+    """Every shape of a table, in buffers of exactly the tensors' size."""
+    flags = TARGETS[target]
+    if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
+        pytest.skip('this processor has no AVX2')
+    empty = tmp_path / 'empty.cc'
+    empty.write_text('int main() {}\n')
+    program = tmp_path / 'kernels'
+    if subprocess.run([COMPILER, *flags, '-fopenmp', str(empty), '-o', str(program)], capture_output=True).returncode:
+        pytest.skip(f'{COMPILER} lacks {" ".join(flags)}')
+    subprocess.run([COMPILER, *flags, '-ffp-contract=fast', '-std=c++17', '-fopenmp', '-Wall', '-Wextra', '-Werror',
+                    '-I', str(SOURCES), str(ROOT / 'tests' / 'sanitize' / 'main.cc'), '-o', str(program)], check=True)
+    shapes = '3' if target == 'sanitized' else '8'
+    result = subprocess.run([str(program), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'}, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert ', 0 failures' in result.stdout
