@@ -26,7 +26,7 @@ from errors import UserError  # noqa: E402
 BOUND = {'OMP_PROC_BIND': 'true', 'OMP_PLACES': 'cores'}
 # Paddle's MKL computes on one thread where OMP_PROC_BIND is set, so its OpenMP is told in its own way.
 BOUND_PADDLE = {'KMP_AFFINITY': 'granularity=fine,compact'}
-STOCK_MKL = {'MKL_DEBUG_CPU_TYPE': ''}  # keeps paddle_env from choosing; empty is MKL's own choice
+STOCK_PADDLE = {'MKL_DEBUG_CPU_TYPE': '', 'GLIBC_TUNABLES': ''}  # set, so paddle_env leaves both; empty: defaults
 SLOW = 0.5  # seconds; a call this long needs no untimed call before it in every round
 
 
@@ -108,6 +108,9 @@ def measure(systems, case, rounds, budget, visit=0.1):
             times[name] = []
         except SystemFailed as error:
             failed[name] = str(error)
+    for name in disagreement(answers):
+        failed[name] = f'its results differ from those of {next(iter(answers))}'
+        del times[name]
     for index in range(rounds):
         for name in list(times):
             seconds = answers[name]['seconds']

@@ -53,10 +53,10 @@ def draw_growth(pyplot, rows, path):
     """Lines of the cost of an image against kernel area, pixels and batch."""
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout='constrained')
     axes = {
-        'kernel': ('kernel area (all stages, 224 pixels)', lambda r: int(r['kernels'].split()[0]) ** 2,
+        'kernel': ('kernel area, the same in all stages', lambda r: int(r['kernels'].split()[0]) ** 2,
                    lambda r: r['kernels'].split()[0] + '²'),
         'size': ('pixels of the image', lambda r: int(r['size']) ** 2, lambda r: r['size'] + '²'),
-        'batch': ('batch (224 pixels)', lambda r: int(r['batch']), lambda r: r['batch']),
+        'batch': ('batch', lambda r: int(r['batch']), lambda r: r['batch']),
     }
     for panel, (suite, (label, place, tick)) in zip(panels, axes.items()):
         chosen = [r for r in rows if r['suite'] == suite]
