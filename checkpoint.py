@@ -91,26 +91,38 @@ def optimizer_arrays(optimizer, model):
         if isinstance(tensor, paddle.Tensor):
             # the longest name that fits: one parameter's name may be the beginning of another's
             name = max((n for n in structured if key.startswith(n + '_')), key=len)
-            kind = re.sub(r'_\d+$', '', key[len(name) + 1:])
+            # under O2 the moments belong to a float32 master copy of the weight
+            kind = re.sub(r'^fp32_master_\d+_|_\d+$', '', key[len(name) + 1:])
             accumulators.setdefault(structured[name], {})[kind] = _as_array(tensor)
-    return {'accumulators': accumulators,
+    return {'name': type(optimizer).__name__, 'accumulators': accumulators,
             'master_weights': {structured[name]: _as_array(tensor) for name, tensor in masters.items()}}
 
 
 def load_optimizer_arrays(optimizer, model, state, origin):
-    """Gives a fresh optimizer the state of `optimizer_arrays`; raises UserError when it is another model's."""
-    names = {name: parameter.name for name, parameter in model.named_parameters()}
-    unknown = [name for name in (*state['accumulators'], *state['master_weights']) if name not in names]
+    """Gives a fresh optimizer the state of `optimizer_arrays`.
+
+    Raises:
+        UserError: it is of another model or another kind of optimizer.
+    """
+    if state['name'] != type(optimizer).__name__:
+        raise UserError(f"{origin}: trained with {state['name']}, TRAIN.OPTIMIZER.NAME asks for "
+                        f'{type(optimizer).__name__}; to change it start from the weights with -pretrained')
+    parameters = dict(model.named_parameters())
+    unknown = [name for name in (*state['accumulators'], *state['master_weights']) if name not in parameters]
     if unknown:
         raise UserError(f'{origin}: the optimizer state has parameters that the model has not: '
                         f'{", ".join(unknown[:8])}')
-    flat = {f'{names[name]}_{kind}_0': paddle.to_tensor(array)
-            for name, kinds in state['accumulators'].items() for kind, array in kinds.items()}
-    if state['master_weights']:
-        flat['master_weights'] = {names[name]: paddle.to_tensor(array)
-                                  for name, array in state['master_weights'].items()}
-        for name, tensor in flat['master_weights'].items():
-            tensor.name = name
+    flat, masters = {}, {}
+    for name, kinds in state['accumulators'].items():
+        parameter = parameters[name]
+        owner = parameter.name
+        if parameter.dtype in (paddle.float16, paddle.bfloat16):  # O2: see optimizer_arrays
+            owner += '_fp32_master_0'
+            masters[parameter.name] = paddle.to_tensor(state['master_weights'].get(name, parameter.astype('float32')))
+            masters[parameter.name].name = owner
+        flat.update({f'{owner}_{kind}_0': paddle.to_tensor(array) for kind, array in kinds.items()})
+    if masters:
+        flat['master_weights'] = masters
     optimizer.set_state_dict(flat)
 
 

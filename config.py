@@ -119,7 +119,8 @@ _RANGES = {  # inclusive
     'TRAIN.WARMUP_EPOCHS': (0, math.inf), 'TRAIN.BASE_LR': (0, math.inf), 'TRAIN.WARMUP_START_LR': (0, math.inf),
     'TRAIN.END_LR': (0, math.inf), 'TRAIN.LINEAR_SCALED_LR': (0, math.inf), 'TRAIN.RECIPE_BATCH_SIZE': (0, math.inf),
     'TRAIN.ACCUM_ITER': (1, math.inf), 'TRAIN.WEIGHT_DECAY': (0, math.inf), 'TRAIN.LAYER_DECAY': (0.01, 1),
-    'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1), 'TRAIN.SMOOTHING': (0, 0.999),
+    'TRAIN.OPTIMIZER.EPS': (0, 1), 'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1),
+    'TRAIN.SMOOTHING': (0, 0.999),
     'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
@@ -134,37 +135,30 @@ class ConfigError(UserError):
     """A setting that cannot be used; the text names its origin, the key and what to do."""
 
 
-def get_config(cfg_file=None, opts=()):
-    """The settings of a YAML file over the defaults, and of `opts` over both.
+def get_config(cfg_file=None, opts=(), flags=None):
+    """The settings of a YAML file over the defaults, of `flags` over both, and of `opts` over all.
 
     Args:
         cfg_file: path of a YAML file, or None for the defaults.
         opts: [KEY, VALUE, KEY, VALUE, ...], values as text or as Python values.
+        flags: {flag of `get_arguments`: value}; those that were not given, None or False, change nothing.
     Returns:
-        a CfgNode, not frozen. Where each key that differs from its default was set is kept for error messages.
+        a CfgNode, not frozen.
     Raises:
         ConfigError: unknown key, wrong type, value out of range, contradiction, unreadable file.
     """
     config = _C.clone()
-    origins = {}
+    origins = {}  # where each key was set, for messages
     if cfg_file:
         _merge_file(config, Path(cfg_file), origins, ())
+    for flag, value in (flags or {}).items():
+        if value is not None and value is not False:
+            _set(config, _FLAGS[flag], value, f'-{flag}', origins)
     if len(opts) % 2:
         raise ConfigError(f'-opts: {opts[-1]} has no value; give KEY VALUE pairs')
     for key, value in zip(opts[::2], opts[1::2]):
         _set(config, key, _parse(value, _get(_C, key, '-opts')), '-opts', origins)
     _check(config, origins)
-    return config
-
-
-def update_config(config, args):
-    """Puts the flags of `get_arguments` that were given over `config` and checks the whole; returns `config`."""
-    origins = {}
-    for flag, key in _FLAGS.items():
-        value = getattr(args, flag, None)
-        if value is not None and value is not False:
-            _set(config, key, value, f'-{flag}', origins)
-    _check(config, origins, default_origin=args.cfg or 'defaults')
     return config
 
 
@@ -194,7 +188,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def get_arguments(description, argv=None):
-    """Parses the flags shared by the main scripts: PaddleViT's one-dash form, two dashes as well."""
+    """Parses the flags shared by the main scripts: PaddleViT's one-dash form, two dashes as well.
+
+    Returns:
+        a Namespace with `cfg`, `opts` and `flags`, the arguments of `get_config`.
+    """
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument('-cfg', '--cfg', metavar='FILE', help='YAML file of settings')
     for flag, key in _FLAGS.items():
@@ -202,11 +200,12 @@ def get_arguments(description, argv=None):
         kind = {'action': 'store_true'} if isinstance(default, bool) else {'type': type(default), 'metavar': 'X'}
         parser.add_argument(f'-{flag}', f'--{flag}', help=f'{_FLAG_HELP[flag]} ({key})', **kind)
     parser.add_argument('-opts', '--opts', nargs='+', default=[], metavar='KEY VALUE', help='any key of config.py')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    return argparse.Namespace(cfg=args.cfg, opts=args.opts, flags={flag: getattr(args, flag) for flag in _FLAGS})
 
 
 # what belongs to one call of a script and not to the run it starts
-_PER_CALL = ('SAVE', 'EVAL', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
+_PER_CALL = ('SAVE', 'EVAL', 'DEVICE', 'NPROCS', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
 
 
 def config_text(config):
@@ -232,8 +231,11 @@ def _merge_file(config, path, origins, including):
     if not isinstance(values, dict):
         raise ConfigError(f'{path}: a config file holds KEY: value lines, this one a {type(values).__name__}')
     bases = values.pop('BASE', None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge_file(config, path.parent / str(base), origins, including + (path.resolve(),))
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f'{path}: BASE takes a file name or a list of them, not {bases!r}')
+    for base in bases:
+        _merge_file(config, path.parent / base, origins, including + (path.resolve(),))
     _merge_dict(config, values, str(path), origins, '')
 
 
@@ -330,11 +332,12 @@ def _describe(default):
     return names[type(default)]
 
 
-def _check(config, origins, default_origin='defaults'):
+def _check(config, origins):
     """Raises ConfigError for a value out of range and for settings that contradict each other."""
 
-    def refuse(key, reason):
-        raise ConfigError(f'{origins.get(key, default_origin)}: {key} {reason}')
+    def refuse(key, reason, *others):
+        origin = next((origins[k] for k in (key, *others) if k in origins), 'defaults')
+        raise ConfigError(f'{origin}: {key} {reason}')
 
     for key, choices in _CHOICES.items():
         value = _get(config, key, '')
@@ -360,6 +363,11 @@ def _check(config, origins, default_origin='defaults'):
     for kernel in model.LARGE_KERNEL_SIZES:
         if kernel % 2 == 0:
             refuse('MODEL.LARGE_KERNEL_SIZES', f'has the even kernel {kernel}; kernels are odd')
+        if kernel > 63:
+            refuse('MODEL.LARGE_KERNEL_SIZES', f'has the kernel {kernel}; the largest is 63')
+    for key in ('MODEL.DW_RATIO', 'MODEL.FFN_RATIO'):
+        if int(min(model.CHANNELS) * _get(config, key, '')) < 1:
+            refuse(key, f'is {_get(config, key, "")}: {min(model.CHANNELS)} channels times that are none')
     if model.SMALL_KERNEL and (model.SMALL_KERNEL < 0 or model.SMALL_KERNEL % 2 == 0):
         refuse('MODEL.SMALL_KERNEL', f'is {model.SMALL_KERNEL}; it is odd, or 0 for none')
     if model.SMALL_KERNEL > min(model.LARGE_KERNEL_SIZES):
@@ -378,16 +386,19 @@ def _check(config, origins, default_origin='defaults'):
         refuse('TRAIN.CUTMIX_MINMAX', f'is {train.CUTMIX_MINMAX}; it takes [] or [low, high] with 0 < low < high <= 1')
     if train.MIXUP_PROB > 0 and train.MIXUP_ALPHA == 0 and train.CUTMIX_ALPHA == 0 and not train.CUTMIX_MINMAX:
         refuse('TRAIN.MIXUP_PROB', 'asks for mixup, but TRAIN.MIXUP_ALPHA and TRAIN.CUTMIX_ALPHA are both 0; '
-                                   'set TRAIN.MIXUP_PROB to 0 to switch mixup off')
+                                   'set TRAIN.MIXUP_PROB to 0 to switch mixup off', 'TRAIN.MIXUP_ALPHA',
+               'TRAIN.CUTMIX_ALPHA')
     if not all(0 <= beta < 1 for beta in train.OPTIMIZER.BETAS):
         refuse('TRAIN.OPTIMIZER.BETAS', f'is {train.OPTIMIZER.BETAS}; each is from 0 up to, not including, 1')
     if train.BASE_LR == 0:
         refuse('TRAIN.BASE_LR', 'is 0; nothing would be learned')
     if train.END_LR > train.BASE_LR:
-        refuse('TRAIN.END_LR', f'is {train.END_LR}, above TRAIN.BASE_LR {train.BASE_LR}')
+        refuse('TRAIN.END_LR', f'is {train.END_LR}, above TRAIN.BASE_LR {train.BASE_LR}', 'TRAIN.BASE_LR')
     if train.WARMUP_START_LR > train.BASE_LR:
-        refuse('TRAIN.WARMUP_START_LR', f'is {train.WARMUP_START_LR}, above TRAIN.BASE_LR {train.BASE_LR}')
+        refuse('TRAIN.WARMUP_START_LR', f'is {train.WARMUP_START_LR}, above TRAIN.BASE_LR {train.BASE_LR}',
+               'TRAIN.BASE_LR')
     if train.WARMUP_EPOCHS > train.NUM_EPOCHS:
-        refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}')
+        refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
+               'TRAIN.NUM_EPOCHS')
     if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
         refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')

@@ -6,6 +6,7 @@ Every random draw is a function of (seed, epoch, image) or of (seed, epoch), nev
 """
 import codecs
 import os
+import re
 
 import numpy as np
 import paddle
@@ -86,13 +87,15 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         except FileNotFoundError:
             raise FileNotFoundError(f'{self.list_file}: no such list file; the data folder (-data_path) must hold '
                                     'train_list.txt and val_list.txt') from None
+        except OSError as error:
+            raise DataError(f'{self.list_file}: cannot be read: {error.strerror}') from None
         paths, labels = [], []
         with file:
             if file.read(3) != codecs.BOM_UTF8:
                 file.seek(0)
             for number, line in enumerate(file, 1):
                 fields = line.strip().rsplit(None, 1)
-                if len(fields) != 2 or not fields[1].lstrip(b'-').isdigit():
+                if len(fields) != 2 or not re.fullmatch(rb'-?\d+', fields[1]):
                     text = line.decode(errors='replace').strip()[:80]
                     raise DataError(f"{self.list_file}:{number}: expected 'relative/path label', got {text!r}")
                 path, label = fields[0], int(fields[1])

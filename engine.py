@@ -1,5 +1,6 @@
 """Training and evaluation: `train_one_epoch` and `evaluate` return dicts; `run` ties the parts of a run together."""
 import contextlib
+import io
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from ema import ModelEMA
 from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
-from optim import build_optimizer, learning_rate, parameter_groups
+from optim import build_optimizer, clip_gradients, learning_rate, parameter_groups
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
 from utils import logger
@@ -26,6 +27,7 @@ from zoo import pretrained_weights
 
 # one run's random draws: a stream each, so that no two ever share their numbers
 STREAM_MIXUP, STREAM_PADDLE, STREAM_INIT = 1, 2, 3
+SLOW_STEP_SECONDS = 3  # from which the ranks wait for each other before they exchange gradients: see utils.barrier
 REPORT_SECONDS = 60  # without a progress line in a log
 MAX_SKIPPED_STEPS = 100  # overflowing steps in a row after which a run with loss scaling stops
 
@@ -94,7 +96,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
     progress = _Progress(f'epoch {epoch}', steps, report_freq, (total_steps or first_step + steps) - first_step)
     loss_sum = images_seen = skipped = skipped_in_a_row = 0
     group_loss, group_images = paddle.zeros([]), 0
-    step = first_step
+    step, began, slow = first_step, time.perf_counter(), False
+    utils.barrier()  # the first step builds the depthwise operator
     for index, (images, labels) in enumerate(progress.timed(loader)):
         if index % accum_iter == 0:
             group_size = min(accum_iter, batches - index)
@@ -110,6 +113,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             with amp.autocast():
                 logits = model(images)
             loss = criterion(logits, labels) / group_size
+            if slow and last_of_group:
+                utils.barrier()
             (loss if scaler is None else scaler.scale(loss)).backward()
         group_loss = group_loss + loss.detach() * group_size * images.shape[0]
         group_images += images.shape[0]
@@ -118,7 +123,9 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
 
         # one small exchange per step; every rank learns of a loss that is not finite and stops, so none waits
         mine = float(group_loss)
-        total, count, broken = utils.all_reduce_sum([mine, group_images, not math.isfinite(mine)])
+        total, count, broken, seconds = utils.all_reduce_sum(
+            [mine, group_images, not math.isfinite(mine), time.perf_counter() - began])
+        slow, began = seconds / world > SLOW_STEP_SECONDS, time.perf_counter()
         if broken and scaler is None:
             losses = utils.all_gather_values(mine)
             ranks = [str(r) for r, value in enumerate(losses) if not math.isfinite(value)]
@@ -151,14 +158,14 @@ def _optimizer_step(optimizer, parameters, scaler, grad_clip):
     if scaler is not None:
         scaler.unscale_(optimizer)
     if grad_clip:
-        # not the optimizer's own clipping: with parameter groups that takes one norm per group
-        paddle.nn.utils.clip_grad_norm_(parameters, grad_clip)
+        clip_gradients(parameters, grad_clip)
     if scaler is None:
         optimizer.step()
         return True
     overflow = bool(scaler._found_inf)  # set by unscale_; the gradients, and so this, are the same on every rank
-    scaler.step(optimizer)
-    scaler.update()
+    with contextlib.redirect_stdout(io.StringIO()):  # Paddle prints each overflow
+        scaler.step(optimizer)
+        scaler.update()
     return not overflow
 
 
@@ -189,6 +196,7 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
         images_seen += images.shape[0]
         progress.step(images.shape[0])
     progress.close()
+    utils.barrier()  # a rank may have a batch more than another
     correct1, correct5, loss_sum, images_seen = utils.all_reduce_sum([correct1, correct5, loss_sum, images_seen])
     if images_seen != dataset_size:
         raise RuntimeError(f'evaluated {images_seen:.0f} images of a dataset of {dataset_size}')
@@ -332,7 +340,10 @@ def _train(config, device, amp, folder, model, state, val_set):
     epochs_done, step, best = train.LAST_EPOCH, train.LAST_EPOCH * steps_per_epoch, {}
     if state is not None:
         _restore(config, state, model, ema, optimizer, scaler)
-        epochs_done, step, best = state['epoch'], state['step'], state['best']
+        epochs_done, step, best = state['epoch'], state['epoch'] * steps_per_epoch, state['best']
+        if step != state['step']:
+            logger.warning(f"the checkpoint has {state['step']} steps; with this global batch its epochs are {step}: "
+                           'the learning rate goes on from there')
     wrapped = paddle.DataParallel(model) if world > 1 else model
 
     use_mixup = train.MIXUP_PROB > 0
@@ -371,6 +382,9 @@ def _train(config, device, amp, folder, model, state, val_set):
             average_statistics(model)
             if ema is not None:
                 average_statistics(ema.module)
+        if folder is not None:  # before the evaluation, which a damaged picture may end
+            folder.save(_state(config, model, ema, optimizer, scaler, epoch, step, best))
+        utils.barrier()  # no rank runs ahead while rank 0 writes
         improved = []
         if config.VALIDATE_FREQ and (epoch % config.VALIDATE_FREQ == 0 or epoch == train.NUM_EPOCHS):
             for key, module in (('model', model), ('model_ema', ema and ema.module)):
@@ -383,8 +397,9 @@ def _train(config, device, amp, folder, model, state, val_set):
                     best[key] = {'epoch': epoch, **metrics[key]}
                     improved.append(key)
         if folder is not None:
-            folder.save(_state(config, model, ema, optimizer, scaler, epoch, step, best), epoch, improved)
-        utils.barrier()  # no rank leaves while rank 0 still writes
+            state = _state(config, model, ema, optimizer, scaler, epoch, step, best)
+            folder.save_evaluated(state, epoch, improved)
+        utils.barrier()
     if folder is not None:
         folder.summary(best)
     return {'last': metrics, 'best': best}
@@ -393,9 +408,10 @@ def _train(config, device, amp, folder, model, state, val_set):
 def _evaluate(config, model, val_set, amp, name):
     loader = get_dataloader(config, val_set, 'val', utils.rank(), utils.world_size())
     metrics = evaluate(model, loader, len(val_set), amp, name)
+    if name != 'eval':
+        logger.info(f"evaluated {'the model' if name == 'model' else 'its moving average (EMA)'}: "
+                    f"Acc@1 {metrics['acc1']:.3f}")
     if utils.is_main():
-        if name != 'eval':
-            logger.info('the model:' if name == 'model' else 'its moving average (EMA):')
         print(accuracy_line(metrics), flush=True)
     return metrics
 

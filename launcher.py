@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 
 import paddle_env
 
@@ -14,9 +16,10 @@ import paddle  # isort: skip
 import paddle.distributed as dist  # isort: skip
 
 import utils
-from config import get_arguments, get_config, update_config
+from config import get_arguments, get_config
 from engine import run
 from errors import TrainingStopped, UserError
+from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run_folder import RunFolder, config_beside, default_folder
 
 # the first process to report a mistake that all of them made makes this file, so that it is printed once
@@ -29,10 +32,13 @@ def read_settings(description, argv=None):
     Without -cfg the settings are those beside the checkpoint that -resume or -pretrained names.
     """
     args = get_arguments(description, argv)
-    args.cfg = args.cfg or config_beside(args.resume or args.pretrained or '')
-    if not args.cfg:
+    cfg = args.cfg or config_beside(args.flags['resume'] or args.flags['pretrained'] or '')
+    if not cfg:
         raise UserError('-cfg is missing: name a file of settings, such as -cfg=./configs/replknet_31b.yaml')
-    config = update_config(get_config(args.cfg, args.opts), args)
+    config = get_config(cfg, args.opts, args.flags)
+    implementation = os.environ.get(VARIABLE) or 'auto'
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
     if not config.SAVE and not config.EVAL:
         config.SAVE = default_folder(config)
     config.freeze()
@@ -44,8 +50,9 @@ def read_settings(description, argv=None):
 def exit_status(function, *args):
     """Calls `function`; a mistake of the user's becomes one line on standard error and status 2.
 
+    Of several processes that fail only the first one reports: the others mostly fail for want of it.
     Returns:
-        0, 1 (training had to stop), 2 (a mistake) or 130 (interrupted).
+        0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 130 (interrupted).
     """
     try:
         function(*args)
@@ -56,6 +63,8 @@ def exit_status(function, *args):
         status, message = 1, str(error)
     except KeyboardInterrupt:
         status, message = 130, 'interrupted'
+    except Exception:
+        status, message = 1, traceback.format_exc().rstrip()
     if _first_to_report():
         print(message, file=sys.stderr, flush=True)
     return status
@@ -76,6 +85,9 @@ def run_in_this_process(config, device):
     """One process of a run; of several when Paddle's launcher or `run_in_processes` has started it."""
     launched = int(os.environ.get('PADDLE_TRAINERS_NUM', '1')) > 1
     if launched:
+        os.environ.setdefault('FLAGS_stop_check_timeout', str(24 * 3600))  # seconds one process may wait for another
+        if device == 'cpu':
+            os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'  # Paddle would take nccl where there are GPUs
         with contextlib.redirect_stderr(io.StringIO()):  # Paddle lists its own flags there
             dist.init_parallel_env()
     local = int(os.environ.get('PADDLE_LOCAL_SIZE', dist.get_world_size()))
@@ -98,41 +110,54 @@ def run_in_processes(config, device):
         logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
-        context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # Ctrl-C reaches all processes of a terminal; only this one acts on it, and stops the others
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        context = dist.spawn(_child, (config, device, os.getpid()), nprocs=count, join=False, **options)
+        signal.signal(signal.SIGINT, interrupt)
         return _wait(context.processes)
 
 
-def _child(config, device):
+def _child(config, device, parent):
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     sys.exit(exit_status(run_in_this_process, config, device))
+
+
+def _end_with(parent):
+    """Ends this process when the one that started it is gone, even if that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _wait(processes):
     """Waits for all; when one fails the others, which may wait for it, are stopped. Returns the exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    first, patience = {}, 0
     try:
-        failed = []
-        while not failed and any(p.exitcode is None for p in processes):
+        while not first and any(p.exitcode is None for p in processes):
             time.sleep(0.1)
-            failed = [(rank, p.exitcode) for rank, p in enumerate(processes) if p.exitcode]
+            first = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode}
+        patience = 5  # seconds to end by themselves, as they do after a mistake that all of them made
     except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr, flush=True)
         return 130
     finally:
-        _stop(processes)  # also when this process is told to end
-    if not failed:
-        return 0
-    rank, code = failed[0]
-    if code not in (1, 2, 130):  # these have said why
-        print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; the others were stopped',
-              file=sys.stderr, flush=True)
-    return code if code > 0 else 1
+        _stop(processes, patience)
+    for rank, code in first.items():
+        if code not in (1, 2):  # these have said why
+            print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '
+                  'the others were stopped', file=sys.stderr, flush=True)
+    return 0 if not first else 2 if any(p.exitcode == 2 for p in processes) else 1
 
 
-def _stop(processes, patience=5):
-    """Lets the processes end by themselves for some seconds, as they do after an error of all, then ends them."""
-    deadline = time.monotonic() + patience
+def _stop(processes, patience):
+    """Gives the processes `patience` seconds to end by themselves, then ends them."""
     for end in ('terminate', 'kill'):
+        deadline = time.monotonic() + patience
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 getattr(process, end)()
-        deadline = time.monotonic() + patience
+        patience = 5
+    for process in processes:
+        process.join()

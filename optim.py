@@ -78,3 +78,17 @@ def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
     if name == 'sgd':
         return paddle.optimizer.SGD(learning_rate=0.0, parameters=groups)
     raise UserError(f'TRAIN.OPTIMIZER.NAME {name!r} is not known; choose from adamw, sgd, momentum')
+
+
+@paddle.no_grad()
+def clip_gradients(parameters, max_norm):
+    """Scales the gradients so that the norm of all of them together is at most `max_norm`.
+
+    Paddle's optimizers clip each parameter group by its own norm, and its `clip_grad_norm_` does not take the mixture
+    of half and single precision that O2 has.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = sum(g.astype('float32').square().sum() for g in gradients).sqrt()
+    scale = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
+    for gradient in gradients:
+        gradient.set_value((gradient.astype('float32') * scale).astype(gradient.dtype))

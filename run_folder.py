@@ -26,10 +26,15 @@ def config_beside(path):
     return found if os.path.isfile(found) else None
 
 
+def _continued(config):
+    """Whether this is a run that goes on in the folder of the one it resumes: from its last checkpoint."""
+    return not config.EVAL and os.path.basename(resolve_resume(config.MODEL.RESUME)) == LAST
+
+
 def default_folder(config):
-    """Where a run goes without `-output`: the folder of the run it resumes, or a new one named by the time."""
-    if config.MODEL.RESUME:
-        return os.path.dirname(os.path.abspath(resolve_resume(config.MODEL.RESUME)))
+    """Where a run goes without `-output`: on in the folder of the run it continues, or to a new one named by time."""
+    if _continued(config):
+        return os.path.dirname(resolve_resume(config.MODEL.RESUME)) or '.'
     return os.path.join('output', f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}')
 
 
@@ -44,15 +49,19 @@ class RunFolder:
 
     def __init__(self, config):
         self.config, self.path = config, config.SAVE
-        resumed = config.MODEL.RESUME and os.path.dirname(os.path.abspath(resolve_resume(config.MODEL.RESUME)))
-        self.own = bool(resumed) and os.path.realpath(resumed) == os.path.realpath(self.path)
+        self.own = _continued(config) and os.path.realpath(self.path) == os.path.realpath(
+            os.path.dirname(resolve_resume(config.MODEL.RESUME)))
         self._refuse_if_taken()
 
     def _refuse_if_taken(self):
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise UserError(f'-output={self.path}: is a file; name a folder')
         held = [name for name in (CONFIG, LAST, LOG, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
         if held and not self.own:
-            raise UserError(f'-output={self.path}: holds a run already ({held[0]}); choose another folder, '
-                            f'or continue that run with -resume={os.path.join(self.path, LAST)}')
+            last = os.path.join(self.path, LAST)
+            hint = (f'continue that run with -resume={last}' if os.path.exists(last) else
+                    'delete it: it has no checkpoint')
+            raise UserError(f'-output={self.path}: holds a run already ({held[0]}); choose another folder, or {hint}')
 
     def claim(self):
         """Makes the folder this run's and writes the settings; call when everything is ready to start."""
@@ -75,25 +84,31 @@ class RunFolder:
         """Adds a line to metrics.jsonl."""
         utils.append_json_line(os.path.join(self.path, METRICS), {'time': round(time.time(), 3), **values})
 
-    def save(self, state, epoch, improved):
-        """Writes last, each best in `improved` ('model', 'model_ema') and, every SAVE_FREQ epochs, a numbered one.
+    def save(self, state, name=LAST, key='model'):
+        """Writes a checkpoint in which `key` ('model' or 'model_ema') stands for the weights.
 
         A disk that is full costs the run this checkpoint, not its life: the one before is still whole.
         """
-        files = [(LAST, 'model')] + [(BEST[key], key) for key in improved]
+        path = os.path.join(self.path, name)
+        try:
+            save_checkpoint(path, {**state, 'weights_key': key})
+        except OSError as error:
+            logger.error(f'{path}: not saved: {error.strerror}; training goes on, the file that was there stays')
+
+    def save_evaluated(self, state, epoch, improved):
+        """Writes what an evaluation changed: the best of each in `improved`, `last`, and a numbered checkpoint."""
+        for key in improved:
+            self.save(state, BEST[key], key)
+        if improved:
+            self.save(state)
         if self.config.SAVE_FREQ and epoch % self.config.SAVE_FREQ == 0:
-            files.append((f'epoch_{epoch:04d}.pdparams', 'model'))
-        for name, key in files:
-            try:
-                save_checkpoint(os.path.join(self.path, name), {**state, 'weights_key': key})
-            except OSError as error:
-                logger.error(f'{os.path.join(self.path, name)}: not saved: {error.strerror}; training goes on, '
-                             'the file that was there stays')
+            self.save(state, f'epoch_{epoch:04d}.pdparams')
 
     def summary(self, best):
         """Logs the best accuracies and how to see them again."""
         for key, metrics in best.items():
+            path = os.path.join(self.path, BEST[key])
+            where = f'in {path}' if os.path.exists(path) else 'in the folder of the run it was resumed from'
             logger.info(f"best {'EMA' if key == 'model_ema' else 'model'}: epoch {metrics['epoch']} "
-                        f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} "
-                        f"in {os.path.join(self.path, BEST[key])}")
+                        f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} {where}")
         logger.info(f'run folder {self.path}')

@@ -5,64 +5,96 @@
 # Run by itself (sh setup_env.sh) it only prepares the environment.
 root=${root:-$(cd "$(dirname "$0")" && pwd)}
 
-has_modules() {  # interpreter, modules: prints those that are missing
-    "$1" - $2 <<'PYTHON_END'
+missing_modules() {  # interpreter, names: prints those that it cannot find
+    interpreter=$1
+    shift
+    "$interpreter" - "$@" <<'PYTHON_END'
 import sys
 from importlib.util import find_spec
+sys.path = [path for path in sys.path if path]  # a folder named paddle here is not Paddle
 print(' '.join(name for name in sys.argv[1:] if find_spec(name) is None))
 PYTHON_END
 }
 
-modules="numpy yaml yacs PIL tqdm setuptools"
-[ -z "$dev" ] || modules="$modules pytest sklearn safetensors"
 PYTHON=
 for candidate in python python3; do
-    # an active environment, or a system-wide install of paddle
-    if command -v "$candidate" >/dev/null 2>&1 && [ -z "$(has_modules "$candidate" paddle 2>/dev/null || echo no)" ]; then
+    if command -v "$candidate" >/dev/null 2>&1 && [ -z "$(missing_modules "$candidate" paddle 2>/dev/null || echo no)" ]
+    then
         PYTHON=$candidate
         break
     fi
 done
 if [ -n "$PYTHON" ]; then
-    missing=$(has_modules "$PYTHON" "$modules")
+    missing=$(missing_modules "$PYTHON" numpy yaml yacs PIL tqdm setuptools ${dev:+pytest ruff sklearn safetensors})
     if [ -n "$missing" ]; then
-        echo "setup_env.sh: the active environment has paddle but not: $missing;" \
-             "install them with: $PYTHON -m pip install -r $root/requirements-gpu.txt${dev:+ -r $root/requirements-dev.txt}" >&2
+        echo "setup_env.sh: the active environment has paddle but not: $missing; install them with:" \
+             "$PYTHON -m pip install -r '$root/requirements-gpu.txt'${dev:+ -r '$root/requirements-dev.txt'}" >&2
         exit 2
     fi
 else
-    requirements="$root/requirements.txt ${dev:+$root/requirements-dev.txt}"
-    stamp="$root/.venv/installed$dev"
-    # the stamp is written last, so an installation that was cut off is done again
-    if [ "$(cat $requirements | cksum)" != "$(cat "$stamp" 2>/dev/null)" ]; then
-        until mkdir "$root/.venv.lock" 2>/dev/null; do  # two scripts at once: the second one waits
-            if [ -n "$(find "$root/.venv.lock" -prune -mmin +30 2>/dev/null)" ]; then
-                rmdir "$root/.venv.lock" 2>/dev/null || true
-            elif [ ! -w "$root" ]; then
-                echo "setup_env.sh: $root cannot be written; activate an environment that has paddle" >&2
-                exit 2
-            fi
-            sleep 1
-        done
-        trap 'rmdir "$root/.venv.lock" 2>/dev/null' EXIT
-        trap 'exit 130' INT TERM
-        if [ "$(cat $requirements | cksum)" != "$(cat "$stamp" 2>/dev/null)" ]; then
-            echo "setting up $root/.venv: some minutes and about 1 GB, once" >&2
-            python3 -m venv "$root/.venv" || {
-                echo "setup_env.sh: python3 -m venv failed; install Python 3.9 to 3.13 with its venv module" \
-                     "(Debian: apt install python3-venv)" >&2
-                exit 2
-            }
-            "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-                $(for file in $requirements; do printf -- '-r %s ' "$file"; done) || {
-                echo "setup_env.sh: pip could not install requirements.txt, see above; run the command again to go on" >&2
-                exit 2
-            }
-            cat $requirements | cksum > "$stamp"
-        fi
-        rmdir "$root/.venv.lock"
-        trap - EXIT INT TERM
+    if ! command -v python3 >/dev/null 2>&1; then
+        echo "setup_env.sh: there is no python3; install Python 3.9 to 3.13" >&2
+        exit 2
     fi
+    # a lock of the kernel's: it goes with the process that holds it, however that ends
+    python3 - "$root" "$(command -v python3)" ${dev:+requirements-dev.txt} <<'PYTHON_END' || exit $?
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+
+root, python, *more = sys.argv[1:]
+os.chdir(root)
+files = ['requirements.txt', *more]
+stamp = '.venv/installed' + ('-dev' if more else '')
+wanted = hashlib.sha256(b''.join(open(name, 'rb').read() for name in files)).hexdigest()
+
+
+def installed():
+    """Written last, so an installation that was cut off is done again."""
+    return os.access('.venv/bin/python', os.X_OK) and os.path.exists(stamp) and open(stamp).read() == wanted
+
+
+def run(command, advice):
+    if subprocess.call(command):
+        sys.exit(f'setup_env.sh: {advice}')
+
+
+def main():
+    if installed():
+        return
+    try:
+        lock = open('.venv.lock', 'w')
+    except OSError as error:
+        sys.exit(f'setup_env.sh: {root} cannot be written ({error.strerror}); activate an environment that has paddle')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f'waiting for another process that sets up {root}/.venv', file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if installed():
+        return
+    print(f'setting up {root}/.venv: a few minutes and about 1.5 GB, once', file=sys.stderr, flush=True)
+    run([python, '-m', 'venv', '.venv'],
+        'python3 -m venv failed, see above; it needs the venv module (Debian: apt install python3-venv)')
+    run(['.venv/bin/python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check',
+         *(part for name in files for part in ('-r', name))],
+        'pip could not install the requirements, see above; run the command again to go on')
+    with open(stamp, 'w') as file:
+        file.write(wanted)
+
+
+try:
+    main()
+except KeyboardInterrupt:
+    sys.exit(130)
+except SystemExit as stop:
+    if isinstance(stop.code, str):
+        print(stop.code, file=sys.stderr)
+        sys.exit(2)
+    raise
+PYTHON_END
     PYTHON="$root/.venv/bin/python"
 fi
 export PYTHON

@@ -1,4 +1,5 @@
 """What every floor above needs: devices, process groups, seeds, the log of a run."""
+import itertools
 import json
 import logging
 import logging.handlers
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.base.core import create_or_get_global_tcp_store
 
 from errors import UserError
 
@@ -71,9 +73,14 @@ def all_gather_values(value):
     return all_reduce_sum(mine)
 
 
-def barrier():
-    """Waits until every process has got here."""
-    all_reduce_sum([0])
+def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the calls of this process
+    """Waits until every process has got here, however long that takes; gloo's collectives give up after 30 s."""
+    if world_size() == 1:
+        return
+    store, key = create_or_get_global_tcp_store(), f'replknet/barrier/{next(_calls)}'
+    if store.add(key, 1) == world_size():
+        store.set(key + '/all', b'1')
+    store.wait(key + '/all')
 
 
 # ---- seeds

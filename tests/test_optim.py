@@ -1,12 +1,13 @@
 """Parameter groups, the optimizer's arithmetic and the schedule."""
 import json
 import math
+import types
 
 import numpy as np
 import paddle
 import pytest
 
-from optim import build_optimizer, layer_id, learning_rate, parameter_groups
+from optim import build_optimizer, clip_gradients, layer_id, learning_rate, parameter_groups
 from port_weights.names import to_paddle_names
 from replknet import RepLKNet, replknet_31b
 
@@ -94,3 +95,14 @@ def test_other_optimizers_descend(name):
     model(paddle.ones([1, 3])).sum().backward()
     optimizer.step()
     np.testing.assert_allclose(model.weight.numpy(), before - 0.1, rtol=1e-6)
+
+
+def test_clipping_takes_the_norm_of_half_and_single_precision_together():
+    single, half = paddle.full([4], 3.0), paddle.full([4], 4.0).astype('bfloat16')
+    parameters = [types.SimpleNamespace(grad=gradient) for gradient in (single, half, None)]
+    clip_gradients(parameters, 1.0)  # the norm is 10
+    np.testing.assert_allclose(single.numpy(), 0.3, rtol=1e-5)
+    np.testing.assert_allclose(half.astype('float32').numpy(), 0.4, rtol=1e-2)
+    assert half.dtype == paddle.bfloat16
+    clip_gradients(parameters, 100.0)
+    np.testing.assert_allclose(single.numpy(), 0.3, rtol=1e-5)

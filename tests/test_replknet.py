@@ -1,6 +1,7 @@
 """The model against the reference data of the official code, and what its options promise."""
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -117,7 +118,7 @@ def test_merged_parameter_count():
 
 
 def test_the_ablation_has_13x13_kernels():
-    model = build_replknet(get_config('configs/replknet_13b.yaml'))
+    model = build_replknet(get_config(Path(__file__).parents[1] / 'configs/replknet_13b.yaml'))
     sizes = {tensor.shape[-1] for name, tensor in model.state_dict().items()
              if name.endswith('large_kernel_origin.conv.weight')}
     assert sizes == {13}

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from optim import learning_rate
 from safe_load import read_checkpoint
 
 LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+$', re.M)
@@ -56,6 +57,10 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     steps = 3 if count == 1 else 2  # 13 images: 6 micro-batches of 2, or 3 global ones of 2 x 2; two per step
     assert [r['step'] for r in records if r['event'] == 'train'] == [steps, 2 * steps]
     assert records[0]['images'] == 12
+    # warm-up over the first epoch, the cosine over the second; BASE_LR as it is, whatever the batch
+    schedule = {'base_lr': 1e-2, 'start_lr': 1e-6, 'end_lr': 1e-6, 'warmup_steps': steps, 'total_steps': 2 * steps}
+    assert [r['lr'] for r in records if r['event'] == 'train'] == [
+        learning_rate(steps - 1, **schedule), learning_rate(2 * steps - 1, **schedule)]
     log = (folder / 'log.txt').read_text()
     assert 'parameters' in log and 'images/s' in log and 'eta' in log and 'Acc@1' in log
     assert ('averaged over the processes' in log) == (count == 2)
@@ -123,6 +128,16 @@ def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, t
     np.testing.assert_allclose(first['loss'], one['loss'], rtol=1e-5)
     np.testing.assert_allclose(first['mean'], [1.5, 2.5])
     np.testing.assert_allclose(second['mean'], [1.5, 2.5])
+    for rank in (first, second):  # three optimizer steps; an evaluation sums once, at its end
+        assert rank['exchanges'].tolist() == [3, 1]
+        assert re.match(r'step 2 \(epoch 1\): the loss is not finite on rank 1, lr', str(rank['stopped']))
+
+
+@pytest.mark.long
+def test_ranks_wait_for_each_other_longer_than_gloo_does(run_script, tmp_path):
+    done = run_script('tests/two_process_gradients.py', tmp_path / 'out', 'wait', PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'out.0.npz').exists() and (tmp_path / 'out.1.npz').exists()
 
 
 @pytest.mark.parametrize('count', [1, 2])
@@ -157,7 +172,7 @@ def test_a_killed_rank_takes_the_others_down(list_dataset, tiny_yaml, tmp_path):
         process.kill()
 
 
-def mistakes(folder, dataset, yaml):
+def mistakes(folder, dataset, yaml, run):
     """(name, flags, words of the message)"""
     half = folder / 'half'
     half.mkdir()
@@ -173,6 +188,9 @@ def mistakes(folder, dataset, yaml):
     yield 'flag', [*base, '-batchsize=2'], 'unrecognized arguments: -batchsize=2'
     yield 'flag value', [*base, '-batch_size=two'], "invalid int value: 'two'"
     yield 'no list', [f'-cfg={yaml}', f'-data_path={folder}', '-device=cpu'], 'val_list.txt: no such list file'
+    yield 'data path is a file', [f'-cfg={yaml}', f'-data_path={junk}', '-device=cpu'], 'cannot be read'
+    yield 'optimizer', [*base, f'-resume={run}', '-opts', 'TRAIN.OPTIMIZER.NAME', 'sgd'], 'trained with AdamW'
+    yield 'output is a file', [*base, f'-output={junk}'], 'is a file; name a folder'
     yield 'no picture', [f'-cfg={yaml}', f'-data_path={half}', '-device=cpu'], 'val_list.txt:1: '
     yield 'label', [f'-cfg={yaml}', f'-data_path={bad}', '-device=cpu'], 'val_list.txt:1: label 4 is out of range'
     yield 'weights not there', [*base, '-eval', '-pretrained=no.pdparams'], 'no.pdparams'
@@ -183,12 +201,19 @@ def mistakes(folder, dataset, yaml):
     yield 'device', [f'-cfg={yaml}', f'-data_path={dataset}', '-device=gpu'], '-device=gpu'
 
 
-def test_a_mistake_is_one_line_with_status_2(run_script, list_dataset, tiny_yaml, tmp_path):
-    for name, flags, words in mistakes(tmp_path, list_dataset, tiny_yaml):
+def test_a_mistake_is_one_line_with_status_2(trained, run_script, list_dataset, tiny_yaml, tmp_path):
+    for name, flags, words in mistakes(tmp_path, list_dataset, tiny_yaml, trained[1][0] / 'epoch_0001.pdparams'):
         done = run_script('main_single_gpu.py', f'-output={tmp_path}/run', *flags)
         assert done.returncode == 2, f'{name}: {done.stdout}{done.stderr}'
         assert words in done.stderr and done.stderr.count('\n') == 1, f'{name}: {done.stderr}'
         assert not (tmp_path / 'run').exists(), name
+
+
+def test_an_unexpected_error_in_a_process_shows_its_traceback_once(run_script, list_dataset, tiny_yaml, tmp_path):
+    done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
+                      '-device=cpu', LARGE_KERNEL_CONV_IMPL='custom', CXX='/no/compiler')
+    assert done.returncode == 1
+    assert done.stderr.count('Traceback') == 1 and 'no C++ compiler' in done.stderr
 
 
 def test_several_processes_report_a_mistake_once(run_script, tiny_yaml, tmp_path):
@@ -215,6 +240,57 @@ def test_another_run_s_folder_is_never_written(trained, run_script, list_dataset
     done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={folder}')
     assert done.returncode == 2 and 'holds a run already' in done.stderr
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_another_number_of_processes_goes_on_at_the_epoch_s_learning_rate(trained, run_script, list_dataset, tmp_path):
+    done = run_script('main_multi_gpu.py', f'-resume={trained[1][0]}/epoch_0001.pdparams', '-device=cpu',
+                      f'-data_path={list_dataset}', f'-output={tmp_path}/run')
+    assert done.returncode == 0, done.stderr
+    assert 'has 3 steps; with this global batch its epochs are 2' in done.stdout
+    record = json.loads((tmp_path / 'run/metrics.jsonl').read_text().splitlines()[0])
+    assert (record['epoch'], record['step']) == (2, 4)
+    assert record['lr'] == learning_rate(3, base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=2, total_steps=4)
+
+
+def test_an_older_checkpoint_or_an_evaluation_never_writes_into_the_run(trained, run_script, list_dataset):
+    folder, _ = trained[1]
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    for flags in ([f'-resume={folder}/epoch_0001.pdparams'], ['-eval', f'-resume={folder}']):
+        done = run_script('main_single_gpu.py', *flags, f'-output={folder}', f'-data_path={list_dataset}')
+        assert done.returncode == 2 and 'holds a run already' in done.stderr
+    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_training_without_mixup_and_with_the_other_options(run_script, list_dataset, tiny_yaml, tmp_path):
+    """Both alphas 0, as the fine-tuning recipes have them, layer-wise decay, clipping, recomputation, no EMA."""
+    done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
+                      '-device=cpu', '-amp', '-num_workers=1', '-opts', 'TRAIN.MIXUP_PROB', '0',
+                      'TRAIN.MIXUP_ALPHA', '0', 'TRAIN.CUTMIX_ALPHA', '0', 'TRAIN.LAYER_DECAY', '0.7',
+                      'TRAIN.GRAD_CLIP', '1.0', 'MODEL.RECOMPUTE', 'True', 'TRAIN.MODEL_EMA', 'False',
+                      'TRAIN.NUM_EPOCHS', '1')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('computing in float32') == 1
+    assert len(LINE.findall(done.stdout)) == 1 and not (tmp_path / 'run/best_ema.pdparams').exists()
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGKILL'])
+def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tmp_path, name):
+    process = subprocess.Popen(
+        [sys.executable, f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
+         f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in process.stdout:
+        if 'epoch 1' in line:
+            break
+    if name == 'SIGINT':
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)  # ends when the last process has closed its end of the pipes
+    assert process.returncode == {'SIGTERM': 143, 'SIGINT': 130, 'SIGKILL': -9}[name]
+    if name != 'SIGKILL':  # then a rank may find the other gone before it looks for the one that started both
+        assert errors == ('interrupted\n' if name == 'SIGINT' else '')
 
 
 @pytest.mark.parametrize(('flags', 'words'), [

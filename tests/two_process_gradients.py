@@ -1,13 +1,17 @@
-"""Run by test_runs.py: two processes with accumulation must move a model as one process with all the data does."""
+"""Run by test_runs.py: two processes must move a model as one process with all the data does, and stop together."""
+import itertools
 import sys
+import time
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import nn
 
+import utils
 from config import get_config
-from engine import Amp, average_statistics, train_one_epoch
+from engine import Amp, average_statistics, evaluate, train_one_epoch
+from errors import TrainingStopped
 from optim import build_optimizer, parameter_groups
 from replknet import RepLKNet
 
@@ -26,15 +30,39 @@ def data():
     return rng.standard_normal((20, 3, 32, 32)).astype('float32'), rng.integers(0, 3, 20)
 
 
-def train(batches, accum_iter, recompute):
+def train(batches, accum_iter, recompute, criterion=nn.functional.cross_entropy):
     paddle.seed(0)
     model = build(recompute)
     wrapped = paddle.DataParallel(model) if dist.get_world_size() > 1 else model
     optimizer = build_optimizer('sgd', parameter_groups(model, 0.0))
     loader = [(paddle.to_tensor(x), paddle.to_tensor(y)) for x, y in batches]
-    metrics = train_one_epoch(wrapped, loader, nn.CrossEntropyLoss(), optimizer, epoch=1, first_step=0,
+    metrics = train_one_epoch(wrapped, loader, criterion, optimizer, epoch=1, first_step=0,
                               lr_at=lambda step: 0.1, amp=Amp(get_config(), 'cpu'), accum_iter=accum_iter)
     return {name: p.numpy() for name, p in model.named_parameters()}, metrics
+
+
+def count_exchanges(batches):
+    """Small all-reduces that an epoch of training and an evaluation ask for, apart from the gradients."""
+    calls, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor: calls.append(tensor.shape) or all_reduce(tensor)
+    try:
+        train(batches, 2, False)
+        training = len(calls)
+        evaluate(build(False), [(paddle.to_tensor(x), paddle.to_tensor(y)) for x, y in batches], 20,
+                 Amp(get_config(), 'cpu'))
+        return training, len(calls) - training
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def wait(path):
+    """Rank 0 comes to an evaluation after gloo would have lost its patience, which is 30 s."""
+    dist.init_parallel_env()
+    utils.barrier()
+    time.sleep(35 * (dist.get_rank() == 0))
+    images, labels = (paddle.to_tensor(array) for array in data())
+    evaluate(build(False), [(images[dist.get_rank()::2], labels[dist.get_rank()::2])], 20, Amp(get_config(), 'cpu'))
+    np.savez(f'{path}.{dist.get_rank()}.npz')
 
 
 def worker(path, recompute):
@@ -47,12 +75,26 @@ def worker(path, recompute):
     norm = nn.Sequential(nn.BatchNorm2D(2))
     norm[0]._mean.set_value(paddle.to_tensor([1.0 + rank, 5.0 * rank]))
     average_statistics(norm)
+    losses = itertools.count()
+
+    def nan_on_rank_1(logits, labels):
+        return nn.functional.cross_entropy(logits, labels) * (np.nan if (rank, next(losses)) == (1, 2) else 1)
+
+    try:
+        train(mine, 1, recompute, nan_on_rank_1)
+        stopped = ''
+    except TrainingStopped as error:
+        stopped = str(error)
     np.savez(f'{path}.{rank}.npz', loss=metrics['loss'], images=metrics['images'], mean=norm[0]._mean.numpy(),
+             exchanges=count_exchanges(mine), stopped=stopped,
              **{f'weight/{k}': v for k, v in weights.items()})
 
 
 if __name__ == '__main__':
     out, recompute = sys.argv[1], sys.argv[2] == 'recompute'
+    if sys.argv[2] == 'wait':
+        dist.spawn(wait, (out,), nprocs=2, backend='gloo')
+        sys.exit()
     dist.spawn(worker, (out, recompute), nprocs=2, backend='gloo')
     images, labels = data()
     weights, metrics = train([(images[i:i + 8], labels[i:i + 8]) for i in (0, 8, 16)], 1, recompute=False)

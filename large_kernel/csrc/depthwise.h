@@ -1,18 +1,38 @@
 // Depthwise convolution with "same" padding, forward and backward: x [N, C, H, W], weight [C, 1, K, K] with odd K,
 // y [N, C, ceil(H / stride), ceil(W / stride)], NCHW, contiguous. T is float, bfloat16 or float16; sums are float.
 #pragma once
-#include "small.h"
+#include "packed.h"
 
 namespace dwconv {
 
 inline bool is_large(const Shape& s) { return s.stride == 1 && s.kernel > 5; }
 
+// Measured: over packed planes up to this many pixels, beyond it over pixels of a row.
+constexpr int kPackedPixels = 256 * 256;
+
+inline bool is_packed(const Shape& s) {
+  return (s.kernel == 3 || s.kernel == 5) && s.channels >= kLanes / 2 &&
+         (std::ptrdiff_t)s.height * s.width <= kPackedPixels;
+}
+
+// Calls f with K and stride as types, of the four combinations `is_packed` allows.
+template <class F>
+void with_constants(const Shape& s, F f) {
+  using std::integral_constant;
+  if (s.kernel == 3 && s.stride == 1) return f(integral_constant<int, 3>{}, integral_constant<int, 1>{});
+  if (s.kernel == 3) return f(integral_constant<int, 3>{}, integral_constant<int, 2>{});
+  if (s.stride == 1) return f(integral_constant<int, 5>{}, integral_constant<int, 1>{});
+  return f(integral_constant<int, 5>{}, integral_constant<int, 2>{});
+}
+
 template <class T>
 void forward(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
   if (is_large(s)) {
     correlate_large(x, weight, bias, s, Order::kForward, y);
+  } else if (is_packed(s)) {
+    with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, bias, s, y); });
   } else {
-    forward_small(x, weight, bias, s, y);
+    forward_rows(x, weight, bias, s, y);
   }
 }
 
@@ -22,8 +42,12 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
   if (is_large(s)) {
     if (dx) correlate_large(dy, weight, static_cast<const T*>(nullptr), s, Order::kInputGradient, dx);
     if (dweight) weight_gradient_large(x, dy, s, dweight, dbias);
+  } else if (is_packed(s)) {
+    with_constants(s, [&](auto k, auto stride) {
+      backward_packed<k(), stride()>(x, weight, dy, s, dx, dweight, dbias);
+    });
   } else {
-    backward_small(x, weight, dy, s, dx, dweight, dbias);
+    backward_rows(x, weight, dy, s, dx, dweight, dbias);
   }
 }
 

@@ -171,10 +171,7 @@ void correlate_large(const T* x, const T* weight, const T* bias, const Shape& s,
         pack_weights(weight + (std::ptrdiff_t)block * kLanes * area, s.kernel, lanes, order, table);
         packed = block;
       }
-      Vec shift = {};
-      for (int lane = 0; bias && lane < kLanes; lane++) {
-        shift[lane] = to_float(bias + block * kLanes + std::min(lane, lanes - 1));
-      }
+      const Vec shift = bias ? load_lanes(bias + block * kLanes, lanes) : Vec{};
       pack(x + offset + (std::ptrdiff_t)in_begin * s.width, plane, lanes, (in_end - in_begin) * s.width, in);
       for (int row = begin; row < end; row += strip) {
         const int stop = std::min(end, row + strip);

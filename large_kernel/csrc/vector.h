@@ -90,6 +90,37 @@ DW_INLINE float to_float(const float* p) { return *p; }
 DW_INLINE float to_float(const bfloat16* p) { return load_part(p, 1)[0]; }
 DW_INLINE float to_float(const float16* p) { return load_part(p, 1)[0]; }
 
+DW_INLINE Vec keep_first(Vec v, int n) {
+  Ints lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  return (Vec)((Bits)v & (Bits)(lane < n));
+}
+
+// Rows of `count` floats to and from tensors, a vector at a time where that stays before `end`. copy_row writes whole
+// vectors, zeros behind the row; write_row reads whole vectors and may write into what follows the row before `end`.
+template <class T>
+DW_INLINE Vec load_row(const T* from, int count, const T* end) {
+  if (count >= kLanes) return load(from);
+  if (count <= 0) return Vec{};
+  return end - from >= kLanes ? keep_first(load(from), count) : load_part(from, count);
+}
+
+template <class T>
+DW_INLINE void copy_row(const T* from, int count, const T* end, float* to) {
+  for (int i = 0; i < count; i += kLanes) store(to + i, load_row(from + i, count - i, end));
+}
+
+template <class T>
+DW_INLINE void write_row(const float* from, int count, T* to, const T* end) {
+  for (int i = 0; i < count; i += kLanes) {
+    if (end - (to + i) >= kLanes) {
+      store(to + i, load(from + i));
+    } else {
+      store_part(to + i, load(from + i), count - i < kLanes ? count - i : kLanes);
+    }
+  }
+}
+
 // ---- kLanes planes in memory <-> one vector per pixel ----
 
 #if defined(__clang__)
@@ -98,6 +129,7 @@ DW_INLINE float to_float(const float16* p) { return load_part(p, 1)[0]; }
 #define DW_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
+// a0 b0 a1 b1 ... in two vectors, and the inverse.
 DW_INLINE void interleave(Vec a, Vec b, Vec* out) {
 #if defined(__AVX512F__)
   out[0] = DW_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -108,6 +140,19 @@ DW_INLINE void interleave(Vec a, Vec b, Vec* out) {
 #else
   out[0] = DW_SHUFFLE(a, b, 0, 4, 1, 5);
   out[1] = DW_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+DW_INLINE void deinterleave(Vec a, Vec b, Vec* even, Vec* odd) {
+#if defined(__AVX512F__)
+  *even = DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+  *even = DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  *even = DW_SHUFFLE(a, b, 0, 2, 4, 6);
+  *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7);
 #endif
 }
 
@@ -155,6 +200,14 @@ inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int
         transpose(rows);
         for (int j = 0; j < count; j++) out[j] = rows[j];
       });
+}
+
+// One value of each channel, in the lanes pack puts it.
+template <class T>
+DW_INLINE Vec load_lanes(const T* p, int channels) {
+  Vec v;
+  for (int c = 0; c < kLanes; c++) v[c] = to_float(p + (c < channels ? c : channels - 1));
+  return v;
 }
 
 // The inverse of pack.

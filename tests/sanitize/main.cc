@@ -23,7 +23,7 @@ struct Buffer {
     std::normal_distribution<float> normal;
     for (std::size_t i = 0; i < size; i++) {
       const float value = normal(random);
-      dwconv::write_row(&value, 1, &data[i]);
+      dwconv::store_part(&data[i], dwconv::splat(value), 1);
     }
   }
 };

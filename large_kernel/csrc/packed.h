@@ -1,0 +1,187 @@
+// 3x3 and 5x5 kernels, stride 1 and 2, on all but very large maps: channels in vector lanes, over whole packed planes with
+// a border of zeros, which stay in the caches.
+#pragma once
+#include "rows.h"
+
+namespace dwconv {
+
+constexpr int kPackedRun = 7;  // outputs computed together: the network's maps are multiples of 7 wide
+
+// R outputs of a row: in points to the first output's window, whose taps are those of `taps`.
+template <int KY, int KX, int S, int R>
+DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec init, Vec* out, int out_step) {
+  Vec sum[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) sum[r] = init;
+#pragma GCC unroll 8
+  for (int y = 0; y < KY; y++) {
+#pragma GCC unroll 32
+    for (int i = 0; i < S * (R - 1) + KX; i++) {
+      const Vec value = in[y * pitch + i];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        if (i - S * r >= 0 && i - S * r < KX) sum[r] += value * taps.at(y, i - S * r);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) out[r * out_step] = sum[r];
+}
+
+// A row of `width` outputs, written `out_step` apart.
+template <int KY, int KX, int S>
+void packed_row(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec init, int width, Vec* out, int out_step) {
+  int x = 0;
+  for (; x + kPackedRun <= width; x += kPackedRun) {
+    packed_run<KY, KX, S, kPackedRun>(in + x * S, pitch, taps, init, out + x * out_step, out_step);
+  }
+  for (; x < width; x++) packed_run<KY, KX, S, 1>(in + x * S, pitch, taps, init, out + x * out_step, out_step);
+}
+
+// One thread's planes of a block: bordered input, bordered output gradient, and one without a border.
+struct PackedWorkspace {
+  std::ptrdiff_t x_pitch, x_size, dy_pitch, dy_size;
+  Scratch memory;
+  Vec *x, *dy, *plane, *weight, *sum;
+
+  explicit PackedWorkspace(const Shape& s)
+      : x_pitch(s.width + s.kernel), x_size(x_pitch * (s.height + s.kernel)),
+        dy_pitch(s.out_width() + 2 * s.kernel), dy_size(dy_pitch * (s.out_height() + 2 * s.kernel)),
+        memory((x_size + dy_size + (std::ptrdiff_t)s.height * s.width + 2 * s.kernel * s.kernel) * kLanes) {
+    x = memory.vectors();
+    dy = x + x_size;
+    plane = dy + dy_size;
+    weight = plane + (std::ptrdiff_t)s.height * s.width;
+    sum = weight + s.kernel * s.kernel;
+    std::fill(x, plane, Vec{});
+  }
+};
+
+template <class T>
+void pack_bordered(const T* planes, std::ptrdiff_t plane_stride, int lanes, int height, int width, Vec* plane, Vec* to,
+                   std::ptrdiff_t pitch, int border) {
+  pack(planes, plane_stride, lanes, height * width, plane);
+  for (int y = 0; y < height; y++) {
+    std::memcpy(to + (y + border) * pitch + border, plane + (std::ptrdiff_t)y * width, width * sizeof(Vec));
+  }
+}
+
+inline bool all_finite(const Vec* p, int count) {
+  return all_finite(reinterpret_cast<const float*>(p), count * kLanes);
+}
+
+template <int K, int S, class T>
+void forward_packed(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
+  const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
+#pragma omp parallel
+  {
+    PackedWorkspace w(s);
+#pragma omp for schedule(static)
+    for (std::ptrdiff_t task = 0; task < (std::ptrdiff_t)s.batch * s.blocks(); task++) {
+      const int block = task / s.batch, lanes = s.lanes(block);
+      const std::ptrdiff_t first = (std::ptrdiff_t)block * kLanes, plane = task % s.batch * s.channels + first;
+      pack(weight + first * K * K, K * K, lanes, K * K, w.weight);
+      if (!all_finite(w.weight, K * K)) {
+        for (int c = 0; c < lanes; c++) {
+          exact_forward(x + (plane + c) * in, weight + (first + c) * K * K, bias ? to_float(bias + first + c) : 0.f, s,
+                        y + (plane + c) * out);
+        }
+        continue;
+      }
+      const Vec shift = bias ? load_lanes(bias + first, lanes) : Vec{};
+      pack_bordered(x + plane * in, in, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
+      for (int row = 0; row < s.out_height(); row++) {
+        packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, shift, s.out_width(),
+                            w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
+      }
+      unpack(w.plane, (int)out, y + plane * out, out, lanes);
+    }
+  }
+}
+
+// dy stands in w.dy with a border of K. Of each phase's rows and columns, see input_gradient_plane.
+template <int K, int S, int PY, int PX>
+void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w) {
+  constexpr int ny = (K - PY + S - 1) / S, nx = (K - PX + S - 1) / S, pad = K / 2;
+  const Taps taps = {w.weight + (PY + S * (ny - 1)) * K + PX + S * (nx - 1), ny, nx, -S * K, -S};
+  const int y0 = (PY + S * pad - pad) % S, x0 = (PX + S * pad - pad) % S;  // the first pixels of this phase
+  for (int y = y0; y < s.height; y += S) {
+    const int a = (y + pad) / S, b = (x0 + pad) / S;
+    packed_row<ny, nx, 1>(w.dy + (a + K + 1 - ny) * w.dy_pitch + (b + K + 1 - nx), w.dy_pitch, taps, Vec{},
+                          (s.width - x0 + S - 1) / S, w.plane + (std::ptrdiff_t)y * s.width + x0, S);
+  }
+}
+
+template <int K, int S>
+void packed_input_gradient(const Shape& s, PackedWorkspace& w) {
+  packed_input_gradient_phase<K, S, 0, 0>(s, w);
+  if constexpr (S == 2) {
+    packed_input_gradient_phase<K, S, 0, 1>(s, w);
+    packed_input_gradient_phase<K, S, 1, 0>(s, w);
+    packed_input_gradient_phase<K, S, 1, 1>(s, w);
+  }
+}
+
+// Adds KY rows of one image's weight gradient, from kernel row ky on, to w.sum.
+template <int K, int S, int KY>
+void packed_weight_gradient(const Shape& s, PackedWorkspace& w, int ky) {
+  Vec sum[KY * K];
+#pragma GCC unroll 32
+  for (int i = 0; i < KY * K; i++) sum[i] = w.sum[ky * K + i];
+  for (int row = 0; row < s.out_height(); row++) {
+    const Vec* dy = w.dy + (row + K) * w.dy_pitch + K;
+    const Vec* x = w.x + (row * S + ky) * w.x_pitch;
+    for (int column = 0; column < s.out_width(); column++, x += S) {
+      const Vec value = dy[column];
+#pragma GCC unroll 32
+      for (int i = 0; i < KY * K; i++) sum[i] += value * x[i / K * w.x_pitch + i % K];
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < KY * K; i++) w.sum[ky * K + i] = sum[i];
+}
+
+// dx, dweight and dbias may be null. One thread sums a block of channels over the batch, in its order.
+template <int K, int S, class T>
+void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+  const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
+  constexpr int rows = std::min(K, (kRegisters == 32 ? 25 : 10) / K);
+#pragma omp parallel
+  {
+    PackedWorkspace w(s);
+#pragma omp for schedule(static)
+    for (int block = 0; block < s.blocks(); block++) {
+      const int lanes = s.lanes(block);
+      const std::ptrdiff_t first = (std::ptrdiff_t)block * kLanes;
+      pack(weight + first * K * K, K * K, lanes, K * K, w.weight);
+      const bool finite = all_finite(w.weight, K * K);
+      std::fill(w.sum, w.sum + K * K, Vec{});
+      Vec bias_sum = {};
+      for (int image = 0; image < s.batch; image++) {
+        const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
+        pack_bordered(dy + plane * out, out, lanes, s.out_height(), s.out_width(), w.plane, w.dy, w.dy_pitch, K);
+        if (dbias) bias_sum = std::accumulate(w.plane, w.plane + out, bias_sum);
+        if (dx && finite) {
+          packed_input_gradient<K, S>(s, w);
+          unpack(w.plane, (int)in, dx + plane * in, in, lanes);
+        }
+        for (int c = 0; dx && !finite && c < lanes; c++) {
+          exact_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
+        }
+        if (dweight) {
+          pack_bordered(x + plane * in, in, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
+          int ky = 0;
+          for (; ky + rows <= K; ky += rows) packed_weight_gradient<K, S, rows>(s, w, ky);
+          if constexpr (K % rows != 0) packed_weight_gradient<K, S, K % rows>(s, w, ky);
+        }
+      }
+      if (dweight) unpack(w.sum, K * K, dweight + first * K * K, K * K, lanes);
+      for (int c = 0; dweight && !all_finite(w.sum, K * K) && c < lanes; c++) {
+        exact_weight_gradient(x + (first + c) * in, dy + (first + c) * out, s, dweight + (first + c) * K * K);
+      }
+      if (dbias) store_part(dbias + first, bias_sum, lanes);
+    }
+  }
+}
+
+}  // namespace dwconv
