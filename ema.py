@@ -18,12 +18,15 @@ class ModelEMA:
         self.module.eval()
         for parameter in self.module.parameters():
             parameter.stop_gradient = True
+        self._followed, self._pairs = None, []
 
     @paddle.no_grad()
     def update(self, model):
         """Call once after every optimizer step that was not skipped."""
-        source = model.state_dict()
-        for name, average in self.module.state_dict().items():
-            value = source[name].astype(average.dtype)
-            # average + (1 - decay) * (value - average), in place
-            average.lerp_(value, 1 - self.decay) if average.is_floating_point() else average.set_value(value)
+        if self._followed is not model:  # a state dict of hundreds of tensors takes longer than the update
+            source = model.state_dict()
+            self._followed = model
+            self._pairs = [(average, source[name]) for name, average in self.module.state_dict().items()]
+        share = paddle.to_tensor(1 - self.decay, dtype='float32')
+        for average, value in self._pairs:
+            average.lerp_(value if value.dtype == average.dtype else value.astype(average.dtype), share)

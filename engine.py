@@ -96,7 +96,7 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
     progress = _Progress(f'epoch {epoch}', steps, report_freq, (total_steps or first_step + steps) - first_step)
     loss_sum = images_seen = skipped = skipped_in_a_row = 0
     group_loss, group_images = paddle.zeros([]), 0
-    step, began, slow = first_step, time.perf_counter(), False
+    step, began, slow = first_step, time.perf_counter(), True
     utils.barrier()  # the first step builds the depthwise operator
     for index, (images, labels) in enumerate(progress.timed(loader)):
         if index % accum_iter == 0:

@@ -13,6 +13,7 @@ from paddle.base.core import create_or_get_global_tcp_store
 from errors import UserError
 
 logger = logging.getLogger('replknet')
+_SOURCES = (logger, logging.getLogger('large_kernel'))  # the latter reports which implementation it chose
 
 
 # ---- devices and processes
@@ -99,27 +100,24 @@ def seed_paddle(*key):
 
 def setup_logging(verbose):
     """Lines to standard output, kept for `log.txt` until `log_to_file`; processes that are not verbose only warn."""
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%m-%d %H:%M:%S'))
-    logger.addHandler(console)
-    logger.addHandler(logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1))
+    kept = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
+    for source in _SOURCES:
+        source.handlers[:] = [console, kept]
+        source.propagate = False
+        source.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def log_to_file(path):
     """Appends the lines so far, and all that follow, to `path`."""
     file = logging.FileHandler(path, encoding='utf-8')
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    logger.addHandler(file)
-    for handler in logger.handlers[:]:
-        if isinstance(handler, logging.handlers.MemoryHandler):
-            handler.setTarget(file)
-            handler.flush()
-            handler.close()
-            logger.removeHandler(handler)
+    console, kept = logger.handlers
+    kept.setTarget(file)
+    kept.close()  # hands over what it has
+    for source in _SOURCES:
+        source.handlers[:] = [console, file]
 
 
 def log_once(message, _seen=set()):  # noqa: B006 - the default is the memory

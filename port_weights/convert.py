@@ -22,6 +22,7 @@ import numpy as np
 if not __package__:  # run as a script
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import paddle_env  # noqa: E402, F401 - before paddle, which -verify imports
 from errors import UserError  # noqa: E402
 from files import atomic_file  # noqa: E402
 from port_weights import names as naming  # noqa: E402
