@@ -134,7 +134,7 @@ def child(name, library):
             (case['channels'], 1, case['kernel'], case['kernel']),
             (case['batch'], case['channels'], *outputs)))
         run, version = MAKERS.get(name, paddle_conv)(case, x, weight, gradient if training else None)
-        return run, {'version': version, 'sample': [harness.sample(np.asarray(v)) for v in run()]}
+        return run, {'version': version}
 
     harness.serve(make)
 
@@ -144,7 +144,11 @@ def peak(library, threads):
     library.fma_peak.argtypes = library.flop_per_thread.argtypes = [ctypes.c_long]
     library.fma_peak.restype, library.flop_per_thread.restype = ctypes.c_float, ctypes.c_double
     steps = 100_000  # a fraction of a millisecond, so that most calls pass undisturbed
-    return lambda: library.fma_peak(steps), {'flop': library.flop_per_thread(steps) * threads}
+
+    def run():
+        library.fma_peak(steps)
+        return []
+    return run, {'flop': library.flop_per_thread(steps) * threads}
 
 
 # ---- the parent

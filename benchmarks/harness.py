@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+import numpy as np
+
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(FOLDER)
 sys.path.insert(0, ROOT)
@@ -130,7 +132,7 @@ def measure(systems, case, rounds, budget, visit=0.1):
 
 def disagreement(answers, tolerance=2e-3):
     """Names of the systems whose results are not those of the first one, within a share of the largest value."""
-    samples = {name: answer['sample'] for name, answer in answers.items() if 'sample' in answer}
+    samples = {name: answer['sample'] for name, answer in answers.items() if answer['sample']}
     wrong = []
     for name, sample in samples.items():
         for mine, reference in zip(sample, next(iter(samples.values()))):
@@ -251,8 +253,8 @@ def serve(make):
     """Answers the requests of a `System` on standard input until it ends.
 
     Args:
-        make: called with a case; returns the function to time and, from it or not, `sample`: lists of numbers of the
-            result that all systems must agree on.
+        make: called with a case; returns the function to time, which returns a list of arrays that all systems must
+            agree on, and what else to answer.
     """
     channel = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -263,13 +265,13 @@ def serve(make):
             if 'setup' in request:
                 run = None  # frees the last case
                 run, answer = make(request['setup'])
-                answer['seconds'] = timed(run) / 1000
-                if answer['seconds'] < SLOW:
-                    answer['seconds'] = timed(run) / 1000
+                seconds, results = timed(run)
+                answer['sample'] = [sample(np.asarray(array)) for array in results]
+                answer['seconds'] = seconds if seconds > SLOW else timed(run)[0]
             else:
                 if request['warm_up']:
                     run()
-                answer = {'ms': [timed(run) for _ in range(request['calls'])], 'peak_mb': peak_memory()}
+                answer = {'ms': [timed(run)[0] * 1000 for _ in range(request['calls'])], 'peak_mb': peak_memory()}
         except Exception as error:
             text = str(error).strip().splitlines() or ['']
             answer = {'failed': f'{type(error).__name__}: {text[-1]}'}
@@ -277,20 +279,11 @@ def serve(make):
         channel.flush()
 
 
-def import_paddle(threads):
-    """Paddle as the project's scripts set it up, with this many threads."""
-    import paddle_env  # before paddle
-
-    import paddle  # isort: skip
-    paddle_env.set_threads(threads=threads)
-    return paddle
-
-
 def timed(run):
-    """Milliseconds of one call."""
+    """Seconds of one call, and its result."""
     start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1000
+    result = run()
+    return time.perf_counter() - start, result
 
 
 def peak_memory():
@@ -306,3 +299,12 @@ def sample(array, count=64):
     """Some values of an array, evenly spread."""
     flat = array.reshape(-1)
     return [float(v) for v in flat[::max(1, flat.size // count)][:count]]
+
+
+def import_paddle(threads):
+    """Paddle as the project's scripts set it up, with this many threads."""
+    import paddle_env  # before paddle
+
+    import paddle  # isort: skip
+    paddle_env.set_threads(threads=threads)
+    return paddle

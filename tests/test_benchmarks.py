@@ -71,8 +71,8 @@ def test_models(run_script, tiny_yaml, tmp_path):
 
 
 def test_a_system_that_computes_something_else_is_told():
-    answers = {'a': {'sample': [[1.0, -2.0], [3.0]]}, 'b': {'sample': [[1.0, -2.003], [3.001]]},
-               'c': {'sample': [[1.0, -2.0], [float('nan')]]}, 'd': {'sample': [[1.1, -2.0], [3.0]]}, 'peak': {}}
+    answers = {'peak': {'sample': []}, 'a': {'sample': [[1.0, -2.0], [3.0]]}, 'b': {'sample': [[1.0, -2.003], [3.001]]},
+               'c': {'sample': [[1.0, -2.0], [float('nan')]]}, 'd': {'sample': [[1.1, -2.0], [3.0]]}}
     assert harness.disagreement(answers) == ['c', 'd']
 
 
