@@ -218,10 +218,10 @@ def bench(names, cases, arguments):
             systems[name] = harness.System(name, command, arguments.threads, SYSTEMS.get(name, harness.BOUND))
             stack.callback(systems[name].close)
         for case in cases:
-            able = {name: system for name, system in systems.items()
+            request = {**case, 'threads': arguments.threads}
+            jobs = {name: (system, request) for name, system in systems.items()
                     if case['mode'] == 'forward' or name not in FORWARD_ONLY}
-            times, answers, failed = harness.measure(able, {**case, 'threads': arguments.threads}, arguments.rounds,
-                                                     arguments.budget)
+            times, answers, failed = harness.measure(jobs, arguments.rounds, arguments.budget)
             shape = ' '.join(str(case[field]) for field in ('mode', *FIELDS))
             for name, reason in failed.items():
                 print(f'{shape}: {name} left out: {reason}', file=sys.stderr)
@@ -250,8 +250,8 @@ def print_results(rows, names):
                 table.setdefault(shape, {})[row['system']] = form.format(row[column])
         if table:
             print(f'\n{title}:\n')
-            harness.print_table(['shape', *names], [[shape, *(cells.get(name, '-') for name in names)]
-                                                    for shape, cells in table.items()])
+            print(harness.table(['shape', *names], [[shape, *(cells.get(name, '') for name in names)]
+                                                    for shape, cells in table.items()]))
 
 
 def main():

@@ -35,11 +35,11 @@ SYSTEMS = {  # name: environment variables
     'onnxruntime': {},
     'openvino': {},
 }
-_GROWTH = ('custom', 'inference', 'torch-channels-last', 'openvino')
+GROWTH = ('batch', 'size', 'kernel')
 PARTICIPANTS = {  # suite: systems
     'inference': tuple(SYSTEMS),
     'training': ('custom', 'fft', 'stock', 'torch', 'torch-channels-last'),
-    'batch': _GROWTH, 'size': _GROWTH, 'kernel': _GROWTH,
+    **dict.fromkeys(GROWTH, ('custom', 'inference', 'torch-channels-last', 'openvino')),
 }
 
 
@@ -246,35 +246,47 @@ def start(name, case, arguments, stack):
     return None
 
 
+def groups_of(suites, names, config):
+    """Lists of (system, case) to measure together: all systems of a case, or for growth all cases of a system."""
+    for suite in suites:
+        systems = [name for name in names if name in PARTICIPANTS[suite]]
+        cases = cases_of(suite, config)
+        if suite in GROWTH:
+            yield from ([(name, case) for case in cases] for name in systems)
+        else:
+            yield from ([(name, case) for name in systems] for case in cases)
+
+
 def bench(suites, names, config, arguments):
     """Measures the cases of the suites; returns the header and the rows of the results."""
     header, load, rows, versions = harness.describe_run(arguments.threads), harness.Load(), [], set()
     model = config.MODEL
-    for case in [case for suite in suites for case in cases_of(suite, config)]:
-        request = {**case, 'threads': arguments.threads, 'model': {
-            'large_kernel_sizes': case['kernels'], 'layers': model.LAYERS, 'channels': model.CHANNELS,
-            'small_kernel': model.SMALL_KERNEL or 0, 'dw_ratio': model.DW_RATIO, 'ffn_ratio': model.FFN_RATIO,
-            'num_classes': model.NUM_CLASSES}}
-        title = '{suite}: merged {merged}, batch {batch}, {size} pixels, kernels {kernels}'.format(**case)
+    for group in groups_of(suites, names, config):
+        jobs, cases, failed = {}, {}, {}
         with contextlib.ExitStack() as stack:
-            systems, failed = {}, {}
-            for name in names:
-                if name in PARTICIPANTS[case['suite']]:
-                    try:
-                        systems[name] = start(name, request, arguments, stack)
-                    except harness.SystemFailed as error:
-                        failed[name] = str(error)
-            times, answers, reasons = harness.measure(systems, request, arguments.rounds, arguments.budget)
-        for name, reason in {**failed, **reasons}.items():
-            print(f'{title}: {name} left out: {reason}', file=sys.stderr)
-        for name, values in times.items():
+            for name, case in group:
+                request = {**case, 'threads': arguments.threads, 'model': {
+                    'large_kernel_sizes': case['kernels'], 'layers': model.LAYERS, 'channels': model.CHANNELS,
+                    'small_kernel': model.SMALL_KERNEL or 0, 'dw_ratio': model.DW_RATIO, 'ffn_ratio': model.FFN_RATIO,
+                    'num_classes': model.NUM_CLASSES}}
+                key = f'{name}, ' + ', '.join(f'{field} {value}' for field, value in case.items())
+                cases[key] = name, case
+                try:
+                    jobs[key] = start(name, request, arguments, stack), request
+                except harness.SystemFailed as error:
+                    failed[key] = str(error)
+            times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget,
+                                                      alike=group[0][1]['suite'] not in GROWTH)
+        for key, reason in {**failed, **reasons}.items():
+            print(f'{key}: left out: {reason}', file=sys.stderr)
+        for key, values in times.items():
+            name, case = cases[key]
             row = {'system': name, **case, 'kernels': ' '.join(map(str, case['kernels'])), **harness.summary(values)}
             row['images_per_s'] = round(case['batch'] / row['median_ms'] * 1000, 3)
-            row['peak_mb'] = round(answers[name]['peak_mb'])
+            row['peak_mb'] = round(answers[key]['peak_mb'])
             rows.append(row)
-            versions.add(answers[name]['version'])
-        print(f'{title}: ' + ', '.join(f'{row["system"]} {row["median_ms"]:.4g} ms {row["peak_mb"]} MB'
-                                       for row in rows[-len(times):]), file=sys.stderr)
+            versions.add(answers[key]['version'])
+            print(f'{key}: {row["median_ms"]:.4g} ms, {row["peak_mb"]} MB', file=sys.stderr)
     return {**header, 'model': model.NAME, 'versions': ', '.join(sorted(versions)), **harness.describe_load(load)}, rows
 
 
@@ -305,7 +317,7 @@ def main():
         print(f'{name}: {text}')
     print()
     columns = [name for name in rows[0] if name not in ('min_ms', 'calls')]
-    harness.print_table(columns, [[row[name] for name in columns] for row in rows])
+    print(harness.table(columns, [[row[name] for name in columns] for row in rows]))
     if arguments.output:
         harness.write_csv(arguments.output, header, rows)
 

@@ -90,27 +90,27 @@ class System:
         return f'status {status}' + (f', {lines[-1]}' if lines else '')
 
 
-def measure(systems, case, rounds, budget, visit=0.1):
-    """Times one case on all systems in interleaved rounds.
+def measure(jobs, rounds, budget, visit=0.1, alike=True):
+    """Times jobs in interleaved rounds.
 
     Args:
-        systems: {name: System}.
-        case: what to run, for the processes' `setup`.
-        rounds: how often each system is asked.
-        budget: seconds that a system may take; a slow one is asked less often, but at least twice.
+        jobs: {name: (System, case)}; the case is for the process's `setup`.
+        rounds: how often each process is asked.
+        budget: seconds that a job may take; a slow one is asked less often, but at least twice.
         visit: seconds of calls each time, if a call is shorter.
+        alike: all must have the same results; one that differs from the first is left out.
 
     Returns:
         ({name: milliseconds of all timed calls}, {name: what else it answered}, {name: why it failed}).
     """
     answers, failed, times = {}, {}, {}
-    for name, system in systems.items():
+    for name, (system, case) in jobs.items():
         try:
             answers[name] = system.ask(setup=case)
             times[name] = []
         except SystemFailed as error:
             failed[name] = str(error)
-    for name in disagreement(answers):
+    for name in disagreement(answers) if alike else ():
         failed[name] = f'its results differ from those of {next(iter(answers))}'
         del times[name]
     for index in range(rounds):
@@ -121,7 +121,7 @@ def measure(systems, case, rounds, budget, visit=0.1):
                 continue
             calls = max(1, min(100, int(visit / seconds)))
             try:
-                answer = systems[name].ask(calls=calls, warm_up=seconds < SLOW)
+                answer = jobs[name][0].ask(calls=calls, warm_up=seconds < SLOW)
                 times[name] += answer.pop('ms')
                 answers[name].update(answer)
             except SystemFailed as error:
@@ -221,18 +221,25 @@ def write_csv(path, header, rows):
 
 
 def read_csv(path):
-    """Header and rows, all text, of a file that `write_csv` wrote."""
+    """Header and rows, all text, of a file that `write_csv` wrote.
+
+    Raises:
+        UserError: it is no such file.
+    """
     with open(path, newline='', encoding='utf-8') as file:
         lines = file.readlines()
-    header = dict(line[2:].rstrip('\n').split(': ', 1) for line in lines if line.startswith('# '))
-    return header, list(csv.DictReader(line for line in lines if not line.startswith('# ')))
+    header = dict(line[2:].rstrip('\n').partition(': ')[::2] for line in lines if line.startswith('# '))
+    rows = list(csv.DictReader(line for line in lines if not line.startswith('# ')))
+    if not rows or 'median_ms' not in rows[0]:
+        raise UserError(f'{path} holds no results of bench_dwconv.py or bench_model.py')
+    return header, rows
 
 
-def print_table(columns, rows):
-    """Prints a Markdown table."""
+def table(columns, rows):
+    """A Markdown table."""
     widths = [max(len(str(row[i])) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, ['-' * width for width in widths], *rows]:
-        print('| ' + ' | '.join(str(v).ljust(width) for v, width in zip(row, widths)) + ' |')
+    return ''.join('| ' + ' | '.join(str(v).ljust(width) for v, width in zip(row, widths)) + ' |\n'
+                   for row in [columns, ['-' * width for width in widths], *rows])
 
 
 def exit_status(function):

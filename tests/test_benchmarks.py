@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -65,9 +66,24 @@ def test_models(run_script, tiny_yaml, tmp_path):
     for row in rows:
         assert float(row['images_per_s']) == pytest.approx(int(row['batch']) / float(row['median_ms']) * 1000, 1e-2)
         assert int(row['peak_mb']) > 50
-    if importlib.util.find_spec('matplotlib'):
-        done = run_script('benchmarks/plot.py', f'-model={output}', f'-output={tmp_path}')
-        assert done.returncode == 0 and (tmp_path / 'benchmarks_growth.png').stat().st_size > 1000, done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='it draws the pictures')
+def test_report_fills_its_sections_and_leaves_the_rest(run_script, tmp_path):
+    results, page = tmp_path / 'model.csv', tmp_path / 'page.md'
+    row = {'system': 'custom', 'suite': 'kernel', 'merged': True, 'batch': 2, 'size': 224, 'kernels': '3 3 3 3',
+           'median_ms': 12.5, 'min_ms': 12, 'calls': 3, 'images_per_s': 160, 'peak_mb': 700}
+    harness.write_csv(results, {'command': 'python x', 'machine': 'a: b'}, [row, {**row, 'kernels': '51 51 51 51'}])
+    page.write_text('above\n<!-- kernel -->\nold\n<!-- end -->\nbetween\n<!-- size -->\nkept\n<!-- end -->\n')
+    done = run_script('benchmarks/report.py', results, f'-page={page}')
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert 'old' not in text and 'machine: a: b' in text and re.search(r'\| 51 +\| 12.5 \(700\)', text), text
+    assert text.startswith('above\n') and text.endswith('between\n<!-- size -->\nkept\n<!-- end -->\n')
+    assert (tmp_path / 'benchmarks_growth.png').stat().st_size > 1000
+    page.write_text('nothing to fill')
+    done = run_script('benchmarks/report.py', results, f'-page={page}')
+    assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
 
 
 def test_a_system_that_computes_something_else_is_told():
@@ -101,7 +117,7 @@ def test_mistakes_in_the_file_of_shapes(run_script, tmp_path, line, words):
     ('bench_dwconv.py', '-shapes=nowhere.txt', 'nowhere.txt'),
     ('bench_model.py', '-suites=speed', '"speed" is none of inference, training'),
     ('bench_model.py', '-cfg=nowhere.yaml', 'nowhere.yaml'),
-    ('plot.py', '-output=x', 'nothing to draw')])
+    ('report.py', 'nowhere.csv', 'nowhere')])
 def test_mistakes_in_the_flags(run_script, script, flag, words):
     done = run_script(f'benchmarks/{script}', flag)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
