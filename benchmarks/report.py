@@ -2,7 +2,8 @@
 
     python benchmarks/report.py docs/results/*.csv
 
-A file replaces its sections of the page, between <!-- NAME --> and <!-- end -->; the others stay as they are.
+A file replaces its sections of the page, between <!-- NAME --> and <!-- end -->; the others stay as they are. The
+pictures show the named files only.
 """
 import argparse
 import os
@@ -74,7 +75,7 @@ def model_tables(rows):
             cases.setdefault(row[column].split()[0], {})[row['system']] = row
         sections[suite] = harness.table(
             [suite, *(f'{MODEL_NAMES[name]}, ms (MB)' for name in systems)],
-            [[value, *(f'{number(float(found[name]["median_ms"]))} ({found[name]["peak_mb"]})' if name in found else ''
+            [[value, *(f'{number(float(found[name]["min_ms"]))} ({found[name]["peak_mb"]})' if name in found else ''
                        for name in systems)] for value, found in cases.items()])
     return sections
 
@@ -146,7 +147,7 @@ def draw_growth(pyplot, rows, path):
     for panel, (suite, (label, place, tick)) in zip(panels, axes.items()):
         chosen = [r for r in rows if r['suite'] == suite]
         for name in COLOURS:
-            points = sorted((place(r), float(r['median_ms']) / int(r['batch'])) for r in chosen if r['system'] == name)
+            points = sorted((place(r), float(r['min_ms']) / int(r['batch'])) for r in chosen if r['system'] == name)
             if points:
                 panel.plot(*zip(*points), 'o-', markersize=4, color=COLOURS[name], label=NAMES[name])
                 if suite == 'size' and name in ('custom', 'inference'):
@@ -187,15 +188,15 @@ def main():
     from matplotlib import pyplot
     with open(arguments.page, encoding='utf-8') as file:
         page = file.read()
+    layers, models = [], []
     for header, rows in results:
-        layers = 'stride' in rows[0]
-        sections = layer_tables(rows) if layers else model_tables(rows)
+        is_layers = 'stride' in rows[0]
+        (layers if is_layers else models).extend(rows)
+        sections = layer_tables(rows) if is_layers else model_tables(rows)
         page = fill(page, {name: f'{provenance(header)}\n{text}' for name, text in sections.items()})
-        picture = os.path.join(os.path.dirname(arguments.page), f'benchmarks_{"layers" if layers else "growth"}.png')
-        if layers:
-            draw_layers(pyplot, rows, picture)
-        elif set(sections) & {'kernel', 'size', 'batch'}:
-            draw_growth(pyplot, rows, picture)
+    for draw, rows, name in ((draw_layers, layers, 'layers'), (draw_growth, models, 'growth')):
+        if rows:
+            draw(pyplot, rows, os.path.join(os.path.dirname(arguments.page), f'benchmarks_{name}.png'))
     with open(arguments.page, 'w', encoding='utf-8') as file:
         file.write(page)
 
