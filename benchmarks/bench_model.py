@@ -1,0 +1,326 @@
+"""Times whole models: inference, training steps, and how they grow with batch, image size and kernel size.
+
+    pip install -r requirements-bench.txt
+    python benchmarks/bench_model.py -output=results/model.csv
+    python benchmarks/bench_model.py -cfg=configs/replknet_31l.yaml -suites=inference -systems=custom,torch
+
+Every system runs each case in a fresh process, which also tells its peak memory; weights are the same everywhere and
+made up. Suites: inference (merged, batch 1 and 8, and the training form at batch 1), training (a step of AdamW, batch
+4), batch (merged, 1 to 16), size (merged, 224 to 1024 pixels), kernel (merged, 3 to 51 in all stages). Images have the
+configuration's size but in the suite of sizes.
+"""
+import argparse
+import contextlib
+import math
+import os
+import sys
+import tempfile
+import zlib
+
+import harness
+import numpy as np
+from harness import UserError
+
+_CUSTOM = {'LARGE_KERNEL_CONV_IMPL': 'custom', **harness.BOUND_PADDLE}
+_NATIVE = {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.BOUND_PADDLE}
+SYSTEMS = {  # name: environment variables
+    'custom': _CUSTOM,
+    'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft', **harness.BOUND_PADDLE},
+    'native': _NATIVE,
+    'stock': {**_NATIVE, **harness.STOCK_PADDLE},
+    'inference': _CUSTOM,
+    'inference-stock': {**_NATIVE, **harness.STOCK_PADDLE},
+    'torch': harness.BOUND,
+    'torch-channels-last': harness.BOUND,
+    'onnxruntime': {},
+    'openvino': {},
+}
+GROWTH = ('batch', 'size', 'kernel')
+PARTICIPANTS = {  # suite: systems
+    'inference': tuple(SYSTEMS),
+    'training': ('custom', 'fft', 'stock', 'torch', 'torch-channels-last'),
+    **dict.fromkeys(GROWTH, ('custom', 'inference', 'torch-channels-last', 'openvino')),
+}
+
+
+def cases_of(suite, config):
+    """The cases of a suite, for the settings of a model."""
+    model = config.MODEL
+    base = {'suite': suite, 'merged': True, 'batch': 1, 'size': config.DATA.IMAGE_SIZE,
+            'kernels': list(model.LARGE_KERNEL_SIZES)}
+    return {
+        'inference': [base, {**base, 'batch': 8}, {**base, 'merged': False}],
+        'training': [{**base, 'merged': False, 'batch': 4}],
+        'batch': [{**base, 'batch': batch} for batch in (1, 2, 4, 8, 16)],
+        'size': [{**base, 'size': size} for size in (224, 384, 512, 768, 1024)],
+        'kernel': [{**base, 'kernels': [kernel] * len(model.LAYERS)} for kernel in (3, 7, 13, 21, 31, 41, 51)],
+    }[suite]
+
+
+# ---- the systems: each takes a case and returns the function to time, which returns its results, and its version
+
+def made_up(name, shape):
+    """Weights that depend on the name and shape alone: uniform in +-1/sqrt(fan in), norms and biases 1 and 0."""
+    if len(shape) == 1:
+        return np.full(shape, name.endswith(('norm.weight', 'bn.weight')), np.float32)
+    weights = np.random.default_rng(zlib.crc32(name.encode())).random(shape, dtype=np.float32)
+    return (weights * 2 - 1) / np.float32(math.sqrt(np.prod(shape[1:])))
+
+
+def images_and_labels(case):
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((case['batch'], 3, case['size'], case['size']), dtype=np.float32)
+    return images, rng.integers(0, case['model']['num_classes'], case['batch'])
+
+
+def paddle_model(case):
+    paddle = harness.import_paddle(case['threads'])
+    from replknet import RepLKNet
+    small_kernel = {'small_kernel': 0} if case['merged'] else {}
+    model = RepLKNet(**{**case['model'], **small_kernel}, merged=case['merged'])
+    for name, parameter in model.named_parameters():
+        if not parameter.stop_gradient:
+            transposed = name == 'head.weight'
+            weights = made_up(name, parameter.shape[::-1] if transposed else parameter.shape)
+            parameter.set_value(weights.T if transposed else weights)
+    return paddle, model
+
+
+def paddle_dynamic(case, folder):
+    paddle, model = paddle_model(case)
+    images, labels = map(paddle.to_tensor, images_and_labels(case))
+    version = f'paddlepaddle {paddle.__version__}'
+    if case['suite'] != 'training':
+        model.eval()
+
+        def infer():
+            with paddle.no_grad():
+                return [model(images).numpy()]
+        return infer, version
+    model.train()
+    optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters(), weight_decay=0.05)
+
+    def step():
+        loss = paddle.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        return [loss.numpy()]
+    return step, version
+
+
+def export_paddle(case, folder):
+    paddle, model = paddle_model(case)
+    model.eval()
+    shape = [case['batch'], 3, case['size'], case['size']]
+    paddle.jit.save(paddle.jit.to_static(model, input_spec=[paddle.static.InputSpec(shape, 'float32')]),
+                    os.path.join(folder, 'model'))
+
+
+def paddle_inference(case, folder):
+    paddle = harness.import_paddle(case['threads'])
+    from paddle import inference
+
+    import large_kernel.extension
+    if os.environ['LARGE_KERNEL_CONV_IMPL'] == 'custom':
+        large_kernel.extension.load_operator()
+    config = inference.Config(os.path.join(folder, 'model.json'), os.path.join(folder, 'model.pdiparams'))
+    config.disable_gpu()
+    config.enable_mkldnn()
+    config.set_cpu_math_library_num_threads(case['threads'])
+    predictor = inference.create_predictor(config)
+    source = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
+    images, _ = images_and_labels(case)
+
+    def infer():
+        source.copy_from_cpu(images)
+        predictor.run()
+        return [result.copy_to_cpu()]
+    return infer, f'paddlepaddle {paddle.__version__}'
+
+
+def torch_model(case):
+    import torch
+    from torch_replknet import RepLKNet
+    with torch.device('meta'):
+        model = RepLKNet(**case['model'], merged=case['merged'])
+    model.to_empty(device='cpu')
+    model.load_state_dict({name: torch.from_numpy(made_up(name, tuple(value.shape)))
+                           for name, value in model.named_parameters()}, strict=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+    return torch, model
+
+
+def torch_eager(case, folder, channels_last=False):
+    torch, model = torch_model(case)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images, labels = map(torch.from_numpy, images_and_labels(case))
+    images, model = images.contiguous(memory_format=layout), model.to(memory_format=layout)
+    version = f'torch {torch.__version__}'
+    if case['suite'] != 'training':
+        model.eval()
+
+        def infer():
+            with torch.inference_mode():
+                return [model(images).numpy()]
+        return infer, version
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)
+
+    def step():
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [loss.detach().numpy()]
+    return step, version
+
+
+def torch_channels_last(case, folder):
+    return torch_eager(case, folder, channels_last=True)
+
+
+def export_onnx(case, folder):
+    torch, model = torch_model(case)
+    images, _ = images_and_labels(case)
+    torch.onnx.export(model.eval(), (torch.from_numpy(images),), os.path.join(folder, 'model.onnx'), dynamo=False)
+
+
+def onnxruntime_model(case, folder):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case['threads']
+    session = onnxruntime.InferenceSession(os.path.join(folder, 'model.onnx'), options,
+                                           providers=['CPUExecutionProvider'])
+    feed = {session.get_inputs()[0].name: images_and_labels(case)[0]}
+    return lambda: session.run(None, feed), f'onnxruntime {onnxruntime.__version__}'
+
+
+def openvino_model(case, folder):
+    import openvino
+    compiled = openvino.compile_model(os.path.join(folder, 'model.onnx'), 'CPU', harness.openvino_settings(case))
+    request = compiled.create_infer_request()
+    images, _ = images_and_labels(case)
+
+    def infer():
+        request.infer({0: images}, share_inputs=True)
+        return [request.get_output_tensor().data]
+    return infer, f'openvino {openvino.__version__.split("-")[0]}'
+
+
+MAKERS = {'inference': paddle_inference, 'inference-stock': paddle_inference, 'torch': torch_eager,
+          'torch-channels-last': torch_channels_last, 'onnxruntime': onnxruntime_model, 'openvino': openvino_model}
+EXPORTERS = {'inference': export_paddle, 'inference-stock': export_paddle, 'onnxruntime': export_onnx,
+             'openvino': export_onnx}
+
+
+def child(name, folder, export):
+    """Serves a system, or exports its model into a folder, in this process."""
+
+    def make(case):
+        if export:
+            EXPORTERS[name](case, folder)
+            return list, {}
+        run, version = MAKERS.get(name, paddle_dynamic)(case, folder)
+        return run, {'version': version}
+
+    harness.serve(make)
+
+
+# ---- the parent
+
+def start(name, case, arguments, stack):
+    """A process for a system, its model exported by another one beforehand where it takes a file."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    for export in ['-export'] * (name in EXPORTERS) + ['']:
+        command = [__file__, f'-child={name}', f'-folder={folder}', *filter(None, [export])]
+        system = harness.System(name, command, arguments.threads, SYSTEMS[name])
+        with contextlib.ExitStack() as process:
+            process.callback(system.close)
+            if not export:
+                stack.push(process.pop_all())
+                return system
+            system.ask(setup=case)
+    return None
+
+
+def groups_of(suites, names, config):
+    """Lists of (system, case) to measure together: all systems of a case, or for growth all cases of a system."""
+    for suite in suites:
+        systems = [name for name in names if name in PARTICIPANTS[suite]]
+        cases = cases_of(suite, config)
+        if suite in GROWTH:
+            yield from ([(name, case) for case in cases] for name in systems)
+        else:
+            yield from ([(name, case) for name in systems] for case in cases)
+
+
+def bench(suites, names, config, arguments):
+    """Measures the cases of the suites; returns the header and the rows of the results."""
+    header, load, rows, versions = harness.describe_run(arguments.threads), harness.Load(), [], set()
+    model = config.MODEL
+    for group in groups_of(suites, names, config):
+        jobs, cases, failed = {}, {}, {}
+        with contextlib.ExitStack() as stack:
+            for name, case in group:
+                request = {**case, 'threads': arguments.threads, 'model': {
+                    'large_kernel_sizes': case['kernels'], 'layers': model.LAYERS, 'channels': model.CHANNELS,
+                    'small_kernel': model.SMALL_KERNEL or 0, 'dw_ratio': model.DW_RATIO, 'ffn_ratio': model.FFN_RATIO,
+                    'num_classes': model.NUM_CLASSES}}
+                key = f'{name}, ' + ', '.join(f'{field} {value}' for field, value in case.items())
+                cases[key] = name, case
+                try:
+                    jobs[key] = start(name, request, arguments, stack), request
+                except harness.SystemFailed as error:
+                    failed[key] = str(error)
+            times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget,
+                                                      alike=group[0][1]['suite'] not in GROWTH)
+        for key, reason in {**failed, **reasons}.items():
+            print(f'{key}: left out: {reason}', file=sys.stderr)
+        for key, values in times.items():
+            name, case = cases[key]
+            row = {'system': name, **case, 'kernels': ' '.join(map(str, case['kernels'])), **harness.summary(values)}
+            row['images_per_s'] = round(case['batch'] / row['median_ms'] * 1000, 3)
+            row['peak_mb'] = round(answers[key]['peak_mb'])
+            rows.append(row)
+            versions.add(answers[key]['version'])
+            print(f'{key}: {row["median_ms"]:.4g} ms, {row["peak_mb"]} MB', file=sys.stderr)
+    return {**header, 'model': model.NAME, 'versions': ', '.join(sorted(versions)), **harness.describe_load(load)}, rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for flag, default, text in (
+            ('cfg', os.path.join(harness.ROOT, 'configs', 'replknet_31b.yaml'), 'YAML file of the model'),
+            ('suites', ','.join(PARTICIPANTS), 'what to measure'),
+            ('systems', ','.join(SYSTEMS), 'systems to time, those that are not installed are left out'),
+            ('threads', 2, 'threads of each system, bound to cores'),
+            ('rounds', 7, 'interleaved rounds'),
+            ('budget', 10.0, 'seconds that a slow system may take for a case; it is timed at least twice'),
+            ('output', '', 'CSV file to write')):
+        parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=type(default), help=f'{text} (%(default)s)')
+    for flag in ('child', 'folder'):
+        parser.add_argument(f'-{flag}', help=argparse.SUPPRESS)
+    parser.add_argument('-export', action='store_true', help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.folder, arguments.export)
+        return
+    from config import get_config
+    header, rows = bench(harness.choose('suites', arguments.suites, PARTICIPANTS),
+                         harness.choose('systems', arguments.systems, SYSTEMS), get_config(arguments.cfg), arguments)
+    if not rows:
+        raise UserError('nothing was measured, see above')
+    for name, text in header.items():
+        print(f'{name}: {text}')
+    print()
+    columns = [name for name in rows[0] if name not in ('min_ms', 'calls')]
+    print(harness.table(columns, [[row[name] for name in columns] for row in rows]))
+    if arguments.output:
+        harness.write_csv(arguments.output, header, rows)
+
+
+if __name__ == '__main__':
+    sys.exit(harness.exit_status(main))

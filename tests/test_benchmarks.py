@@ -1,0 +1,123 @@
+"""The benchmark scripts: they run, what they write can be read, and what they compute is what they say. No timings."""
+import csv
+import importlib.util
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import bench_dwconv  # noqa: E402
+import harness  # noqa: E402
+
+TORCH = importlib.util.find_spec('torch') is not None
+
+
+def read(path):
+    header, rows = harness.read_csv(path)
+    assert {'command', 'date', 'machine', 'cores', 'threads', 'versions'} <= set(header) and all(header.values())
+    with open(path, newline='') as file:
+        assert len({len(line) for line in csv.reader(file) if not line[0].startswith('#')}) == 1, 'rows of one length'
+    return header, rows
+
+
+def test_layers(run_script, tmp_path):
+    shapes, output = tmp_path / 'shapes.txt', tmp_path / 'new folder' / 'dwconv.csv'
+    shapes.write_text('# a comment\n1 3 6 5 7 1 forward\n\n2 4 5 5 3 2 training  # stride 2\n')
+    systems = ['custom', 'fft', 'native', 'torch', 'torch-channels-last']
+    done = run_script('benchmarks/bench_dwconv.py', f'-shapes={shapes}', f'-output={output}', '-rounds=2', '-threads=1',
+                      f'-systems={",".join(systems)}')
+    assert done.returncode == 0, done.stderr
+    assert 'differ' not in done.stderr, done.stderr
+    _, rows = read(output)
+    expected = systems if TORCH else systems[:3]
+    assert [(r['system'], r['mode']) for r in rows] == list(itertools.chain(
+        ((name, 'forward') for name in expected), ((name, 'training') for name in expected)))
+    for row in rows:
+        assert float(row['median_ms']) >= float(row['min_ms']) > 0 and int(row['calls']) >= 2
+        assert row['peak_gflops'] == '' or 0 < float(row['share_of_peak']) < 2
+    assert done.stdout.count('| forward 1x3x6x5 k7 s1') >= 1
+
+
+@pytest.mark.parametrize(('height', 'width', 'kernel', 'stride'), [(6, 5, 7, 1), (5, 9, 3, 2), (1, 1, 31, 1)])
+def test_useful_taps_are_those_inside_the_image(height, width, kernel, stride):
+    taps = sum(0 <= y + dy < height and 0 <= x + dx < width
+               for y in range(0, height, stride) for x in range(0, width, stride)
+               for dy in range(-(kernel // 2), kernel // 2 + 1) for dx in range(-(kernel // 2), kernel // 2 + 1))
+    case = {'mode': 'forward', 'batch': 2, 'channels': 3, 'height': height, 'width': width, 'kernel': kernel,
+            'stride': stride}
+    assert bench_dwconv.useful_flop(case) == 2 * 2 * 3 * taps
+    assert bench_dwconv.useful_flop({**case, 'mode': 'training'}) == 3 * 2 * 2 * 3 * taps
+
+
+def test_models(run_script, tiny_yaml, tmp_path):
+    output = tmp_path / 'model.csv'
+    systems = ['custom', 'stock', 'inference', 'torch']
+    done = run_script('benchmarks/bench_model.py', f'-cfg={tiny_yaml}', '-suites=inference,training', '-rounds=2',
+                      '-threads=1', f'-systems={",".join(systems)}', f'-output={output}')
+    assert done.returncode == 0, done.stderr
+    assert 'differ' not in done.stderr, done.stderr
+    header, rows = read(output)
+    assert header['model'] == 'tiny'
+    expected = systems if TORCH else systems[:3]
+    assert [r['system'] for r in rows] == expected * 3 + [name for name in expected if name != 'inference']
+    for row in rows:
+        assert float(row['images_per_s']) == pytest.approx(int(row['batch']) / float(row['median_ms']) * 1000, 1e-2)
+        assert int(row['peak_mb']) > 50
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='it draws the pictures')
+def test_report_fills_its_sections_and_leaves_the_rest(run_script, tmp_path):
+    results, page = tmp_path / 'model.csv', tmp_path / 'page.md'
+    row = {'system': 'custom', 'suite': 'kernel', 'merged': True, 'batch': 2, 'size': 224, 'kernels': '3 3 3 3',
+           'median_ms': 12.5, 'min_ms': 12, 'calls': 3, 'images_per_s': 160, 'peak_mb': 700}
+    harness.write_csv(results, {'command': 'python x', 'machine': 'a: b'}, [row, {**row, 'kernels': '51 51 51 51'}])
+    page.write_text('above\n<!-- kernel -->\nold\n<!-- end -->\nbetween\n<!-- size -->\nkept\n<!-- end -->\n')
+    done = run_script('benchmarks/report.py', results, f'-page={page}')
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert 'old' not in text and 'machine: a: b' in text and re.search(r'\| 51 +\| 12 \(700\)', text), text
+    assert text.startswith('above\n') and text.endswith('between\n<!-- size -->\nkept\n<!-- end -->\n')
+    assert (tmp_path / 'benchmarks_growth.png').stat().st_size > 1000
+    page.write_text('nothing to fill')
+    done = run_script('benchmarks/report.py', results, f'-page={page}')
+    assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
+
+
+def test_a_system_that_computes_something_else_is_told():
+    answers = {'peak': {'sample': []}, 'a': {'sample': [[1.0, -2.0], [3.0]]}, 'b': {'sample': [[1.0, -2.003], [3.001]]},
+               'c': {'sample': [[1.0, -2.0], [float('nan')]]}, 'd': {'sample': [[1.1, -2.0], [3.0]]}}
+    assert harness.disagreement(answers) == ['c', 'd']
+
+
+def test_a_process_that_dies_is_told_with_its_last_words(tmp_path):
+    script = tmp_path / 'dies.py'
+    script.write_text('import sys\nsys.stdin.readline()\nsys.exit("out of luck")\n')
+    system = harness.System('dying', [str(script)], 1, {})
+    with pytest.raises(harness.SystemFailed, match='status 1, out of luck'):
+        system.ask(setup={})
+    system.close()
+
+
+@pytest.mark.parametrize(('line', 'words'), [
+    ('1 3 6 6 4 1', 'kernel odd'), ('1 3 6 6 5', 'batch channels'), ('1 3 0 6 5 1', 'found "1 3 0 6 5 1"'),
+    ('1 3 6 6 5 1 sideways', 'forward|training'), ('one 3 6 6 5 1', 'batch channels'), ('# none', 'no shape')])
+def test_mistakes_in_the_file_of_shapes(run_script, tmp_path, line, words):
+    shapes = tmp_path / 'shapes.txt'
+    shapes.write_text(line + '\n')
+    done = run_script('benchmarks/bench_dwconv.py', f'-shapes={shapes}')
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert str(shapes) in done.stderr
+
+
+@pytest.mark.parametrize(('script', 'flag', 'words'), [
+    ('bench_dwconv.py', '-systems=custom,tensorflow', '"tensorflow" is none of custom, fft'),
+    ('bench_dwconv.py', '-shapes=nowhere.txt', 'nowhere.txt'),
+    ('bench_model.py', '-suites=speed', '"speed" is none of inference, training'),
+    ('bench_model.py', '-cfg=nowhere.yaml', 'nowhere.yaml'),
+    ('report.py', 'nowhere.csv', 'nowhere')])
+def test_mistakes_in_the_flags(run_script, script, flag, words):
+    done = run_script(f'benchmarks/{script}', flag)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
