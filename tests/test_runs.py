@@ -158,7 +158,7 @@ def test_a_killed_rank_takes_the_others_down(list_dataset, tiny_yaml, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     try:
         assert any('epoch 2' in line for line in process.stdout), process.communicate()[1]
-        children = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(process.pid)], capture_output=True,
+        children = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)], capture_output=True,
                                   text=True).stdout.splitlines()
         ranks = [int(c.split()[0]) for c in children if 'spawn_main' in c]
         assert len(ranks) == 2
