@@ -221,7 +221,7 @@ def bench(names, cases, arguments):
             request = {**case, 'threads': arguments.threads}
             jobs = {name: (system, request) for name, system in systems.items()
                     if case['mode'] == 'forward' or name not in FORWARD_ONLY}
-            times, answers, failed = harness.measure(jobs, arguments.rounds, arguments.budget)
+            times, answers, failed = harness.measure(jobs, arguments.rounds, arguments.budget, arguments.patience)
             shape = ' '.join(str(case[field]) for field in ('mode', *FIELDS))
             for name, reason in failed.items():
                 print(f'{shape}: {name} left out: {reason}', file=sys.stderr)
@@ -262,6 +262,7 @@ def main():
             ('threads', 2, 'threads of each system, bound to cores'),
             ('rounds', 9, 'interleaved rounds'),
             ('budget', 3.0, 'seconds that a slow system may take for a shape; it is timed at least twice'),
+            ('patience', 10.0, 'seconds to wait, for a shape, for other processes to leave the cores alone'),
             ('output', '', 'CSV file to write')):
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=type(default), help=f'{text} (%(default)s)')
     parser.add_argument('-child', help=argparse.SUPPRESS)

@@ -275,7 +275,7 @@ def bench(suites, names, config, arguments):
                     jobs[key] = start(name, request, arguments, stack), request
                 except harness.SystemFailed as error:
                     failed[key] = str(error)
-            times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget,
+            times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget, arguments.patience,
                                                       alike=group[0][1]['suite'] not in GROWTH)
         for key, reason in {**failed, **reasons}.items():
             print(f'{key}: left out: {reason}', file=sys.stderr)
@@ -299,6 +299,7 @@ def main():
             ('threads', 2, 'threads of each system, bound to cores'),
             ('rounds', 7, 'interleaved rounds'),
             ('budget', 10.0, 'seconds that a slow system may take for a case; it is timed at least twice'),
+            ('patience', 60.0, 'seconds to wait, for a case, for other processes to leave the cores alone'),
             ('output', '', 'CSV file to write')):
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=type(default), help=f'{text} (%(default)s)')
     for flag in ('child', 'folder'):

@@ -90,13 +90,14 @@ class System:
         return f'status {status}' + (f', {lines[-1]}' if lines else '')
 
 
-def measure(jobs, rounds, budget, visit=0.1, alike=True):
+def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
     """Times jobs in interleaved rounds.
 
     Args:
         jobs: {name: (System, case)}; the case is for the process's `setup`.
         rounds: how often each process is asked.
         budget: seconds that a job may take; a slow one is asked less often, but at least twice.
+        patience: seconds to wait, in all, for moments when other processes leave the cores alone.
         visit: seconds of calls each time, if a call is shorter.
         alike: all must have the same results; one that differs from the first is left out.
 
@@ -120,6 +121,7 @@ def measure(jobs, rounds, budget, visit=0.1, alike=True):
             if (index + 1) * visits // rounds == index * visits // rounds:
                 continue
             calls = max(1, min(100, int(visit / seconds)))
+            patience -= wait_for_quiet(patience)
             try:
                 answer = jobs[name][0].ask(calls=calls, warm_up=seconds < SLOW)
                 times[name] += answer.pop('ms')
@@ -170,6 +172,18 @@ class Load:
             return None
         own = sum(os.times()[:4]) * os.sysconf('SC_CLK_TCK')
         return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own
+
+
+def wait_for_quiet(patience):
+    """Waits, at most `patience` seconds, until the machine is idle; returns how long it was not."""
+    waited = 0.0
+    while waited < patience:
+        load, pause = Load(), 0.05
+        time.sleep(pause)
+        if (load.others() or 0) < 0.15:
+            break
+        waited += pause
+    return waited
 
 
 def describe_run(threads):
