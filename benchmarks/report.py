@@ -137,6 +137,7 @@ def draw_layers(pyplot, rows, path):
 
 def draw_growth(pyplot, rows, path):
     """Lines of the cost of an image against kernel area, pixels and batch."""
+    from matplotlib.ticker import LogLocator
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout='constrained')
     axes = {
         'kernel': ('kernel area, the same in all stages', lambda r: int(r['kernels'].split()[0]) ** 2,
@@ -157,17 +158,19 @@ def draw_growth(pyplot, rows, path):
         if suite == 'size':
             panel.set_xscale('log')
             panel.set_yscale('log')
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter('{x:g}')
         elif suite == 'kernel':
             ticks = [(x, text) for x, text in ticks if x not in (9, 49)]  # too close to each other
         if ticks:
             panel.set_xticks(*zip(*ticks))
             panel.minorticks_off()
         if suite != 'size':
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, panel.get_ylim()[1] * 1.05)
         panel.set_xlabel(label)
-        panel.set_ylabel('ms an image')
         panel.grid(alpha=0.3)
         panel.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('ms an image')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8,
                   frameon=False)
     figure.savefig(path, dpi=110)
