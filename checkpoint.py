@@ -30,7 +30,7 @@ def read_run_checkpoint(path):
         UserError: not a whole checkpoint of a run.
     """
     state = read_checkpoint(path)
-    missing = [key for key in ('format', 'model', 'optimizer', 'epoch', 'step', 'config')
+    missing = [key for key in ('format', 'model', 'optimizer', 'epoch', 'step', 'best', 'config', 'weights_key')
                if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f'{path}: holds no run to resume (no {", ".join(missing)}); '

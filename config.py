@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
-from errors import UserError
+from errors import ArgumentParser, UserError
 
 _C = CN()
 _C.BASE = []  # YAML files to start from, relative to the file that names them
@@ -180,20 +180,13 @@ _FLAG_HELP = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake on one line, as every other error of the scripts is."""
-
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message} (see -h)\n')
-
-
 def get_arguments(description, argv=None):
     """Parses the flags shared by the main scripts: PaddleViT's one-dash form, two dashes as well.
 
     Returns:
         a Namespace with `cfg`, `opts` and `flags`, the arguments of `get_config`.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = ArgumentParser(description)
     parser.add_argument('-cfg', '--cfg', metavar='FILE', help='YAML file of settings')
     for flag, key in _FLAGS.items():
         default = _get(_C, key, flag)

@@ -1,4 +1,5 @@
 """The errors whose text is meant for the user: scripts print it, one line, without a traceback."""
+import argparse
 
 
 class UserError(ValueError):
@@ -7,3 +8,13 @@ class UserError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the text says at which step and why. Scripts exit with status 1."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake on the command line as one line, with status 2; flags are not abbreviated."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message} (see -h)\n')

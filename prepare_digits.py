@@ -8,7 +8,6 @@ is checked and kept, so the command may be run again, also twice at the same tim
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """
-import argparse
 import shutil
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from errors import ArgumentParser, UserError
 
 SIZES = {'train': 1437, 'val': 360}
 
@@ -97,7 +96,7 @@ def prepare_digits(output):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('-output', '--output', default='data/digits', help='folder to make (default: %(default)s)')
     output = parser.parse_args().output
     try:

@@ -75,7 +75,7 @@ def main():
         fcntl.flock(lock, fcntl.LOCK_EX)
     if installed():
         return
-    print(f'setting up {root}/.venv: a few minutes and about 1.5 GB, once', file=sys.stderr, flush=True)
+    print(f'setting up {root}/.venv: a few minutes and about 1.1 GB, once', file=sys.stderr, flush=True)
     run([python, '-m', 'venv', '.venv'],
         'python3 -m venv failed, see above; it needs the venv module (Debian: apt install python3-venv)')
     run(['.venv/bin/python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check',

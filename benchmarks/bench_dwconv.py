@@ -19,7 +19,7 @@ import tempfile
 
 import harness
 import numpy as np
-from harness import UserError
+from harness import ArgumentParser, UserError
 
 MODES = ('forward', 'training')
 FIELDS = ('batch', 'channels', 'height', 'width', 'kernel', 'stride')
@@ -255,7 +255,7 @@ def print_results(rows, names):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
             ('shapes', os.path.join(harness.FOLDER, 'dwconv_shapes.txt'), 'file of shapes'),
             ('systems', ','.join(SYSTEMS), 'systems to time, those that are not installed are left out'),

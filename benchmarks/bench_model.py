@@ -19,7 +19,7 @@ import zlib
 
 import harness
 import numpy as np
-from harness import UserError
+from harness import ArgumentParser, UserError
 
 _CUSTOM = {'LARGE_KERNEL_CONV_IMPL': 'custom', **harness.BOUND_PADDLE}
 _NATIVE = {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.BOUND_PADDLE}
@@ -291,7 +291,7 @@ def bench(suites, names, config, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
             ('cfg', os.path.join(harness.ROOT, 'configs', 'replknet_31b.yaml'), 'YAML file of the model'),
             ('suites', ','.join(PARTICIPANTS), 'what to measure'),

@@ -23,7 +23,7 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(FOLDER)
 sys.path.insert(0, ROOT)
 
-from errors import UserError  # noqa: E402
+from errors import ArgumentParser, UserError  # noqa: E402, F401
 
 BOUND = {'OMP_PROC_BIND': 'true', 'OMP_PLACES': 'cores'}
 # Paddle's MKL computes on one thread where OMP_PROC_BIND is set, so its OpenMP is told in its own way.

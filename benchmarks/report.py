@@ -5,13 +5,12 @@
 A file replaces its sections of the page, between <!-- NAME --> and <!-- end -->; the others stay as they are. The
 pictures show the named files only.
 """
-import argparse
 import os
 import re
 import sys
 
 import harness
-from harness import UserError
+from harness import ArgumentParser, UserError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = {'custom': '#d55e00', 'inference': '#e69f00', 'torch-channels-last': '#0072b2', 'torch': '#56b4e9',
@@ -177,7 +176,7 @@ def draw_growth(pyplot, rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('results', nargs='+', help='CSV files of bench_dwconv.py and bench_model.py')
     parser.add_argument('-page', '--page', default=os.path.join(harness.ROOT, 'docs', 'benchmarks.md'),
                         help='page to fill; the pictures go beside it (%(default)s)')

@@ -9,7 +9,6 @@ extension of DST chooses what is written: .safetensors (also without extension),
 with this project's names, or .pth with the official ones. Every tensor of SRC is accounted for; a missing, surplus or
 misshapen one is an error, and then nothing is written.
 """
-import argparse
 import contextlib
 import os
 import sys
@@ -23,7 +22,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import paddle_env  # noqa: E402, F401 - before paddle, which -verify imports
-from errors import UserError  # noqa: E402
+from errors import ArgumentParser, UserError  # noqa: E402
 from files import atomic_file  # noqa: E402
 from port_weights import names as naming  # noqa: E402
 from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
@@ -220,14 +219,9 @@ def _check_reference(model, reference, key, half, source):
     return f'verified: logits agree with {reference} to {difference:.2g}'
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message} (see -h)\n')
-
-
 def main(argv=None):
     """Runs the command line; returns the exit status."""
-    parser = _Parser(description=__doc__.split('\n')[0], allow_abbrev=False)
+    parser = ArgumentParser(__doc__.split('\n')[0])
     parser.add_argument('source', metavar='SRC')
     parser.add_argument('destination', metavar='DST', help='.safetensors, .pdparams or .pth')
     parser.add_argument('-model', '--model', metavar='NAME', help='variant it must be, such as replknet_31b')
