@@ -10,6 +10,7 @@ FLOORS = [
     {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
+    {'run'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
 ]
