@@ -1,8 +1,8 @@
 """Checkpoints of a run: written atomically, read without executing anything, loaded strictly.
 
 A checkpoint is one file, a pickle of plain values and numpy arrays under structured names, that `paddle.load` reads
-as well: `model`, `model_ema`, `optimizer`, `scaler`, `epoch` and `step` (both counted as done), `best`, `config`, and
-`weights_key`, which names the entry that stands for the file where one set of weights is wanted.
+as well, followed by a SHA-256 that `safe_load.read_checkpoint` compares. `run.RunState` says what is in it;
+`weights_key` names the entry that stands for the file where one set of weights is wanted.
 """
 import pickle
 import re
@@ -11,32 +11,36 @@ import numpy as np
 import paddle
 
 from errors import UserError
-from files import atomic_file
+from files import DigestWriter, atomic_file
 from safe_load import read_checkpoint
 
-FORMAT = 1
+FORMAT = 2
 
 
-def save_checkpoint(path, state):
-    """Writes `state` so that a crash leaves the old file whole."""
-    with atomic_file(path) as file:
-        pickle.dump({'format': FORMAT, **state}, file, protocol=4)
+def save_checkpoint(path, state, keep_old_as=None):
+    """Writes `state` so that a crash leaves the old file whole; see `files.atomic_file`."""
+    with atomic_file(path, keep_old_as) as file:
+        writer = DigestWriter(file)
+        pickle.dump({'format': FORMAT, **state}, writer, protocol=4)
+        writer.end()
 
 
 def read_run_checkpoint(path):
-    """The state that `save_checkpoint` wrote.
+    """The state of a run that `save_checkpoint` wrote.
 
     Raises:
-        UserError: not a whole checkpoint of a run.
+        CheckpointError: the file is damaged.
+        UserError: it is not a checkpoint of a run.
     """
     state = read_checkpoint(path)
     missing = [key for key in ('format', 'model', 'optimizer', 'epoch', 'step', 'best', 'config', 'weights_key')
                if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f'{path}: holds no run to resume (no {", ".join(missing)}); '
-                        'resume from last.pdparams of a run folder, or start from weights with -pretrained')
+                        'resume from a run folder, or start from weights with -pretrained')
     if state['format'] != FORMAT:
-        raise UserError(f'{path}: checkpoint format {state["format"]}; this version reads {FORMAT}')
+        raise UserError(f'{path}: checkpoint format {state["format"]}; this version reads {FORMAT}; its weights can be '
+                        'taken with -pretrained')
     return state
 
 

@@ -45,7 +45,7 @@ _C.MODEL.FFN_RATIO = 4.0
 _C.MODEL.DROPPATH = 0.5  # highest stochastic-depth rate, reached at the last block
 _C.MODEL.RECOMPUTE = False  # recompute activations in the backward pass: less memory, more time
 _C.MODEL.PRETRAINED = ''  # file of weights, or a name of the zoo
-_C.MODEL.RESUME = ''  # checkpoint of a run to continue
+_C.MODEL.RESUME = ''  # run folder or checkpoint to continue; 'auto': an unfinished run of these settings, if any
 
 _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # epochs already done; 0: from the checkpoint, or none
@@ -93,7 +93,12 @@ _C.EVAL = False
 _C.DEVICE = 'auto'  # 'auto', 'gpu', 'cpu', 'npu' or 'xpu'
 _C.NPROCS = 0  # processes of main_multi_gpu.py; 0: one per device, 2 on a machine without
 _C.SAVE = ''  # run folder; '': output/<config name>-<time>
+_C.SAVE_STEPS = 0  # save every so many optimizer steps; 0: at the end of an epoch
+_C.SAVE_MINUTES = 15.0  # and when this much time has gone by; 0: never for that reason
 _C.SAVE_FREQ = 0  # keep a numbered checkpoint every so many epochs; 0 keeps only last and best
+_C.SAVE_LATEST_K = 0  # and those of so many epochs before
+_C.SAVE_TOP_K = 0  # and the most accurate ones
+_C.SAVE_MAX_GB = 0.0  # of all checkpoints of a run: the least accurate numbered ones go first; 0: no limit
 _C.REPORT_FREQ = 20  # optimizer steps between progress lines
 _C.VALIDATE_FREQ = 1  # epochs between evaluations; 0 for none while training
 _C.SEED = 42
@@ -124,7 +129,9 @@ _RANGES = {  # inclusive
     'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
-    'NPROCS': (0, math.inf), 'SAVE_FREQ': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
+    'NPROCS': (0, math.inf), 'SAVE_STEPS': (0, math.inf), 'SAVE_MINUTES': (0, math.inf),
+    'SAVE_FREQ': (0, math.inf), 'SAVE_LATEST_K': (0, math.inf), 'SAVE_TOP_K': (0, math.inf),
+    'SAVE_MAX_GB': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
     'SEED': (0, 2**31 - 1),
 }
 _LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BETAS': 2,
@@ -174,7 +181,7 @@ _FLAG_HELP = {
     'output': 'folder of the run', 'batch_size': 'images per process and micro-batch',
     'batch_size_eval': 'images per process in evaluation', 'image_size': 'side of the input, pixels',
     'num_workers': 'loading processes per process', 'accum_iter': 'micro-batches per optimizer step',
-    'pretrained': 'weights to start from or evaluate', 'resume': 'checkpoint of the run to continue',
+    'pretrained': 'weights to start from or evaluate', 'resume': 'run to continue: its folder, a checkpoint, or auto',
     'last_epoch': 'epochs already done', 'eval': 'evaluate and stop', 'amp': 'automatic mixed precision',
     'device': 'auto, gpu, cpu, npu or xpu', 'nprocs': 'processes (main_multi_gpu.py)',
 }
@@ -209,6 +216,32 @@ def config_text(config):
         group, name = _group(lasting, key)
         group[name] = _get(_C, key, '')
     return lasting.dump()
+
+
+# what the parts of one run may differ in, beside _PER_CALL; the last line changes the run, and is said in the log
+_MAY_DIFFER = ('DATA.DATA_PATH', 'DATA.NUM_WORKERS', 'DATA.BATCH_SIZE_EVAL', 'MODEL.PRETRAINED', 'MODEL.RECOMPUTE',
+               'SAVE_STEPS', 'SAVE_MINUTES', 'SAVE_FREQ', 'SAVE_LATEST_K', 'SAVE_TOP_K', 'SAVE_MAX_GB', 'REPORT_FREQ',
+               'DATA.BATCH_SIZE', 'TRAIN.ACCUM_ITER', 'TRAIN.NUM_EPOCHS', 'VALIDATE_FREQ')
+
+
+def config_changes(text, config):
+    """What `config` sets otherwise than the `config_text` of the run it is to continue.
+
+    Returns:
+        two lists of 'KEY old -> new': changes that make it another run, and those that do not.
+    """
+    def flat(group, prefix=''):
+        for name, value in group.items():
+            if isinstance(value, dict):
+                yield from flat(value, f'{prefix}{name}.')
+            else:
+                yield prefix + name, value
+
+    old = {**dict(flat(_C)), **dict(flat(yaml.safe_load(text)))}  # keys that are younger than the run have defaults
+    new = dict(flat(yaml.safe_load(config_text(config))))
+    changes = {key: f'{key} {value!r} -> {new.get(key)!r}' for key, value in old.items() if value != new.get(key)}
+    return ([line for key, line in changes.items() if key not in _MAY_DIFFER],
+            [line for key, line in changes.items() if key in _MAY_DIFFER])
 
 
 def _merge_file(config, path, origins, including):
@@ -374,6 +407,8 @@ def _check(config, origins):
             refuse(key, f'is {[low, high]}; it takes [low, high] with 0 < low <= high')
     if train.RANDOM_RESIZED_CROP.SCALE[1] > 1:
         refuse('TRAIN.RANDOM_RESIZED_CROP.SCALE', 'reaches above 1, the whole picture')
+    if config.SAVE_TOP_K and not config.VALIDATE_FREQ:
+        refuse('SAVE_TOP_K', 'keeps the most accurate checkpoints, but VALIDATE_FREQ 0 measures none', 'VALIDATE_FREQ')
     if train.CUTMIX_MINMAX and not (len(train.CUTMIX_MINMAX) == 2 and
                                     0 < train.CUTMIX_MINMAX[0] < train.CUTMIX_MINMAX[1] <= 1):
         refuse('TRAIN.CUTMIX_MINMAX', f'is {train.CUTMIX_MINMAX}; it takes [] or [low, high] with 0 < low < high <= 1')

@@ -5,6 +5,7 @@ import math
 import os
 import time
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from tqdm import tqdm
@@ -54,12 +55,14 @@ class Amp:
 
 
 def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, lr_at, amp, scaler=None, ema=None,
-                    mixup=None, accum_iter=1, grad_clip=0.0, seed=0, report_freq=20, total_steps=None):
-    """Trains for one pass over `loader`.
+                    mixup=None, accum_iter=1, grad_clip=0.0, seed=0, report_freq=20, total_steps=None, sums=None,
+                    votes=list, after_step=None):
+    """Trains for one pass over `loader`, or for what is left of it.
 
     Args:
         model: a RepLKNet, or paddle.DataParallel around one.
-        loader: batches of images [N, 3, H, W] and labels [N]; the same number of them on every rank.
+        loader: batches of images [N, 3, H, W] and labels [N], those of `sums` left out; the same number of them on
+            every rank. Its length is that of the whole pass.
         criterion: mean loss of logits and labels, or of logits and soft targets after `mixup`.
         epoch: from 1; for logs and random draws.
         first_step: optimizer steps done before this epoch.
@@ -71,6 +74,9 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         seed: of the draws of mixup and drop path.
         report_freq: optimizer steps between progress lines.
         total_steps: optimizer steps of the whole run, for the ETA.
+        sums: what the steps of this pass add up to so far, see `epoch_sums`; brought up to date after every step.
+        votes: callable() -> numbers that are summed over the ranks with every step, and go to `after_step`.
+        after_step: callable(*votes), called after every step.
     Returns:
         dict with loss (mean over images and ranks), lr (of the last step), steps, skipped (overflowing steps),
         images (of all ranks), images_per_s, data_wait (share of the time) and seconds.
@@ -82,12 +88,12 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
     steps = math.ceil(batches / accum_iter)
     rank, world = utils.rank(), utils.world_size()
     parameters = [p for p in model.parameters() if not p.stop_gradient]
-    progress = _Progress(f'epoch {epoch}', steps, report_freq, (total_steps or first_step + steps) - first_step)
-    loss_sum = images_seen = skipped = skipped_in_a_row = 0
+    progress = _Progress(f'epoch {epoch}', steps, report_freq, (total_steps or first_step + steps) - first_step, sums)
+    sums = epoch_sums() if sums is None else sums
     group_loss, group_images = paddle.zeros([]), 0
-    step, began, slow = first_step, time.perf_counter(), True
+    step, began, slow = first_step + sums['steps'], time.perf_counter(), True
     utils.barrier()  # the first step builds the depthwise operator
-    for index, (images, labels) in enumerate(progress.timed(loader)):
+    for index, (images, labels) in enumerate(progress.timed(loader), sums['steps'] * accum_iter):
         if index % accum_iter == 0:
             group_size = min(accum_iter, batches - index)
             utils.seed_paddle(seed, STREAM_PADDLE, step, rank)
@@ -112,34 +118,66 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
 
         # one small exchange per step; every rank learns of a loss that is not finite and stops, so none waits
         mine = float(group_loss)
-        total, count, broken, seconds = utils.all_reduce_sum(
-            [mine, group_images, not math.isfinite(mine), time.perf_counter() - began])
+        total, count, broken, seconds, *agreed = utils.all_reduce_sum(
+            [mine, group_images, not math.isfinite(mine), time.perf_counter() - began, *votes()])
         slow, began = seconds / world > SLOW_STEP_SECONDS, time.perf_counter()
         if broken and scaler is None:
             losses = utils.all_gather_values(mine)
             ranks = [str(r) for r, value in enumerate(losses) if not math.isfinite(value)]
             raise TrainingStopped(f'step {step} (epoch {epoch}): the loss is not finite on rank {", ".join(ranks)}, '
-                                  f'lr {lr:.3g}; lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP, or look at the data')
+                                  f'lr {lr:.3g}, {_broken_gradients(_unwrap(model))}; lower TRAIN.BASE_LR, set '
+                                  'TRAIN.GRAD_CLIP, or look at the data')
         if _optimizer_step(optimizer, parameters, scaler, grad_clip):
-            skipped_in_a_row = 0
-            loss_sum += total
-            images_seen += count
+            sums['skipped_in_a_row'] = 0
+            sums['loss'] += total
+            sums['loss_images'] += count
             if ema is not None:
                 ema.update(_unwrap(model))
         else:
-            skipped += 1
-            skipped_in_a_row += 1
-            if skipped_in_a_row == MAX_SKIPPED_STEPS:
-                raise TrainingStopped(f'step {step} (epoch {epoch}): {skipped_in_a_row} steps in a row overflowed '
+            sums['skipped'] += 1
+            sums['skipped_in_a_row'] += 1
+            if sums['skipped_in_a_row'] == MAX_SKIPPED_STEPS:
+                raise TrainingStopped(f'step {step} (epoch {epoch}): {MAX_SKIPPED_STEPS} steps in a row overflowed '
                                       'under loss scaling; try AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR')
         optimizer.clear_grad()
         group_loss, group_images = paddle.zeros([]), 0
         step += 1
         progress.step(count, loss=total / count, lr=lr)
-    seconds = progress.close()
-    return {'loss': loss_sum / images_seen if images_seen else math.nan, 'lr': lr, 'steps': steps, 'skipped': skipped,
-            'images': int(progress.images), 'images_per_s': progress.images / seconds,
-            'data_wait': progress.waited / seconds, 'seconds': seconds}
+        sums.update(steps=step - first_step, lr=lr, images=progress.images, waited=progress.waited,
+                    seconds=progress.seconds())
+        if after_step is not None:
+            after_step(*agreed)
+    progress.close()
+    seconds = max(sums['seconds'], 1e-9)
+    return {'loss': sums['loss'] / sums['loss_images'] if sums['loss_images'] else math.nan, 'lr': sums['lr'],
+            'steps': steps, 'skipped': sums['skipped'], 'images': int(sums['images']),
+            'images_per_s': sums['images'] / seconds, 'data_wait': sums['waited'] / seconds, 'seconds': seconds}
+
+
+def epoch_sums(skipped_in_a_row=0):
+    """What the steps of an epoch add up to, at its beginning; plain numbers, over all ranks, for a checkpoint.
+
+    Returns:
+        dict of steps, loss and loss_images (of the steps that were not skipped), skipped, skipped_in_a_row, lr (of
+        the last step), images, waited and seconds.
+    """
+    return {'steps': 0, 'loss': 0.0, 'loss_images': 0, 'skipped': 0, 'skipped_in_a_row': skipped_in_a_row,
+            'lr': math.nan, 'images': 0, 'waited': 0.0, 'seconds': 0.0}
+
+
+def _broken_gradients(model):
+    """In words, the parts of the model whose gradients are not finite."""
+    parts, trained = {}, [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    for name, parameter in trained:
+        if not bool(paddle.isfinite(parameter.grad.astype('float32')).all()):
+            part = '.'.join(name.split('.')[:2 if name.startswith(('stages', 'transitions')) else 1])
+            parts.setdefault(part, []).append(name)
+    broken = sum(map(len, parts.values()))
+    if broken in (0, len(trained)):
+        return 'no gradient is finite' if broken else 'all gradients are finite'
+    return 'gradients not finite in ' + ', '.join(
+        f'{part} ({names[0][len(part) + 1:]}{f" and {len(names) - 1} more" if len(names) > 1 else ""})'
+        for part, names in parts.items())
 
 
 def _optimizer_step(optimizer, parameters, scaler, grad_clip):
@@ -199,6 +237,11 @@ def accuracy_line(metrics):
             f"images {metrics['images']}")
 
 
+def _statistics(model):
+    """The running statistics of batch norm, {name: tensor}."""
+    return {name: p for name, p in model.named_parameters() if name.endswith(('._mean', '._variance'))}
+
+
 def average_statistics(model):
     """Averages the running statistics of batch norm over the ranks, in place.
 
@@ -207,23 +250,40 @@ def average_statistics(model):
     if utils.world_size() == 1:
         return
     utils.log_once('batch norm: running statistics are averaged over the processes before evaluating and saving')
-    buffers = [p for name, p in model.named_parameters() if name.endswith(('._mean', '._variance'))]
+    buffers = list(_statistics(model).values())
     flat = paddle.concat([b.flatten().astype('float32') for b in buffers])
     paddle.distributed.all_reduce(flat)
     for buffer, part in zip(buffers, paddle.split(flat / utils.world_size(), [b.size for b in buffers])):
         buffer.set_value(part.reshape(buffer.shape).astype(buffer.dtype))
 
 
+def gather_statistics(model):
+    """The running statistics of every rank, {name: float32 array [ranks, channels]}; every rank calls it."""
+    buffers = _statistics(model)
+    ranks = []
+    paddle.distributed.all_gather(ranks, paddle.concat([b.astype('float32') for b in buffers.values()]))
+    rows = paddle.stack(ranks).numpy()
+    return dict(zip(buffers, np.split(rows, np.cumsum([b.size for b in buffers.values()])[:-1], axis=1)))
+
+
+def set_statistics(model, statistics):
+    """Gives this rank its own row of `gather_statistics`."""
+    for name, buffer in _statistics(model).items():
+        buffer.set_value(paddle.to_tensor(np.ascontiguousarray(statistics[name][utils.rank()])).astype(buffer.dtype))
+
+
 class _Progress:
     """Progress of one pass: tqdm on a terminal, plain lines elsewhere; counts images and the wait for data."""
 
-    def __init__(self, name, steps, report_freq, steps_left=None):
+    def __init__(self, name, steps, report_freq, steps_left=None, sums=None):
+        sums = sums or epoch_sums()
         self.name, self.steps, self.report_freq = name, steps, report_freq
         self.steps_left = steps if steps_left is None else steps_left
-        self.images = self.waited = self.done = 0
-        self.start = self.reported = time.perf_counter()
+        self.images, self.waited, self.done = sums['images'], sums['waited'], sums['steps']
+        self.reported = time.perf_counter()
+        self.start = self.reported - sums['seconds']
         terminal = utils.is_main() and os.isatty(2)
-        self.bar = tqdm(total=steps, desc=name, leave=False) if terminal else None
+        self.bar = tqdm(total=steps, initial=self.done, desc=name, leave=False) if terminal else None
 
     def timed(self, loader):
         """Yields the batches and adds up the time it takes to get them."""
@@ -241,7 +301,7 @@ class _Progress:
         self.images += images
         self.done += 1
         now = time.perf_counter()
-        seconds = now - self.start
+        seconds = max(now - self.start, 1e-9)
         values = {**{k: f'{v:.3g}' if k == 'lr' else f'{v:.4f}' for k, v in values.items()},
                   'images/s': f'{self.images / seconds:.1f}', 'wait': f'{100 * self.waited / seconds:.0f}%'}
         if self.bar is not None:
@@ -258,11 +318,14 @@ class _Progress:
             return True
         return now - self.reported > REPORT_SECONDS
 
+    def seconds(self):
+        """Since the start, the time between a stop and its resumption left out."""
+        return time.perf_counter() - self.start
+
     def close(self):
-        """Ends the bar; returns the seconds since the start."""
+        """Ends the bar."""
         if self.bar is not None:
             self.bar.close()
-        return max(time.perf_counter() - self.start, 1e-9)
 
 
 def duration(seconds):

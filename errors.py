@@ -10,6 +10,14 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; the text says at which step and why. Scripts exit with status 1."""
 
 
+class Interrupted(BaseException):
+    """A signal has ended the run; the text says what was saved. Scripts exit with 128 + `signal`."""
+
+    def __init__(self, signal, message):
+        super().__init__(message)
+        self.signal = int(signal)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake on the command line as one line, with status 2; flags are not abbreviated."""
 

@@ -17,10 +17,11 @@ import paddle.distributed as dist  # isort: skip
 
 import utils
 from config import get_arguments, get_config
-from errors import TrainingStopped, UserError
+from errors import Interrupted, TrainingStopped, UserError
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run import run
-from run_folder import RunFolder, config_beside, default_folder
+from run_folder import choose_folder, config_beside
+from stopping import STOP_SECONDS, stop
 from zoo import ZOO
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -36,7 +37,8 @@ def read_settings(description, argv=None):
     -pretrained names.
     """
     args = get_arguments(description, argv)
-    cfg, start = args.cfg, args.flags['resume'] or args.flags['pretrained']
+    resume = args.flags['resume'] if args.flags['resume'] != 'auto' else args.flags['output']
+    cfg, start = args.cfg, resume or args.flags['pretrained']
     if not cfg and start:
         cfg = os.path.join(ROOT, ZOO[start].config) if start in ZOO else config_beside(start)
     if not cfg:
@@ -45,11 +47,8 @@ def read_settings(description, argv=None):
     implementation = os.environ.get(VARIABLE) or 'auto'
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
-    if not config.SAVE and not config.EVAL:
-        config.SAVE = default_folder(config)
+    choose_folder(config)  # refuses another run's folder before any process starts
     config.freeze()
-    if config.SAVE:
-        RunFolder(config)  # refuses another run's folder before any process starts
     return config, utils.resolve_device(config.DEVICE)
 
 
@@ -58,8 +57,9 @@ def exit_status(function, *args):
 
     Of several processes that fail only the first one reports: the others mostly fail for want of it.
     Returns:
-        0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 130 (interrupted).
+        0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the signal that ended it.
     """
+    stop.begin()
     try:
         function(*args)
         return 0
@@ -67,8 +67,8 @@ def exit_status(function, *args):
         status, message = 2, str(error)
     except TrainingStopped as error:
         status, message = 1, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, 'interrupted'
+    except Interrupted as error:
+        status, message = 128 + error.signal, str(error)
     except Exception:
         status, message = 1, traceback.format_exc().rstrip()
     if _first_to_report():
@@ -116,15 +116,16 @@ def run_in_processes(config, device):
         logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        # Ctrl-C reaches all processes of a terminal; only this one acts on it, and stops the others
+        # Ctrl-C reaches all processes of a terminal; only this one acts on it, and asks the others to stop
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        context = dist.spawn(_child, (config, device, os.getpid()), nprocs=count, join=False, **options)
-        signal.signal(signal.SIGINT, interrupt)
-        return _wait(context.processes)
+        with stop.deferred():  # a signal becomes the exit status when the ranks, who say where, have ended
+            context = dist.spawn(_child, (config, device, os.getpid()), nprocs=count, join=False, **options)
+            signal.signal(signal.SIGINT, interrupt)
+            return _wait(context.processes)
 
 
 def _child(config, device, parent):
+    stop.listen()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     sys.exit(exit_status(run_in_this_process, config, device))
 
@@ -137,23 +138,25 @@ def _end_with(parent):
 
 
 def _wait(processes):
-    """Waits for all; when one fails the others, which may wait for it, are stopped. Returns the exit status."""
-    first, patience = {}, 0
-    try:
-        while not first and any(p.exitcode is None for p in processes):
-            time.sleep(0.1)
-            first = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode}
-        patience = 5  # seconds to end by themselves, as they do after a mistake that all of them made
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr, flush=True)
-        return 130
-    finally:
-        _stop(processes, patience)
-    for rank, code in first.items():
-        if code not in (1, 2):  # these have said why
+    """Waits for all; when one fails the others, which may wait for it, are stopped. Returns the exit status.
+
+    A signal is handed on: the processes agree on a step after which they stop.
+    """
+    ended = {}
+    while not any(ended.values()) and len(ended) < len(processes) and not stop.asked:
+        time.sleep(0.1)
+        ended = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode is not None}
+    if stop.asked:
+        for process in processes:
+            process.terminate()
+    # without a signal they have little time to end by themselves, as they do after a mistake that all of them made
+    _stop(processes, STOP_SECONDS if stop.asked else 5)
+    for rank, code in ended.items():
+        if code not in (0, 1, 2, 143) and not stop.asked:  # these have said why
             print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '
                   'the others were stopped', file=sys.stderr, flush=True)
-    return 0 if not first else 2 if any(p.exitcode == 2 for p in processes) else 1
+    codes = {p.exitcode for p in processes}
+    return 0 if codes == {0} else 143 if 143 in ended.values() else 2 if 2 in codes else 1
 
 
 def _stop(processes, patience):
@@ -167,3 +170,17 @@ def _stop(processes, patience):
         patience = 5
     for process in processes:
         process.join()
+
+
+def run_single(description):
+    """Trains or evaluates in this process, as the command line says."""
+    run_in_this_process(*read_settings(description))
+
+
+def run_multi(description):
+    """The same with one process per device."""
+    settings = read_settings(description)
+    if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher has started this process
+        run_in_this_process(*settings)
+    else:
+        sys.exit(run_in_processes(*settings))

@@ -9,19 +9,11 @@ Paddle's launcher starts the processes as well, on several machines too:
 """
 import paddle_env  # noqa: F401, I001 - sets the environment, so before paddle
 
-import os
 import sys
 
-from launcher import exit_status, read_settings, run_in_processes, run_in_this_process
-
-
-def main():
-    settings = read_settings(__doc__)
-    if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher has started this process
-        run_in_this_process(*settings)
-    else:
-        sys.exit(run_in_processes(*settings))
-
+from stopping import stop
 
 if __name__ == '__main__':
-    sys.exit(exit_status(main))
+    stop.listen()  # before what takes a while to import
+    from launcher import exit_status, run_multi
+    sys.exit(exit_status(run_multi, __doc__))

@@ -7,12 +7,9 @@ import paddle_env  # noqa: F401, I001 - sets the environment, so before paddle
 
 import sys
 
-from launcher import exit_status, read_settings, run_in_this_process
-
-
-def main():
-    run_in_this_process(*read_settings(__doc__))
-
+from stopping import stop
 
 if __name__ == '__main__':
-    sys.exit(exit_status(main))
+    stop.listen()  # before what takes a while to import
+    from launcher import exit_status, run_single
+    sys.exit(exit_status(run_single, __doc__))

@@ -1,22 +1,23 @@
 """A run from its settings to its last checkpoint: ties the parts together."""
 import math
+import time
 from functools import partial
 
-import numpy as np
 import paddle
 
 import checkpoint
 import utils
-from config import config_text
 from datasets import get_dataloader, get_dataset
 from ema import ModelEMA
 from engine import Amp, accuracy_line, average_statistics, duration, evaluate, train_one_epoch
-from errors import UserError
+from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
 from optim import build_optimizer, learning_rate, parameter_groups
 from replknet import build_replknet
-from run_folder import RunFolder, resolve_resume
+from run_folder import RunFolder, read_resumed
+from run_state import RunState, refuse_other_run
+from stopping import stop
 from utils import logger
 from zoo import pretrained_weights
 
@@ -26,8 +27,6 @@ STREAM_INIT = 3  # of random draws, beside those of engine.py
 def run(config, device):
     """Evaluates, or trains with evaluation, as the settings say; every rank calls it.
 
-    A run resumes in this order: weights, EMA, optimizer, loss scaler, then epoch and step; the draws of the data,
-    mixup and drop path follow from seed, epoch and step.
     Args:
         config: frozen settings; `config.SAVE` names the run folder.
         device: kind of the device in use ('gpu', 'cpu', ...).
@@ -35,11 +34,14 @@ def run(config, device):
         dict of the last evaluation's metrics, and for a training run of the best ones.
     Raises:
         UserError, FileNotFoundError: what the user gave cannot be used.
-        TrainingStopped: the loss is not finite.
+        TrainingStopped: training cannot go on.
+        Interrupted: a signal came; within an epoch the state was saved after the step.
     """
     amp = Amp(config, device)
     folder = RunFolder(config) if utils.is_main() and config.SAVE else None
-    model, state = _build_model(config)
+    if folder is not None and folder.own:
+        folder.lock()
+    model, resumed, state = _build_model(config)
     val_set = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     if config.EVAL:
         if folder is not None:
@@ -48,10 +50,10 @@ def run(config, device):
         if folder is not None:
             folder.record(event='eval', **metrics)
         return metrics
-    return _train(config, device, amp, folder, model, state, val_set)
+    return _train(config, device, amp, folder, model, resumed, state, val_set)
 
 
-def _train(config, device, amp, folder, model, state, val_set):
+def _train(config, device, amp, folder, model, resumed, state, val_set):
     train = config.TRAIN
     world = utils.world_size()
     train_set = get_dataset(config, 'train')
@@ -72,14 +74,15 @@ def _train(config, device, amp, folder, model, state, val_set):
                                 betas=train.OPTIMIZER.BETAS, eps=train.OPTIMIZER.EPS)
     model, optimizer = amp.decorate(model, optimizer)
     scaler = amp.scaler()
-    epochs_done, step, best = train.LAST_EPOCH, train.LAST_EPOCH * steps_per_epoch, {}
+    run_state = RunState(config, model, ema, optimizer, scaler, steps_per_epoch, global_batch,
+                         own_statistics=world > 1 and not sync_bn)
     if state is not None:
-        _restore(config, state, model, ema, optimizer, scaler)
-        epochs_done, step, best = state['epoch'], state['epoch'] * steps_per_epoch, state['best']
-        if step != state['step']:
-            logger.warning(f"the checkpoint has {state['step']} steps; with this global batch its epochs are {step}: "
-                           'the learning rate goes on from there')
+        run_state.restore(state, resumed)
+    if len(set(utils.all_gather_values(run_state.step))) > 1:
+        raise UserError(f'{config.MODEL.RESUME}: the processes see different checkpoints there')
     wrapped = paddle.DataParallel(model) if world > 1 else model
+    if state is not None:
+        run_state.restore_statistics(state)
 
     use_mixup = train.MIXUP_PROB > 0
     mixup = Mixup(mixup_alpha=train.MIXUP_ALPHA, cutmix_alpha=train.CUTMIX_ALPHA,
@@ -97,47 +100,78 @@ def _train(config, device, amp, folder, model, state, val_set):
                        f'{train.BASE_LR:g} is for: change TRAIN.ACCUM_ITER, or scale the rate with '
                        f'-opts TRAIN.LINEAR_SCALED_LR {train.RECIPE_BATCH_SIZE}')
     if folder is not None:
-        folder.claim()
-    metrics = {}
-    for epoch in range(epochs_done + 1, train.NUM_EPOCHS + 1):
-        train_loader.set_epoch(epoch)
-        trained = train_one_epoch(
-            wrapped, train_loader, criterion, optimizer, epoch=epoch, first_step=step, lr_at=lr_at, amp=amp,
-            scaler=scaler, ema=ema, mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
-            seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=total_steps)
-        step += trained['steps']
-        logger.info(f"epoch {epoch}/{train.NUM_EPOCHS} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "
-                    f"images/s {trained['images_per_s']:.1f} data wait {100 * trained['data_wait']:.0f}% "
-                    f"time {duration(trained['seconds'])} eta "
-                    f"{duration(trained['seconds'] * (train.NUM_EPOCHS - epoch))}"
-                    + (f" skipped {trained['skipped']}" if trained['skipped'] else ''))
-        if folder is not None:
-            folder.record(event='train', epoch=epoch, step=step, **trained)
-        if not sync_bn:
-            average_statistics(model)
-            if ema is not None:
-                average_statistics(ema.module)
-        if folder is not None:  # before the evaluation, which a damaged picture may end
-            folder.save(_state(config, model, ema, optimizer, scaler, epoch, step, best))
-        utils.barrier()  # no rank runs ahead while rank 0 writes
-        improved = []
+        folder.claim(state['metrics_bytes'] if folder.own and state is not None else 0)
+    del state
+
+    def votes():
+        due = folder is not None and config.SAVE_MINUTES and (
+            time.monotonic() - folder.saved_at > 60 * config.SAVE_MINUTES)
+        return stop.asked, due
+
+    def after_step(asked, due):
+        if run_state.epoch_trained:  # is saved in a moment
+            return
+        if asked or due or (config.SAVE_STEPS and run_state.step % config.SAVE_STEPS == 0):
+            _save(folder, run_state)
+        if asked:
+            saved = 'not saved' if folder is not None and folder.unsaved else 'saved'
+            stop.interrupt(f' after step {run_state.step} (epoch {epoch}), {saved}; go on with -resume={config.SAVE}')
+
+    metrics, epoch = {}, 0
+    while run_state.epochs < train.NUM_EPOCHS:
+        epoch = run_state.epochs + 1
+        if not run_state.epoch_trained:
+            with stop.deferred():
+                train_loader.set_epoch(epoch, run_state.sums['steps'] * train.ACCUM_ITER)
+                trained = train_one_epoch(
+                    wrapped, train_loader, criterion, optimizer, epoch=epoch,
+                    first_step=run_state.epochs * steps_per_epoch, lr_at=lr_at, amp=amp, scaler=scaler, ema=ema,
+                    mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, seed=config.SEED,
+                    report_freq=config.REPORT_FREQ, total_steps=total_steps, sums=run_state.sums, votes=votes,
+                    after_step=after_step)
+                logger.info(f"epoch {epoch}/{train.NUM_EPOCHS} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "
+                            f"images/s {trained['images_per_s']:.1f} data wait {100 * trained['data_wait']:.0f}% "
+                            f"time {duration(trained['seconds'])} eta "
+                            f"{duration(trained['seconds'] * (train.NUM_EPOCHS - epoch))}"
+                            + (f" skipped {trained['skipped']}" if trained['skipped'] else ''))
+                if folder is not None:
+                    folder.record(event='train', epoch=epoch, step=run_state.step, **trained)
+                if not sync_bn:
+                    average_statistics(model)
+                    if ema is not None:
+                        average_statistics(ema.module)
+                _save(folder, run_state)  # before the evaluation, which a damaged picture may end
+        improved, accuracies = [], {}
         if config.VALIDATE_FREQ and (epoch % config.VALIDATE_FREQ == 0 or epoch == train.NUM_EPOCHS):
             for key, module in (('model', model), ('model_ema', ema and ema.module)):
                 if module is None:
                     continue
                 metrics[key] = _evaluate(config, module, val_set, amp, key)
+                accuracies[key] = metrics[key]['acc1']
                 if folder is not None:
-                    folder.record(event='eval', epoch=epoch, step=step, weights=key, **metrics[key])
-                if key not in best or metrics[key]['acc1'] > best[key]['acc1']:
-                    best[key] = {'epoch': epoch, **metrics[key]}
+                    folder.record(event='eval', epoch=epoch, step=run_state.step, weights=key, **metrics[key])
+                if key not in run_state.best or accuracies[key] > run_state.best[key]['acc1']:
+                    run_state.best[key] = {'epoch': epoch, **metrics[key]}
                     improved.append(key)
-        if folder is not None:
-            state = _state(config, model, ema, optimizer, scaler, epoch, step, best)
-            folder.save_evaluated(state, epoch, improved)
-        utils.barrier()
+        with stop.deferred():
+            run_state.end_epoch()
+            captured = run_state.capture()
+            if folder is not None:
+                folder.save_evaluated(captured, accuracies, improved)
+            utils.barrier()
     if folder is not None:
-        folder.summary(best)
-    return {'last': metrics, 'best': best}
+        folder.summary(run_state.best, run_state.numbered)
+        if folder.unsaved:
+            raise TrainingStopped(f'the run is over, but its end could not be saved: {folder.unsaved}')
+    return {'last': metrics, 'best': run_state.best}
+
+
+def _save(folder, run_state):
+    """Saves the state to resume from; every rank calls it, and none runs ahead while rank 0 writes."""
+    state = run_state.capture()
+    if folder is not None:
+        folder.save_last(state)
+    utils.barrier()
 
 
 def _evaluate(config, model, val_set, amp, name):
@@ -152,14 +186,15 @@ def _evaluate(config, model, val_set, amp, name):
 
 
 def _build_model(config):
-    """The model with the weights asked for, and the state to resume from or None.
+    """The model with the weights asked for, and the checkpoint to resume from, file and state, or None.
 
     Merged weights build the merged form.
     """
-    weights = state = None
+    weights = state = origin = None
     if config.MODEL.RESUME:
-        origin = resolve_resume(config.MODEL.RESUME)
-        state = checkpoint.read_run_checkpoint(origin)
+        origin, state = read_resumed(config.MODEL.RESUME)
+        if not config.EVAL:
+            refuse_other_run(config, state, origin)
         weights = state[state['weights_key']] if config.EVAL else state['model']
         if config.TRAIN.LAST_EPOCH not in (0, state['epoch']):
             raise UserError(f"{origin}: is of epoch {state['epoch']}, -last_epoch says {config.TRAIN.LAST_EPOCH}")
@@ -176,31 +211,4 @@ def _build_model(config):
         if dropped:
             logger.info(f"its head of {len(weights['head.bias'])} classes is dropped; the head of "
                         f'{config.MODEL.NUM_CLASSES} classes starts afresh')
-    return model, state
-
-
-def _state(config, model, ema, optimizer, scaler, epoch, step, best):
-    """The state of a run after `epoch` epochs, for `checkpoint.save_checkpoint`."""
-    state = {'model': checkpoint.model_arrays(model), 'optimizer': checkpoint.optimizer_arrays(optimizer, model),
-             'epoch': epoch, 'step': step, 'best': best, 'config': config_text(config)}
-    if ema is not None:
-        state['model_ema'] = checkpoint.model_arrays(ema.module)
-    if scaler is not None:
-        state['scaler'] = {k: np.asarray(v) if isinstance(v, paddle.Tensor) else v
-                           for k, v in scaler.state_dict().items()}
-    return state
-
-
-def _restore(config, state, model, ema, optimizer, scaler):
-    path = config.MODEL.RESUME
-    if state['epoch'] >= config.TRAIN.NUM_EPOCHS:
-        raise UserError(f"{path}: all {state['epoch']} epochs are done; for more set TRAIN.NUM_EPOCHS")
-    if ema is not None and 'model_ema' not in state:
-        raise UserError(f'{path}: has no moving average; resume with -opts TRAIN.MODEL_EMA False')
-    if ema is not None:
-        checkpoint.load_weights(ema.module, state['model_ema'], f'{path}: model_ema')
-    checkpoint.load_optimizer_arrays(optimizer, model, state['optimizer'], path)
-    if scaler is not None and 'scaler' in state:
-        scaler.load_state_dict({k: paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
-                                for k, v in state['scaler'].items()})
-    logger.info(f"resumed from {path}: {state['epoch']} epochs, {state['step']} steps")
+    return model, origin, state

@@ -1,41 +1,126 @@
 """The folder of a run: its settings, logs and checkpoints. Only rank 0 has one."""
 import contextlib
+import errno
+import glob
 import os
 import time
 
 import utils
-from checkpoint import save_checkpoint
-from config import config_text
+from checkpoint import read_run_checkpoint, save_checkpoint
+from config import config_changes, config_text
 from errors import UserError
-from files import atomic_file
+from files import atomic_file, remove_leftovers
+from safe_load import CheckpointError
 from utils import logger
 
-LAST = 'last.pdparams'
-BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # by the weights whose accuracy is the best
+try:
+    import fcntl
+except ImportError:  # not on Windows: nothing keeps a second process out there
+    fcntl = None
+
+LAST, PREVIOUS = 'last.pdparams', 'previous.pdparams'
+BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # weights only, of the best accuracy
+NUMBERED = 'epoch_{:04d}.pdparams'
 CONFIG, LOG, METRICS = 'config.yaml', 'log.txt', 'metrics.jsonl'
+LOCK_SECONDS = 15  # the processes of a run that was killed are gone by then
 
 
-def resolve_resume(path):
-    """The checkpoint file for `-resume`: a file, or a run folder for its last one."""
-    return os.path.join(path, LAST) if os.path.isdir(path) else path
+def run_of(path):
+    """The run folder that `-resume=path` continues in place, or None: the folder itself, or its last checkpoint."""
+    if os.path.isdir(path):
+        return path
+    return (os.path.dirname(path) or '.') if os.path.basename(path) == LAST else None
 
 
 def config_beside(path):
     """The settings file that lies beside a checkpoint of a run, or None."""
-    found = os.path.join(os.path.dirname(resolve_resume(path)), CONFIG)
+    found = os.path.join(run_of(path) or os.path.dirname(path), CONFIG)
     return found if os.path.isfile(found) else None
 
 
-def _continued(config):
-    """Whether this is a run that goes on in the folder of the one it resumes: from its last checkpoint."""
-    return not config.EVAL and os.path.basename(resolve_resume(config.MODEL.RESUME)) == LAST
+def _checkpoints(folder):
+    """Checkpoints that a run can be resumed from, newest first, that may be there."""
+    numbered = sorted(glob.glob(os.path.join(glob.escape(folder), 'epoch_*.pdparams')), reverse=True)
+    return [os.path.join(folder, LAST), os.path.join(folder, PREVIOUS), *numbered]
 
 
-def default_folder(config):
-    """Where a run goes without `-output`: on in the folder of the run it continues, or to a new one named by time."""
-    if _continued(config):
-        return os.path.dirname(resolve_resume(config.MODEL.RESUME)) or '.'
-    return os.path.join('output', f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}')
+def read_resumed(path):
+    """What `-resume=path` continues from: a checkpoint, or of a run folder the newest one that is whole.
+
+    Returns:
+        (file, state)
+    Raises:
+        UserError, FileNotFoundError: there is none.
+    """
+    folder = run_of(path)
+    if folder is None:
+        return path, read_run_checkpoint(path)
+    problems = []
+    for file in _checkpoints(folder):
+        if os.path.exists(file):
+            try:
+                state = read_run_checkpoint(file)
+            except (CheckpointError, OSError) as error:
+                problems.append(str(error))
+                continue
+            if os.path.basename(file) != LAST:
+                logger.info(f'{problems[0] if problems else f"no {LAST}"}: stepping back to {file}')
+            return file, state
+    if problems:
+        raise UserError(f'{problems[0]}; no whole checkpoint is left in {folder}')
+    raise FileNotFoundError(f'{folder}: no {LAST} to resume from')
+
+
+def choose_folder(config):
+    """Decides where a run goes and what it continues; sets SAVE and MODEL.RESUME.
+
+    With -output, a run that is there goes on; with -resume=auto and no -output, the newest unfinished one in ./output
+    of the same name and settings does.
+    Raises:
+        UserError: the folder holds something else.
+    """
+    resume = config.MODEL.RESUME
+    if resume == 'auto':
+        config.MODEL.RESUME = ''
+    if config.EVAL:
+        if config.SAVE:
+            RunFolder(config)
+        return
+    if resume == 'auto' and not config.SAVE:
+        for folder in sorted(glob.glob(os.path.join('output', glob.escape(config.MODEL.NAME) + '-*')), reverse=True):
+            if _unfinished(folder, config):
+                config.SAVE = folder
+                break
+    if not config.SAVE:
+        fresh = os.path.join('output', f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}')
+        config.SAVE = run_of(resume) or fresh if resume != 'auto' else fresh
+    if not config.MODEL.RESUME and any(map(os.path.exists, _checkpoints(config.SAVE))):
+        config.MODEL.RESUME = config.SAVE
+    RunFolder(config)
+
+
+def _unfinished(folder, config):
+    """Whether an unfinished run of these settings lies there that no process works at."""
+    try:
+        with open(os.path.join(folder, CONFIG), encoding='utf-8') as file:
+            if any(config_changes(file.read(), config)):
+                return False
+        with open(os.path.join(folder, LOG), 'a') as file:
+            if not _lock(file):
+                return False
+        return read_resumed(folder)[1]['epoch'] < config.TRAIN.NUM_EPOCHS
+    except (OSError, UserError):
+        return False
+
+
+def _lock(file):
+    """Claims a file for this process, until it ends or closes the file; False where another one has it."""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: the file system has no locks
+    return True
 
 
 class RunFolder:
@@ -43,36 +128,70 @@ class RunFolder:
 
     Args:
         config: frozen settings; `config.SAVE` is the folder.
+    Attributes:
+        saved_at: `time.monotonic()` of the last save.
+        unsaved: why the last state could not be saved, '' when it was.
     Raises:
         UserError: the folder holds another run or cannot be made.
     """
 
     def __init__(self, config):
         self.config, self.path = config, config.SAVE
-        self.own = _continued(config) and os.path.realpath(self.path) == os.path.realpath(
-            os.path.dirname(resolve_resume(config.MODEL.RESUME)))
+        self.saved_at, self.unsaved = time.monotonic(), ''
+        continued = '' if config.EVAL else run_of(config.MODEL.RESUME)
+        self.own = bool(continued) and os.path.realpath(self.path) == os.path.realpath(continued)
         self._refuse_if_taken()
 
     def _refuse_if_taken(self):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f'-output={self.path}: is a file; name a folder')
-        held = [name for name in (CONFIG, LAST, LOG, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
-        if held and not self.own:
-            last = os.path.join(self.path, LAST)
-            hint = (f'continue that run with -resume={last}' if os.path.exists(last) else
+        if self.own or self._begun_without_checkpoint():
+            return
+        held = [name for name in (CONFIG, LAST, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
+        if held:
+            hint = (f'continue that run with -resume={self.path}' if os.path.exists(os.path.join(self.path, LAST)) else
                     'delete it: it has no checkpoint')
             raise UserError(f'-output={self.path}: holds a run already ({held[0]}); choose another folder, or {hint}')
 
-    def claim(self):
-        """Makes the folder this run's and writes the settings; call when everything is ready to start."""
+    def _begun_without_checkpoint(self):
+        """Whether a run of these settings ended there before its first checkpoint; it begins anew."""
+        try:
+            with open(os.path.join(self.path, CONFIG), encoding='utf-8') as file:
+                if self.config.EVAL or any(config_changes(file.read(), self.config)):
+                    return False
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(self.path, METRICS), 'rb') as file:
+                if b'"epoch"' not in (file.readline() or b'"epoch"'):  # the folder of an evaluation
+                    return False
+        except FileNotFoundError:
+            return False
+        return not any(map(os.path.exists, _checkpoints(self.path)))
+
+    def lock(self):
+        """Keeps other processes from continuing the same run until this one ends, in whatever way."""
+        try:
+            self._held = open(os.path.join(self.path, LOG), 'a')
+        except OSError as error:
+            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _lock(self._held):
+            if time.monotonic() > deadline:
+                raise UserError(f'-output={self.path}: another process is at work on this run')
+            time.sleep(0.2)
+
+    def claim(self, metrics_bytes=0):
+        """Makes the folder this run's and writes the settings; call when everything is ready to start.
+
+        Args:
+            metrics_bytes: how much of metrics.jsonl a run that goes on in its folder keeps.
+        """
         config_file = os.path.join(self.path, CONFIG)
         try:
             os.makedirs(self.path, exist_ok=True)
             if not self.own:
-                with contextlib.suppress(FileExistsError):  # of two runs that start at once, one gets the folder
-                    os.close(os.open(config_file, os.O_CREAT | os.O_EXCL))
-                    self.own = True
-                self._refuse_if_taken()
+                self.lock()
+                self._refuse_if_taken()  # of two runs that start at once, one gets the folder
+            remove_leftovers(self.path)
+            utils.truncate_lines(os.path.join(self.path, METRICS), metrics_bytes)
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
             utils.log_to_file(os.path.join(self.path, LOG))
@@ -82,33 +201,98 @@ class RunFolder:
 
     def record(self, **values):
         """Adds a line to metrics.jsonl."""
-        utils.append_json_line(os.path.join(self.path, METRICS), {'time': round(time.time(), 3), **values})
+        path = os.path.join(self.path, METRICS)
+        try:
+            utils.append_json_line(path, {'time': round(time.time(), 3), **values})
+        except OSError as error:
+            logger.error(f'{path}: a line is lost: {error.strerror}')
 
-    def save(self, state, name=LAST, key='model'):
+    def save_last(self, state):
+        """Saves the state to resume from; the one before stays as previous.pdparams."""
+        with contextlib.suppress(FileNotFoundError):
+            state['metrics_bytes'] = os.path.getsize(os.path.join(self.path, METRICS))
+        self.unsaved = self._save(state, LAST, keep_old_as=PREVIOUS)
+        self.saved_at = time.monotonic()
+
+    def save_evaluated(self, state, accuracies, improved):
+        """Saves what an epoch changed: the best weights of each in `improved`, a numbered checkpoint, and `last`.
+
+        `last` comes last: a run that is stopped before evaluates again and saves the same.
+
+        Args:
+            state: with the numbered checkpoints so far under 'numbered', which is brought up to date.
+            accuracies: {'model' or 'model_ema': percent} of this epoch, {} where it was not measured.
+            improved: which of them are the best so far.
+        """
+        for key in improved:
+            self._save({'epoch': state['epoch'], 'best': state['best'], 'config': state['config'], key: state[key]},
+                       BEST[key], key)
+        self._save_numbered(state, accuracies)
+        self.save_last(state)
+
+    def _save_numbered(self, state, accuracies):
+        numbered, epoch = state['numbered'], state['epoch']
+        name = NUMBERED.format(epoch)
+        key = max(accuracies, key=accuracies.get, default='model')
+        numbered[name] = {'epoch': epoch, 'acc1': accuracies.get(key), 'weights': key}
+        kept = numbered_to_keep(numbered, self.config.SAVE_FREQ, self.config.SAVE_LATEST_K, self.config.SAVE_TOP_K)
+        if name in kept:
+            self._save(state, name, key)
+        sizes = {n: self._size(n) for n in kept}
+        spare = self.config.SAVE_MAX_GB * 1e9 - 2 * self._size(LAST) - sum(map(self._size, BEST.values()))
+        while self.config.SAVE_MAX_GB and kept and sum(sizes[n] for n in kept) > spare:
+            kept.pop()
+        for n in set(numbered) - {n for n in kept if sizes[n]}:
+            del numbered[n]
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(self.path, n))
+
+    def _size(self, name):
+        try:
+            return os.path.getsize(os.path.join(self.path, name))
+        except FileNotFoundError:
+            return 0
+
+    def _save(self, state, name, key='model', keep_old_as=None):
         """Writes a checkpoint in which `key` ('model' or 'model_ema') stands for the weights.
 
         A disk that is full costs the run this checkpoint, not its life: the one before is still whole.
+        Returns:
+            why it could not be saved, or ''.
         """
         path = os.path.join(self.path, name)
         try:
-            save_checkpoint(path, {**state, 'weights_key': key})
+            save_checkpoint(path, {**state, 'weights_key': key}, keep_old_as)
+            return ''
         except OSError as error:
-            logger.error(f'{path}: not saved: {error.strerror}; training goes on, the file that was there stays')
+            logger.error(f'{path}: not saved: {error.strerror}; training goes on, the last good checkpoint stays')
+            return f'{path}: not saved: {error.strerror}'
 
-    def save_evaluated(self, state, epoch, improved):
-        """Writes what an evaluation changed: the best of each in `improved`, `last`, and a numbered checkpoint."""
-        for key in improved:
-            self.save(state, BEST[key], key)
-        if improved:
-            self.save(state)
-        if self.config.SAVE_FREQ and epoch % self.config.SAVE_FREQ == 0:
-            self.save(state, f'epoch_{epoch:04d}.pdparams')
-
-    def summary(self, best):
-        """Logs the best accuracies and how to see them again."""
+    def summary(self, best, numbered):
+        """Logs the best accuracies and the numbered checkpoints, and how to see them again."""
         for key, metrics in best.items():
             path = os.path.join(self.path, BEST[key])
             where = f'in {path}' if os.path.exists(path) else 'in the folder of the run it was resumed from'
             logger.info(f"best {'EMA' if key == 'model_ema' else 'model'}: epoch {metrics['epoch']} "
                         f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} {where}")
+        for name in numbered_to_keep(numbered, every=1):
+            entry = numbered[name]
+            accuracy = 'not evaluated' if entry['acc1'] is None else (
+                f"Acc@1 {entry['acc1']:.3f} ({'EMA' if entry['weights'] == 'model_ema' else 'model'})")
+            logger.info(f'kept: {os.path.join(self.path, name)} {accuracy}')
         logger.info(f'run folder {self.path}')
+
+
+def numbered_to_keep(numbered, every=0, latest=0, top=0):
+    """Which numbered checkpoints stay, the most accurate first.
+
+    Args:
+        numbered: {name: {'epoch', 'acc1' (None where it was not measured)}}.
+        every: those of every so many epochs; `latest`: of so many last epochs; `top`: the most accurate ones; 0: none.
+    """
+    ranked = sorted(numbered, reverse=True, key=lambda n: (
+        -1 if numbered[n]['acc1'] is None else numbered[n]['acc1'], numbered[n]['epoch']))
+    newest = max((entry['epoch'] for entry in numbered.values()), default=0)
+    measured = [n for n in ranked if numbered[n]['acc1'] is not None]
+    return [n for n in ranked if (every and numbered[n]['epoch'] % every == 0)
+            or numbered[n]['epoch'] > newest - latest or n in measured[:top]]

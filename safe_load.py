@@ -8,6 +8,8 @@ a small interpreter that calls nothing: a call becomes a `_Call` record, and the
 rebuild tensors and containers are then turned into arrays. Any other global is refused, by name. Nothing is allocated
 before the file is seen to hold as many bytes, and the total is bounded by the size of the file.
 
+A checkpoint of this project ends with a digest (`files.DigestWriter`), which is compared.
+
 Needs neither torch nor paddle.
 """
 import json
@@ -22,6 +24,7 @@ from io import BytesIO
 import numpy as np
 
 from errors import UserError
+from files import check_digest
 
 MAX_OPERATIONS = 2_000_000  # of one pickle; the training state of RepLKNet-XL has 300 thousand
 MAX_DEPTH = 64              # of nested containers
@@ -190,6 +193,9 @@ def _read_torch_zip(file, size):
 
 
 def _read_pickle(file, size):
+    size = check_digest(file, size)
+    if size is None:
+        raise CheckpointError('is damaged: its bytes do not match its SHA-256')
     first = _Unpickler(file, size).load()
     if first == 0x1950a86a20f9469cfc6c:  # torch before 1.6 starts with this number
         return _read_torch_legacy(file, size)

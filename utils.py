@@ -1,8 +1,11 @@
 """What every floor above needs: devices, process groups, seeds, the log of a run."""
+import contextlib
+import errno
 import itertools
 import json
 import logging
 import logging.handlers
+import os
 import sys
 
 import numpy as np
@@ -110,8 +113,9 @@ def setup_logging(verbose):
 
 
 def log_to_file(path):
-    """Appends the lines so far, and all that follow, to `path`."""
+    """Appends the lines so far, and all that follow, to `path`; a disk that is full loses lines, not the run."""
     file = logging.FileHandler(path, encoding='utf-8')
+    file.handleError = lambda record: None
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     console, kept = logger.handlers
     kept.setTarget(file)
@@ -128,7 +132,26 @@ def log_once(message, _seen=set()):  # noqa: B006 - the default is the memory
 
 
 def append_json_line(path, record):
-    """Adds one JSON object as a line; numbers that JSON lacks become null."""
+    """Adds one JSON object as a line, flushed to disk; numbers that JSON lacks become null.
+
+    Raises:
+        OSError: nothing was added.
+    """
     clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(clean) + '\n')
+    with open(path, 'ab', buffering=0) as file:
+        size = file.tell()
+        line = json.dumps(clean).encode() + b'\n'
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def truncate_lines(path, size):
+    """Cuts a file of lines down to `size` bytes, and off what is no whole line at its end."""
+    with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as file:
+        kept = file.read(size)
+        file.truncate(kept.rfind(b'\n') + 1)

@@ -6,16 +6,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {'errors', 'files', 'paddle_env', 'config', 'utils'},
+    {'errors', 'files', 'paddle_env', 'config', 'utils', 'stopping'},
     {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
+    {'run_state'},
     {'run'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
-              ('zoo', 'port_weights')}
+              ('zoo', 'port_weights'), ('stopping', 'errors')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

@@ -1,0 +1,309 @@
+"""Runs that are killed, stopped and starved at random moments, continued, and compared with one that was left alone.
+
+    python tests/faults/faults.py [-scale 1.0] [-seed 0] [CAMPAIGN ...]     # about half an hour on two cores; counts, failures
+
+Every run is a real process of main_single_gpu.py or main_multi_gpu.py with the paper's whole recipe on a tiny model. A run that
+ends early is continued by the same command until it is over; then everything that its checkpoints hold and every line
+of metrics.jsonl, times aside, must equal the undisturbed run's, bit for bit.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from safe_load import read_checkpoint  # noqa: E402
+
+SETTINGS = """
+MODEL:
+  NAME: tiny
+  NUM_CLASSES: 4
+  LARGE_KERNEL_SIZES: [9, 7, 5, 5]
+  LAYERS: [1, 1, 1, 1]
+  CHANNELS: [4, 6, 8, 10]
+  DROPPATH: 0.2
+DATA: {IMAGE_SIZE: 32, BATCH_SIZE: 2, BATCH_SIZE_EVAL: 4, NUM_WORKERS: WORKERS}
+TRAIN:
+  NUM_EPOCHS: 4
+  WARMUP_EPOCHS: 1
+  BASE_LR: 1e-2
+  ACCUM_ITER: 2
+  GRAD_CLIP: 5.0
+  MODEL_EMA_DECAY: 0.9
+REPORT_FREQ: 1
+VALIDATE_FREQ: 2
+SAVE_STEPS: 2
+SAVE_TOP_K: 1
+SAVE_LATEST_K: 1
+"""
+TIMES = ('time', 'seconds', 'images_per_s', 'data_wait')
+SECONDS = 240  # for a run that takes few; only a hang lasts longer
+
+
+class Fleet:
+    """Runs of one kind, and what an undisturbed one of them leaves behind.
+
+    Args:
+        folder: where the runs go, with the data.
+        processes: of a run; with one, two workers load the data.
+    """
+
+    def __init__(self, folder, processes):
+        self.folder, self.processes, self.count = Path(folder) / f'processes{processes}', processes, 0
+        data = self.folder / 'data'
+        data.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for mode, images in (('train', 34), ('val', 11)):
+            for index in range(images):
+                pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / f'{mode}{index}.png')
+            lines = ''.join(f'{mode}{index}.png {index % 4}\n' for index in range(images))
+            (data / f'{mode}_list.txt').write_text(lines)
+        self.settings = self.folder / 'settings.yaml'
+        self.settings.write_text(SETTINGS.replace('WORKERS', '2' if processes == 1 else '0'))
+        reference = self.new()
+        process = self.start(reference)
+        assert self.end(process) == 0, process.errors
+        self.expected, self.log = contents(reference), process.lines
+
+    def new(self):
+        self.count += 1
+        return self.folder / f'run{self.count}'
+
+    def start(self, folder, *flags, **environment):
+        """Starts or continues the run of a folder; its `lines` fill up while it runs."""
+        script = 'main_single_gpu.py' if self.processes == 1 else 'main_multi_gpu.py'
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), f'-cfg={self.settings}', f'-data_path={self.folder}/data', '-device=cpu',
+             f'-output={folder}', *flags],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=self.folder,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}/tests/faults/inject', **environment})
+        process.lines, process.errors = [], ''
+
+        def read():
+            for line in process.stdout:
+                process.lines.append(line)
+
+        def read_errors():
+            for line in process.stderr:
+                process.errors += line
+
+        process.readers = [threading.Thread(target=target, daemon=True) for target in (read, read_errors)]
+        for reader in process.readers:
+            reader.start()
+        return process
+
+    def end(self, process):
+        """Waits for the end of a run, of all its processes; returns the exit status."""
+        try:
+            process.wait(SECONDS)
+            for reader in process.readers:
+                reader.join(SECONDS)  # ends when the last process has closed its end of the pipe
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return 'hang'
+        return process.returncode
+
+    def finish(self, folder):
+        """Continues a run to its end and compares; returns what is wrong, or ''."""
+        process = self.start(folder)
+        status = self.end(process)
+        if status != 0:
+            return f'{folder}: continuing ended with {status}: {process.errors}'
+        return self.compare(folder)
+
+    def compare(self, folder):
+        found = contents(folder)
+        wrong = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
+        return f'{folder}: differs from the undisturbed run: {wrong}' if wrong else ''
+
+
+def contents(folder):
+    """What a run has left behind: {file: digest of what it holds, but for times}."""
+    found = {}
+    for path in Path(folder).iterdir():
+        if path.suffix == '.pdparams' and path.name != 'previous.pdparams':  # its moment depends on the stops
+            state = read_checkpoint(path)
+            state.pop('metrics_bytes', None)
+            found[path.name] = digest(state)
+        elif path.name == 'metrics.jsonl':
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            found[path.name] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+        elif path.name not in ('log.txt', 'config.yaml', 'previous.pdparams'):
+            found[path.name] = 'is left over'
+    return found
+
+
+def digest(value):
+    """SHA-256 of nested dicts of arrays and plain values."""
+    if isinstance(value, dict):
+        text = repr([(key, digest(value[key])) for key in sorted(value)]).encode()
+    elif isinstance(value, np.ndarray):
+        text = repr((value.dtype.str, value.shape)).encode() + value.tobytes()
+    else:
+        text = repr(value).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def wait_for_steps(process, steps, seconds):
+    """Waits until a run has done some steps and for some seconds more, or has ended."""
+    deadline = time.monotonic() + SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if sum(' step ' in line for line in process.lines) >= steps:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                pass
+            return
+        time.sleep(0.005)
+
+
+def ranks_of(process):
+    """Process ids of the ranks of a run of several processes, in their order."""
+    listing = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listing.stdout.splitlines() if 'spawn_main' in line]
+
+
+def kills(fleet, count, rng):
+    """kill -9 at random moments, most of them in training, some while it starts: of the whole run or one process of it."""
+    failures, done = [], 0
+    folder = fleet.new()
+    while done < count:
+        process = fleet.start(folder)
+        if rng.random() < 0.1:
+            wait_for_steps(process, 0, rng.uniform(0, 4))
+        else:
+            wait_for_steps(process, rng.randint(1, 9), rng.uniform(0, 0.2))
+        if process.poll() is not None:  # over before its moment came
+            status = fleet.end(process)
+            failures.append(fleet.compare(folder) if status == 0 else f'{folder}: ended with {status}: {process.errors}')
+            folder = fleet.new()
+            continue
+        victims = [process.pid, *ranks_of(process)]
+        if rng.random() < 0.5:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            try:
+                os.kill(rng.choice(victims), signal.SIGKILL)
+            except ProcessLookupError:  # it was ending by itself
+                pass
+        fleet.end(process)
+        done += 1
+    failures.append(fleet.finish(folder))
+    return done, [f for f in failures if f]
+
+
+def kills_inside_saves(fleet, count, rng):
+    """SIGKILL at random operations of the disk while a checkpoint, the settings or the metrics are written."""
+    failures, done = [], 0
+    folder = fleet.new()
+    while done < count:
+        process = fleet.start(folder, DISK_FAULT=f'kill:{rng.randint(1, 70)}')
+        status = fleet.end(process)
+        if status == 0:
+            failures.append(fleet.compare(folder))
+            folder = fleet.new()
+            continue
+        done += 1
+        if 'Traceback' in process.errors or status not in (-9, 1):
+            failures.append(f'{folder}: ended with {status}: {process.errors}')
+    failures.append(fleet.finish(folder))
+    return done, [f for f in failures if f]
+
+
+def disk_errors(fleet, count, rng):
+    """Errors of the disk at random operations: the run goes on, or ends in one line and is continued."""
+    failures, done = [], 0
+    while done < count:
+        folder, kind = fleet.new(), rng.choice(['ENOSPC', 'EIO', 'EROFS', 'short', 'lost'])
+        points = rng.sample(range(3, 150), min(4, count - done))
+        with tempfile.NamedTemporaryFile() as log:
+            process = fleet.start(folder, DISK_FAULT=f'{kind}:{",".join(map(str, points))}', DISK_FAULT_LOG=log.name)
+            status = fleet.end(process)
+            operations = len(Path(log.name).read_text().splitlines())
+        done += sum(point <= operations for point in points)
+        said = any('not saved' in line or 'a line is lost' in line for line in process.lines)
+        if kind != 'short' and not said and any(3 < point <= operations for point in points) and status == 0:
+            failures.append(f'{folder}: {kind} at {points} was not said')
+        if 'Traceback' in process.errors or process.errors.count('\n') > 1 or status not in (0, 1, 2):
+            failures.append(f'{folder}: {kind} at {points} ended with {status}: {process.errors}')
+        elif list(folder.glob('.*')):
+            failures.append(f'{folder}: {kind} at {points} left {list(folder.glob(".*"))}')
+        else:
+            wrong = fleet.compare(folder) if status == 0 else fleet.finish(folder)
+            failures.append(f'{kind} at {points}: {wrong}' if wrong else '')
+    return done, [f for f in failures if f]
+
+
+def signals(fleet, count, rng):
+    """SIGTERM or SIGINT at random moments: the run saves and ends with 143 or 130 within 30 seconds."""
+    failures, done = [], 0
+    folder = fleet.new()
+    while done < count:
+        process = fleet.start(folder)
+        if rng.random() < 0.2:
+            wait_for_steps(process, 0, rng.uniform(0.5, 4))
+        else:
+            wait_for_steps(process, rng.randint(1, 9), rng.uniform(0, 0.2))
+        number = rng.choice([signal.SIGTERM, signal.SIGINT])
+        asked = time.monotonic()
+        process.send_signal(number)
+        status = fleet.end(process)
+        if status == 0:  # it came after the end
+            failures.append(fleet.compare(folder))
+            folder = fleet.new()
+            continue
+        done += 1
+        if status != 128 + number or time.monotonic() - asked > 30 or process.errors.count('\n') > 1:
+            failures.append(f'{folder}: {number.name} ended with {status} after {time.monotonic() - asked:.0f} s: '
+                            f'{process.errors}')
+    failures.append(fleet.finish(folder))
+    return done, [f for f in failures if f]
+
+
+CAMPAIGNS = {  # name: (function, processes, points)
+    'kill -9, one process': (kills, 1, 100),
+    'kill -9, two processes': (kills, 2, 50),
+    'kill -9 inside saves': (kills_inside_saves, 1, 50),
+    'disk errors': (disk_errors, 1, 60),
+    'signals, one process': (signals, 1, 16),
+    'signals, two processes': (signals, 2, 16),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-scale', type=float, default=1.0, help='share of the points of each campaign')
+    parser.add_argument('-seed', type=int, default=0)
+    parser.add_argument('campaigns', nargs='*', metavar='CAMPAIGN', help=f'out of: {", ".join(CAMPAIGNS)}')
+    args = parser.parse_args()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        fleets = {}
+        for name in args.campaigns or CAMPAIGNS:
+            function, processes, points = CAMPAIGNS[name]
+            fleets[processes] = fleets.get(processes) or Fleet(folder, processes)
+            began = time.monotonic()
+            done, failures = function(fleets[processes], max(1, round(points * args.scale)), random.Random(args.seed))
+            print(f'{name}: {done} points, {len(failures)} failures, {time.monotonic() - began:.0f} s', flush=True)
+            for failure in failures:
+                print(f'    {failure}', flush=True)
+            failed += len(failures)
+    sys.exit(failed > 0)
+
+
+if __name__ == '__main__':
+    main()

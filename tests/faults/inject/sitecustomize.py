@@ -1,0 +1,66 @@
+"""Faults of the disk in a process that has this folder on its PYTHONPATH.
+
+    DISK_FAULT=KIND:N[,N...]    at the N-th operations on files that are being saved, counted from 1 in this process
+
+Operations are writes, fsync and renames of temporary files (`files.atomic_file`), and writes to metrics.jsonl. KIND: `kill`
+(half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (half is written, the
+rest said to be), `count` (nothing). DISK_FAULT_LOG names a file that gets a line for every operation.
+"""
+import builtins
+import errno
+import io
+import os
+import signal
+
+KIND, _, _points = os.environ.get('DISK_FAULT', '').partition(':')
+POINTS = {int(point) for point in _points.split(',') if point}
+_done = 0
+
+
+def _next(name):
+    """Counts an operation; the kind of fault that it has, or None."""
+    global _done
+    _done += 1
+    if 'DISK_FAULT_LOG' in os.environ:
+        with _open(os.environ['DISK_FAULT_LOG'], 'a') as log:
+            log.write(f'{os.getpid()} {_done} {name}\n')
+    fault = KIND if _done in POINTS else None
+    if fault in ('ENOSPC', 'EIO', 'EROFS'):
+        raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)))
+    return fault
+
+
+def _kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FaultyFile(io.FileIO):
+    def write(self, data):
+        fault = _next('write')
+        if fault is None or len(data) < 2:
+            return super().write(data)
+        written = super().write(bytes(data)[:len(data) // 2])
+        if fault == 'kill':
+            _kill()
+        return written if fault == 'short' else len(data)
+
+
+def _faulty_open(file, mode='r', buffering=-1, *args, **kwargs):
+    if isinstance(file, str) and (mode == 'xb' and file.endswith('.tmp') or mode == 'ab' and buffering == 0):
+        raw = FaultyFile(file, mode)
+        return raw if buffering == 0 else io.BufferedWriter(raw)
+    return _open(file, mode, buffering, *args, **kwargs)
+
+
+def _faulty(function):
+    def call(*args):
+        if _next(function.__name__) == 'kill':
+            _kill()
+        return function(*args)
+    return call
+
+
+_open = open
+if KIND:
+    builtins.open = _faulty_open
+    os.fsync, os.replace = _faulty(os.fsync), _faulty(os.replace)
