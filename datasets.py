@@ -7,12 +7,15 @@ Every random draw is a function of (seed, epoch, image) or of (seed, epoch), nev
 import codecs
 import os
 import re
+import signal
 
 import numpy as np
 import paddle
+from paddle.base.multiprocess_utils import _cleanup_mmap
 from PIL import Image
 
 from errors import UserError
+from stopping import end_with_parent
 from transforms import eval_transform, train_transform
 from utils import device_count, logger, random_generator
 
@@ -219,6 +222,13 @@ def _collate(samples):
     return [np.stack(images), np.array(labels, dtype=np.int64), '']
 
 
+def _begin_worker(_):
+    """Paddle's workers would outlive a main process that is killed, and end before one that finishes its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(before=_cleanup_mmap)
+
+
 class DataLoader(paddle.io.DataLoader):
     """Paddle's loader over a dataset of this module; raises a worker's DataError as itself in the main process.
 
@@ -230,7 +240,7 @@ class DataLoader(paddle.io.DataLoader):
     def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True):
         super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
-                         use_shared_memory=use_shared_memory)
+                         use_shared_memory=use_shared_memory, worker_init_fn=_begin_worker)
 
     def set_epoch(self, epoch, start_batch=0):
         """See `TrainBatchSampler.set_epoch`."""

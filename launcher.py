@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 
@@ -21,7 +20,7 @@ from errors import Interrupted, TrainingStopped, UserError
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run import run
 from run_folder import choose_folder, config_beside
-from stopping import STOP_SECONDS, stop
+from stopping import STOP_SECONDS, end_with_parent, stop
 from zoo import ZOO
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -119,22 +118,15 @@ def run_in_processes(config, device):
         # Ctrl-C reaches all processes of a terminal; only this one acts on it, and asks the others to stop
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stop.deferred():  # a signal becomes the exit status when the ranks, who say where, have ended
-            context = dist.spawn(_child, (config, device, os.getpid()), nprocs=count, join=False, **options)
+            context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
             signal.signal(signal.SIGINT, interrupt)
             return _wait(context.processes)
 
 
-def _child(config, device, parent):
+def _child(config, device):
     stop.listen()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     sys.exit(exit_status(run_in_this_process, config, device))
-
-
-def _end_with(parent):
-    """Ends this process when the one that started it is gone, even if that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _wait(processes):

@@ -209,8 +209,6 @@ class RunFolder:
 
     def save_last(self, state):
         """Saves the state to resume from; the one before stays as previous.pdparams."""
-        with contextlib.suppress(FileNotFoundError):
-            state['metrics_bytes'] = os.path.getsize(os.path.join(self.path, METRICS))
         self.unsaved = self._save(state, LAST, keep_old_as=PREVIOUS)
         self.saved_at = time.monotonic()
 
@@ -262,7 +260,8 @@ class RunFolder:
         """
         path = os.path.join(self.path, name)
         try:
-            save_checkpoint(path, {**state, 'weights_key': key}, keep_old_as)
+            state = {**state, 'weights_key': key, 'metrics_bytes': self._size(METRICS)}
+            save_checkpoint(path, state, keep_old_as)
             return ''
         except OSError as error:
             logger.error(f'{path}: not saved: {error.strerror}; training goes on, the last good checkpoint stays')

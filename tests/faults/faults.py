@@ -1,10 +1,10 @@
 """Runs that are killed, stopped and starved at random moments, continued, and compared with one that was left alone.
 
-    python tests/faults/faults.py [-scale 1.0] [-seed 0] [CAMPAIGN ...]     # about half an hour on two cores; counts, failures
+    python tests/faults/faults.py [-scale 1.0] [-seed 0] [CAMPAIGN ...]     # all: about half an hour on two cores
 
-Every run is a real process of main_single_gpu.py or main_multi_gpu.py with the paper's whole recipe on a tiny model. A run that
-ends early is continued by the same command until it is over; then everything that its checkpoints hold and every line
-of metrics.jsonl, times aside, must equal the undisturbed run's, bit for bit.
+Every run is a real process of main_single_gpu.py or main_multi_gpu.py with the paper's whole recipe on a tiny model.
+A run that ends early is continued by the same command until it is over; then everything that its checkpoints hold and
+every line of metrics.jsonl, times aside, must equal the undisturbed run's, bit for bit.
 """
 import argparse
 import hashlib
@@ -35,7 +35,7 @@ MODEL:
   LAYERS: [1, 1, 1, 1]
   CHANNELS: [4, 6, 8, 10]
   DROPPATH: 0.2
-DATA: {IMAGE_SIZE: 32, BATCH_SIZE: 2, BATCH_SIZE_EVAL: 4, NUM_WORKERS: WORKERS}
+DATA: {IMAGE_SIZE: 32, BATCH_SIZE: 2, BATCH_SIZE_EVAL: 4, NUM_WORKERS: 2}
 TRAIN:
   NUM_EPOCHS: 4
   WARMUP_EPOCHS: 1
@@ -73,7 +73,7 @@ class Fleet:
             lines = ''.join(f'{mode}{index}.png {index % 4}\n' for index in range(images))
             (data / f'{mode}_list.txt').write_text(lines)
         self.settings = self.folder / 'settings.yaml'
-        self.settings.write_text(SETTINGS.replace('WORKERS', '2' if processes == 1 else '0'))
+        self.settings.write_text(SETTINGS.replace('NUM_WORKERS: 2', f'NUM_WORKERS: {2 if processes == 1 else 0}'))
         reference = self.new()
         process = self.start(reference)
         assert self.end(process) == 0, process.errors
@@ -87,8 +87,8 @@ class Fleet:
         """Starts or continues the run of a folder; its `lines` fill up while it runs."""
         script = 'main_single_gpu.py' if self.processes == 1 else 'main_multi_gpu.py'
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), f'-cfg={self.settings}', f'-data_path={self.folder}/data', '-device=cpu',
-             f'-output={folder}', *flags],
+            [sys.executable, str(ROOT / script), f'-cfg={self.settings}', f'-data_path={self.folder}/data',
+             f'-output={folder}', '-device=cpu', *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=self.folder,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}/tests/faults/inject', **environment})
         process.lines, process.errors = [], ''
@@ -173,12 +173,13 @@ def wait_for_steps(process, steps, seconds):
 
 def ranks_of(process):
     """Process ids of the ranks of a run of several processes, in their order."""
-    listing = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in listing.stdout.splitlines() if 'spawn_main' in line]
+    command = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)]
+    listing = subprocess.run(command, capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listing.splitlines() if 'spawn_main' in line]
 
 
 def kills(fleet, count, rng):
-    """kill -9 at random moments, most of them in training, some while it starts: of the whole run or one process of it."""
+    """kill -9 at random moments, in training or while it starts: of the whole run or of one process of it."""
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
@@ -189,7 +190,7 @@ def kills(fleet, count, rng):
             wait_for_steps(process, rng.randint(1, 9), rng.uniform(0, 0.2))
         if process.poll() is not None:  # over before its moment came
             status = fleet.end(process)
-            failures.append(fleet.compare(folder) if status == 0 else f'{folder}: ended with {status}: {process.errors}')
+            failures.append(f'{folder}: ended with {status}: {process.errors}' if status else fleet.compare(folder))
             folder = fleet.new()
             continue
         victims = [process.pid, *ranks_of(process)]

@@ -2,9 +2,9 @@
 
     DISK_FAULT=KIND:N[,N...]    at the N-th operations on files that are being saved, counted from 1 in this process
 
-Operations are writes, fsync and renames of temporary files (`files.atomic_file`), and writes to metrics.jsonl. KIND: `kill`
-(half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (half is written, the
-rest said to be), `count` (nothing). DISK_FAULT_LOG names a file that gets a line for every operation.
+Operations are writes, fsync and renames of temporary files (`files.atomic_file`), and writes to metrics.jsonl. KIND:
+`kill` (half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (half is
+written, all said to be). DISK_FAULT_LOG names a file that gets a line for every operation.
 """
 import builtins
 import errno
