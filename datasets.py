@@ -5,9 +5,12 @@ A data folder holds `train_list.txt` and `val_list.txt` with one 'relative/path 
 Every random draw is a function of (seed, epoch, image) or of (seed, epoch), never of a worker or a process.
 """
 import codecs
+import contextlib
+import multiprocessing.connection
 import os
 import re
-import signal
+import sys
+import threading
 
 import numpy as np
 import paddle
@@ -222,11 +225,28 @@ def _collate(samples):
     return [np.stack(images), np.array(labels, dtype=np.int64), '']
 
 
-def _begin_worker(_):
-    """Paddle's workers would outlive a main process that is killed, and end before one that finishes its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent(before=_cleanup_mmap)
+@contextlib.contextmanager
+def _watched(workers):
+    """Ends this process with a message when one of its workers dies, which Paddle would go on waiting for."""
+    over = threading.Event()
+
+    def watch():
+        at_work = workers
+        while at_work and not over.is_set():
+            multiprocessing.connection.wait([worker.sentinel for worker in at_work], timeout=1)
+            codes = {worker.exitcode for worker in at_work} - {None, 0}
+            if codes and not over.is_set():
+                print(f'a loading process ended with status {codes.pop()} (killed for want of memory?); the run goes '
+                      'on from its last checkpoint when it is started again', file=sys.stderr, flush=True)
+                os._exit(1)
+            at_work = [worker for worker in at_work if worker.exitcode is None]
+
+    if workers:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 class DataLoader(paddle.io.DataLoader):
@@ -240,17 +260,20 @@ class DataLoader(paddle.io.DataLoader):
     def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True):
         super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
-                         use_shared_memory=use_shared_memory, worker_init_fn=_begin_worker)
+                         use_shared_memory=use_shared_memory,
+                         worker_init_fn=lambda _: end_with_parent(before=_cleanup_mmap))  # Paddle's would stay
 
     def set_epoch(self, epoch, start_batch=0):
         """See `TrainBatchSampler.set_epoch`."""
         self.batch_sampler.set_epoch(epoch, start_batch)
 
     def __iter__(self):
-        for images, labels, error in super().__iter__():
-            if error:
-                raise DataError(error)
-            yield images, labels
+        batches = super().__iter__()
+        with _watched(getattr(batches, '_workers', [])):
+            for images, labels, error in batches:
+                if error:
+                    raise DataError(error)
+                yield images, labels
 
 
 def eval_protocol(config):

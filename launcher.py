@@ -58,7 +58,6 @@ def exit_status(function, *args):
     Returns:
         0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the signal that ended it.
     """
-    stop.begin()
     try:
         function(*args)
         return 0
@@ -115,16 +114,13 @@ def run_in_processes(config, device):
         logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
-        # Ctrl-C reaches all processes of a terminal; only this one acts on it, and asks the others to stop
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stop.deferred():  # a signal becomes the exit status when the ranks, who say where, have ended
             context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
-            signal.signal(signal.SIGINT, interrupt)
             return _wait(context.processes)
 
 
 def _child(config, device):
-    stop.listen()
+    stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent acts on it
     end_with_parent()
     sys.exit(exit_status(run_in_this_process, config, device))
 

@@ -1,8 +1,4 @@
-"""SIGTERM and SIGINT: the first asks a run to save and to end, a second one ends it at once.
-
-From `listen` to `begin`, while modules are imported, a signal ends the process; later it raises `Interrupted`, at
-once or at the end of a block of `deferred`.
-"""
+"""SIGTERM and SIGINT: the first asks a run to save and to end, a second one ends it at once."""
 import contextlib
 import os
 import signal
@@ -17,47 +13,44 @@ STOP_SECONDS = 28  # what clusters grant, 30, less the time to end
 class StopSignals:
     """The signals of this process.
 
+    They are blocked and waited for in a thread: a handler would interrupt system calls, which the libraries that
+    connect the ranks do not all bear.
+
     Attributes:
         asked: number of the signal that came first, 0 before.
     """
 
     def __init__(self):
         self.asked = 0
-        self._begun, self._deferred = False, False
+        self._deferred, self._lock = False, threading.Lock()
 
-    def listen(self):
-        """Takes over both signals, but for one that the parent process has this one ignore."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._handle)
+    def listen(self, *numbers):
+        """From here on these signals end the process with status 128 + number; call before other threads start.
 
-    def begin(self):
-        """From here on the first signal is an exception, no longer the end; after the imports, Paddle takes SIGTERM."""
-        self.listen()
-        self._begun = True
+        A signal that the parent process has this one ignore stays ignored.
+        """
+        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        if numbers and hasattr(signal, 'pthread_sigmask'):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+            threading.Thread(target=self._wait, args=(numbers,), daemon=True).start()
 
-    def _handle(self, number, _):
-        if self.asked or not self._begun:
-            os._exit(128 + number)
-        self.asked = number
-        timer = threading.Timer(STOP_SECONDS, os._exit, (128 + number,))  # the last checkpoint is whole
-        timer.daemon = True
-        timer.start()
-        if not self._deferred:
-            self.check()
+    def _wait(self, numbers):
+        number = signal.sigwait(numbers)
+        with self._lock:
+            self.asked = number
+            if not self._deferred:
+                os._exit(128 + number)
+        signal.sigtimedwait(numbers, STOP_SECONDS)  # a second one
+        os._exit(128 + number)
 
     @contextlib.contextmanager
     def deferred(self):
-        """A signal within this block raises `Interrupted` at its end."""
-        self._deferred = True
-        try:
-            yield
-        finally:
+        """Within this block a signal is only noted in `asked`; at its end it raises `Interrupted`."""
+        with self._lock:
+            self._deferred = True
+        yield
+        with self._lock:
             self._deferred = False
-        self.check()
-
-    def check(self):
-        """Raises `Interrupted` where a signal has come."""
         if self.asked:
             self.interrupt()
 

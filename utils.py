@@ -1,6 +1,5 @@
 """What every floor above needs: devices, process groups, seeds, the log of a run."""
 import contextlib
-import errno
 import itertools
 import json
 import logging
@@ -142,8 +141,8 @@ def append_json_line(path, record):
         size = file.tell()
         line = json.dumps(clean).encode() + b'\n'
         try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while line:
+                line = line[file.write(line):]
             os.fsync(file.fileno())
         except OSError:
             file.truncate(size)

@@ -46,8 +46,8 @@ def assert_same(a, b, where=''):
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     folder, output = trained[count]
-    assert {'config.yaml', 'log.txt', 'metrics.jsonl', 'last.pdparams', 'best.pdparams', 'best_ema.pdparams',
-            'epoch_0001.pdparams', 'epoch_0002.pdparams'} == set(os.listdir(folder))
+    assert {'config.yaml', 'log.txt', 'metrics.jsonl', 'last.pdparams', 'previous.pdparams', 'best.pdparams',
+            'best_ema.pdparams', 'epoch_0001.pdparams', 'epoch_0002.pdparams'} == set(os.listdir(folder))
     assert len(LINE.findall(output)) == 4  # two epochs, model and EMA
     assert all(line.endswith('images 11') for line in LINE.findall(output))
     records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
@@ -73,10 +73,13 @@ def test_resuming_continues_as_if_never_stopped(trained, run_script, list_datase
     done = run_script('main_single_gpu.py' if count == 1 else 'main_multi_gpu.py', '-device=cpu',
                       f'-resume={folder}/epoch_0001.pdparams', f'-data_path={list_dataset}', f'-output={again}')
     assert done.returncode == 0, done.stderr
-    assert_same(read_checkpoint(again / 'last.pdparams'), read_checkpoint(folder / 'last.pdparams'))
+    states = [read_checkpoint(f'{run}/last.pdparams') for run in (again, folder)]
+    for state in states:
+        del state['metrics_bytes'], state['numbered']  # what lies beside it
+    assert_same(*states)
 
 
-def test_resuming_in_place_appends_to_the_run(trained, run_script, list_dataset, tmp_path):
+def test_resuming_in_place_goes_on_where_the_checkpoint_is(trained, run_script, list_dataset, tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
     for name in ('config.yaml', 'metrics.jsonl'):
@@ -84,7 +87,7 @@ def test_resuming_in_place_appends_to_the_run(trained, run_script, list_dataset,
     (folder / 'last.pdparams').write_bytes((trained[1][0] / 'epoch_0001.pdparams').read_bytes())
     done = run_script('main_single_gpu.py', '-device=cpu', f'-resume={folder}', f'-data_path={list_dataset}')
     assert done.returncode == 0, done.stderr
-    assert (folder / 'metrics.jsonl').read_text().count('\n') == 9
+    assert (folder / 'metrics.jsonl').read_text().count('\n') == 6  # those of the second epoch are new
     assert read_checkpoint(folder / 'last.pdparams')['epoch'] == 2
 
 
@@ -188,7 +191,7 @@ def mistakes(folder, dataset, yaml, run):
     yield 'flag value', [*base, '-batch_size=two'], "invalid int value: 'two'"
     yield 'no list', [f'-cfg={yaml}', f'-data_path={folder}', '-device=cpu'], 'val_list.txt: no such list file'
     yield 'data path is a file', [f'-cfg={yaml}', f'-data_path={junk}', '-device=cpu'], 'cannot be read'
-    yield 'optimizer', [*base, f'-resume={run}', '-opts', 'TRAIN.OPTIMIZER.NAME', 'sgd'], 'trained with AdamW'
+    yield 'optimizer', [*base, f'-resume={run}', '-opts', 'TRAIN.OPTIMIZER.NAME', 'sgd'], "NAME 'adamw' -> 'sgd'"
     yield 'output is a file', [*base, f'-output={junk}'], 'is a file; name a folder'
     yield 'no picture', [f'-cfg={yaml}', f'-data_path={half}', '-device=cpu'], 'val_list.txt:1: '
     yield 'label', [f'-cfg={yaml}', f'-data_path={bad}', '-device=cpu'], 'val_list.txt:1: label 4 is out of range'
@@ -233,11 +236,16 @@ def test_a_picture_that_is_damaged_later_stops_with_its_line(run_script, tiny_ya
         assert done.stderr.count('\n') == 1 and re.search(r'train_list.txt:\d: .*a.jpg', done.stderr), done.stderr
 
 
-def test_another_run_s_folder_is_never_written(trained, run_script, list_dataset, tiny_yaml):
+@pytest.mark.parametrize(('flags', 'words'), [
+    ([], 'all 2 epochs are done'),
+    (['-opts', 'TRAIN.BASE_LR', '0.02', 'SEED', '7'], 'TRAIN.BASE_LR 0.01 -> 0.02; SEED 42 -> 7;')])
+def test_a_finished_or_another_run_s_folder_is_never_written(trained, run_script, list_dataset, tiny_yaml, flags,
+                                                             words):
     folder, _ = trained[1]
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={folder}')
-    assert done.returncode == 2 and 'holds a run already' in done.stderr
+    done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={folder}',
+                      '-accum_iter=2', *flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
@@ -287,12 +295,12 @@ def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tm
     _, errors = process.communicate(timeout=30)  # ends when the last process has closed its end of the pipes
     assert process.returncode == {'SIGTERM': 143, 'SIGINT': 130, 'SIGKILL': -9}[name]
     if name != 'SIGKILL':  # then a rank may find the other gone before it looks for the one that started both
-        assert errors == ('interrupted\n' if name == 'SIGINT' else '')
+        assert re.fullmatch(r'(stopped by a signal.*\n)?', errors)  # silent outside of training
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
     (['-last_epoch=2', '-opts', 'TRAIN.NUM_EPOCHS', '3'], 'is of epoch 1, -last_epoch says 2'),
-    (['-opts', 'MODEL.CHANNELS', '[4,6,8,12]'], 'the weights do not fit the model'),
+    (['-opts', 'MODEL.CHANNELS', '[4,6,8,12]'], 'MODEL.CHANNELS [4, 6, 8, 10] -> [4, 6, 8, 12]'),
     (['-opts', 'TRAIN.NUM_EPOCHS', '1'], 'all 1 epochs are done')])
 def test_a_checkpoint_that_does_not_fit_is_not_resumed(trained, run_script, list_dataset, tmp_path, flags, words):
     done = run_script('main_single_gpu.py', f'-resume={trained[1][0]}/epoch_0001.pdparams', '-device=cpu',

@@ -112,22 +112,27 @@ class Fleet:
             process.wait(SECONDS)
             for reader in process.readers:
                 reader.join(SECONDS)  # ends when the last process has closed its end of the pipe
+                if reader.is_alive():
+                    raise subprocess.TimeoutExpired(process.args, SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return 'hang'
+        if 'epochs are done' in process.errors:  # it was stopped behind its last save
+            return 0
         return process.returncode
 
-    def finish(self, folder):
-        """Continues a run to its end and compares; returns what is wrong, or ''."""
+    def finish(self, folder, *but):
+        """Continues a run to its end and compares, files `but` aside; returns what is wrong, or ''."""
         process = self.start(folder)
         status = self.end(process)
         if status != 0:
             return f'{folder}: continuing ended with {status}: {process.errors}'
-        return self.compare(folder)
+        return self.compare(folder, *but)
 
-    def compare(self, folder):
+    def compare(self, folder, *but):
         found = contents(folder)
-        wrong = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
+        wrong = [name for name in {**found, **self.expected}
+                 if found.get(name) != self.expected.get(name) and name not in but]
         return f'{folder}: differs from the undisturbed run: {wrong}' if wrong else ''
 
 
@@ -171,15 +176,18 @@ def wait_for_steps(process, steps, seconds):
         time.sleep(0.005)
 
 
-def ranks_of(process):
-    """Process ids of the ranks of a run of several processes, in their order."""
+def children(process):
+    """Process ids of the ranks of a run, or of the workers of its loader."""
     command = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)]
     listing = subprocess.run(command, capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in listing.splitlines() if 'spawn_main' in line]
+    return [int(line.split()[0]) for line in listing.splitlines() if 'resource_tracker' not in line]
 
 
 def kills(fleet, count, rng):
-    """kill -9 at random moments, in training or while it starts: of the whole run or of one process of it."""
+    """kill -9 at random moments, in training or while it starts: of the whole run, or of one process of it.
+
+    The one is the main process, a rank or a worker that loads data; the others must end within 60 seconds, saying why.
+    """
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
@@ -193,16 +201,22 @@ def kills(fleet, count, rng):
             failures.append(f'{folder}: ended with {status}: {process.errors}' if status else fleet.compare(folder))
             folder = fleet.new()
             continue
-        victims = [process.pid, *ranks_of(process)]
-        if rng.random() < 0.5:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            try:
-                os.kill(rng.choice(victims), signal.SIGKILL)
-            except ProcessLookupError:  # it was ending by itself
-                pass
-        fleet.end(process)
+        victim = rng.choice(['all', 'main', 'child'])
+        pids = {'main': [process.pid], 'child': children(process)}.get(victim)
+        killed = time.monotonic()
+        try:
+            if pids:
+                os.kill(rng.choice(pids), signal.SIGKILL)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it was ending by itself
+            pass
+        status = fleet.end(process)
         done += 1
+        if victim == 'child' and pids and status and (
+                status != 1 or not process.errors or time.monotonic() - killed > 60):
+            failures.append(f'{folder}: a child was killed; ended with {status} after '
+                            f'{time.monotonic() - killed:.0f} s: {process.errors}')
     failures.append(fleet.finish(folder))
     return done, [f for f in failures if f]
 
@@ -244,7 +258,8 @@ def disk_errors(fleet, count, rng):
         elif list(folder.glob('.*')):
             failures.append(f'{folder}: {kind} at {points} left {list(folder.glob(".*"))}')
         else:
-            wrong = fleet.compare(folder) if status == 0 else fleet.finish(folder)
+            lost = ['metrics.jsonl'] if any('a line is lost' in line for line in process.lines) else []
+            wrong = fleet.compare(folder, *lost) if status == 0 else fleet.finish(folder, *lost)
             failures.append(f'{kind} at {points}: {wrong}' if wrong else '')
     return done, [f for f in failures if f]
 

@@ -1,0 +1,161 @@
+"""The campaigns of faults.py in short, and what a damaged checkpoint, a lost worker and a changed command do."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faults import CAMPAIGNS, Fleet, children, contents, wait_for_steps  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def fleets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('fleets')
+    return {processes: Fleet(folder, processes) for processes in (1, 2)}
+
+
+@pytest.fixture(scope='module')
+def stopped(fleets):
+    """Makes folders of runs of one process that were killed in their second epoch."""
+
+    def make(processes=1):
+        fleet = fleets[processes]
+        folder = fleet.new()
+        process = fleet.start(folder)
+        wait_for_steps(process, 13, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+        fleet.end(process)
+        return folder
+
+    return make
+
+
+SHORT = {'kill -9, one process': 3, 'kill -9, two processes': 1, 'kill -9 inside saves': 3, 'disk errors': 4,
+         'signals, one process': 2, 'signals, two processes': 1}
+
+
+@pytest.mark.parametrize('name', CAMPAIGNS)
+def test_a_disturbed_run_ends_like_an_undisturbed_one(fleets, pytestconfig, name):
+    function, processes, points = CAMPAIGNS[name]
+    count = points if pytestconfig.getoption('--long') else SHORT[name]
+    done, failures = function(fleets[processes], count, random.Random(1))
+    assert done >= count and not failures, '\n'.join(failures)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(('damage', 'words'), [
+    (flip, 'do not match its SHA-256'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-50]), 'truncated'),
+    (Path.unlink, 'no last.pdparams')])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(fleets, stopped, damage, words):
+    folder = stopped()
+    damage(folder / 'last.pdparams')
+    process = fleets[1].start(folder)
+    assert fleets[1].end(process) == 0, process.errors
+    assert any(words in line and 'stepping back to' in line for line in process.lines), process.lines
+    assert fleets[1].compare(folder) == ''
+
+
+def test_a_run_without_any_whole_checkpoint_is_refused_in_one_line(fleets, stopped):
+    folder = stopped()
+    for path in folder.glob('*.pdparams'):
+        flip(path)
+    process = fleets[1].start(folder)
+    assert fleets[1].end(process) == 2
+    assert process.errors.count('\n') == 1 and 'no whole checkpoint is left' in process.errors
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_settings(fleets):
+    fleet = fleets[1]
+
+    def start(*flags):
+        process = fleet.start('', '-resume=auto', *flags)  # no -output: under ./output
+        wait_for_steps(process, 12, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+        fleet.end(process)
+
+    start()
+    run, = (fleet.folder / 'output').iterdir()
+    start('-opts', 'SEED', '7')  # other settings: another run
+    other, = set((fleet.folder / 'output').iterdir()) - {run}
+    for _ in range(2):  # continues; then that is over, and yet another run begins
+        process = fleet.start('', '-resume=auto')
+        assert fleet.end(process) == 0, process.errors
+    assert fleet.compare(run) == ''
+    third, = set((fleet.folder / 'output').iterdir()) - {run, other}
+    assert fleet.compare(third) == ''
+
+
+def test_two_processes_never_work_at_the_same_run(fleets, stopped):
+    folder = stopped()
+    first = fleets[1].start(folder)
+    wait_for_steps(first, 1, 0)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = fleets[1].start(folder)
+        assert fleets[1].end(second) == 2
+        assert second.errors.count('\n') == 1 and 'another process is at work' in second.errors
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert fleets[1].end(first) == 0 and fleets[1].compare(folder) == ''
+
+
+def images_of(lines):
+    """Progress lines after the resumption, without their speeds."""
+    return [re.search(r'epoch \d+ step \S+', line)[0] for line in lines if ' step ' in line and 'epoch' in line]
+
+
+def test_another_number_of_processes_with_the_same_global_batch_goes_on_at_the_same_step(fleets, stopped):
+    folder = stopped()
+    command = [sys.executable, str(Path(__file__).parents[2] / 'main_multi_gpu.py'), f'-cfg={fleets[1].settings}',
+               f'-data_path={fleets[1].folder}/data', f'-output={folder}', '-device=cpu', '-nprocs=2', '-accum_iter=1',
+               '-num_workers=0']
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    resumed = re.search(r'resumed from \S+ 1 epochs, (\d+) steps', done.stdout)
+    assert 'trained by 1 processes so far, by 2 from here on' in done.stdout
+    assert f'epoch 2 step {int(resumed[1]) - 9 + 1}/' in done.stdout  # 8 steps in an epoch of 2 x 2 images, 9 of 2 + 2
+    assert json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])['epoch'] == 4
+
+
+def test_a_worker_of_the_loader_that_dies_ends_every_rank(fleets):
+    fleet = fleets[2]
+    process = fleet.start(fleet.new(), '-num_workers=1', '-opts', 'TRAIN.NUM_EPOCHS', '1000')
+    wait_for_steps(process, 3, 0)
+    rank = children(process)[0]
+    workers = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(rank)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert fleet.end(process) == 1
+    assert 'a loading process ended with status -9' in process.errors
+
+
+def test_a_second_signal_ends_at_once(fleets, stopped):
+    process = fleets[1].start(stopped())
+    wait_for_steps(process, 1, 0)
+    for _ in range(50):  # the first may still be at its step
+        process.send_signal(signal.SIGTERM)
+    assert fleets[1].end(process) == 143
+
+
+def test_the_undisturbed_run_is_what_it_is_compared_for(fleets):
+    """The comparison sees a single bit, a missing line and a file too many."""
+    fleet = fleets[1]
+    folder = fleet.folder / 'run1'
+    assert fleet.compare(folder) == ''
+    (folder / '.last.pdparams.0.tmp').touch()
+    assert '.last.pdparams.0.tmp' in fleet.compare(folder)
+    (folder / '.last.pdparams.0.tmp').unlink()
+    assert set(contents(folder)) == {'last.pdparams', 'best.pdparams', 'best_ema.pdparams', 'epoch_0004.pdparams',
+                                     'metrics.jsonl'}
