@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import re
+import signal
 import sys
 import threading
 
@@ -18,7 +19,6 @@ from paddle.base.multiprocess_utils import _cleanup_mmap
 from PIL import Image
 
 from errors import UserError
-from stopping import end_with_parent
 from transforms import eval_transform, train_transform
 from utils import device_count, logger, random_generator
 
@@ -225,6 +225,26 @@ def _collate(samples):
     return [np.stack(images), np.array(labels, dtype=np.int64), '']
 
 
+def _begin_worker(_):
+    """Has a worker end when the main process does, even if killed (Paddle's would stay), or asks it to.
+
+    A SIGTERM from elsewhere, such as a cluster sends to all processes, must not end it: the main process finishes its
+    step first.
+    """
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            asked = signal.sigtimedwait([signal.SIGTERM], 1)
+            if asked is not None and asked.si_pid == parent:
+                break
+        _cleanup_mmap()
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def _watched(workers):
     """Ends this process with a message when one of its workers dies, which Paddle would go on waiting for."""
@@ -261,7 +281,7 @@ class DataLoader(paddle.io.DataLoader):
         super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
                          use_shared_memory=use_shared_memory,
-                         worker_init_fn=lambda _: end_with_parent(before=_cleanup_mmap))  # Paddle's would stay
+                         worker_init_fn=_begin_worker)
 
     def set_epoch(self, epoch, start_batch=0):
         """See `TrainBatchSampler.set_epoch`."""

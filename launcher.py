@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import resource_tracker
 
 import paddle_env
 
@@ -114,6 +115,7 @@ def run_in_processes(config, device):
         logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
         os.environ[_REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
+        resource_tracker.ensure_running()  # before `deferred`, see there: the ranks start with the signals blocked
         with stop.deferred():  # a signal becomes the exit status when the ranks, who say where, have ended
             context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
             return _wait(context.processes)

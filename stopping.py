@@ -22,25 +22,25 @@ class StopSignals:
 
     def __init__(self):
         self.asked = 0
-        self._deferred, self._lock = False, threading.Lock()
+        self._numbers, self._deferred, self._lock = [], False, threading.Lock()
 
     def listen(self, *numbers):
         """From here on these signals end the process with status 128 + number; call before other threads start.
 
         A signal that the parent process has this one ignore stays ignored.
         """
-        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        if numbers and hasattr(signal, 'pthread_sigmask'):  # not on Windows
-            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-            threading.Thread(target=self._wait, args=(numbers,), daemon=True).start()
+        if hasattr(signal, 'pthread_sigmask'):  # not on Windows
+            self._numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+            threading.Thread(target=self._wait, daemon=True).start()
 
-    def _wait(self, numbers):
-        number = signal.sigwait(numbers)
+    def _wait(self):
+        number = signal.sigwait(self._numbers)
         with self._lock:
             self.asked = number
             if not self._deferred:
                 os._exit(128 + number)
-        signal.sigtimedwait(numbers, STOP_SECONDS)  # a second one
+        signal.sigtimedwait(self._numbers, STOP_SECONDS)  # a second one
         os._exit(128 + number)
 
     @contextlib.contextmanager
@@ -48,9 +48,13 @@ class StopSignals:
         """Within this block a signal is only noted in `asked`; at its end it raises `Interrupted`."""
         with self._lock:
             self._deferred = True
-        yield
-        with self._lock:
-            self._deferred = False
+        if self._numbers:  # again: multiprocessing unblocks them when it starts its tracker of resources
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._deferred = False
         if self.asked:
             self.interrupt()
 
@@ -62,19 +66,13 @@ class StopSignals:
 stop = StopSignals()
 
 
-def end_with_parent(before=None):
-    """Ends this process within a second after the one that started it, even if that was killed.
-
-    Args:
-        before: called first, with no arguments.
-    """
+def end_with_parent():
+    """Ends this process within a second after the one that started it, even if that was killed."""
     parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
-        if before is not None:
-            before()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
