@@ -70,7 +70,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
 
     Args:
         model: a RepLKNet, or paddle.DataParallel around one.
-        loader: batches of images [N, 3, H, W] and labels [N]; the same number of them on every rank.
+        loader: batches of images [N, 3, H, W] (or [views x N, 3, H, W]) and labels [N]; the same number of them on
+            every rank.
         criterion: mean loss of logits and labels, or of logits and soft targets after `mixup`.
         epoch: from 1; for logs and random draws.
         first_step: optimizer steps done before this epoch.
@@ -116,8 +117,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             if slow and last_of_group:
                 utils.barrier()
             (loss if scaler is None else scaler.scale(loss)).backward()
-        group_loss = group_loss + loss.detach() * group_size * images.shape[0]
-        group_images += images.shape[0]
+        group_loss = group_loss + loss.detach() * group_size * labels.shape[0]
+        group_images += labels.shape[0]
         if not last_of_group:
             continue
 
@@ -351,7 +352,10 @@ def _train(config, device, amp, folder, model, state, val_set):
                   cutmix_minmax=list(train.CUTMIX_MINMAX) or None, prob=train.MIXUP_PROB,
                   switch_prob=train.MIXUP_SWITCH_PROB, mode=train.MIXUP_MODE, label_smoothing=train.SMOOTHING,
                   num_classes=config.MODEL.NUM_CLASSES) if use_mixup else None
-    criterion = build_loss(use_mixup, train.SMOOTHING)
+    criterion = build_loss(train.LOSS, mixup=use_mixup, smoothing=train.SMOOTHING, aug_splits=train.AUG_SPLITS,
+                           bce_threshold=train.BCE_THRESHOLD, jsd_alpha=train.JSD_ALPHA,
+                           gamma_neg=train.ASYMMETRIC.GAMMA_NEG, gamma_pos=train.ASYMMETRIC.GAMMA_POS,
+                           clip=train.ASYMMETRIC.CLIP)
 
     logger.info(f'{config.MODEL.NAME}: {model.num_parameters():,} parameters, {config.DATA.IMAGE_SIZE} pixels')
     logger.info(f'{len(train_set)} training images, global batch {global_batch} = {config.DATA.BATCH_SIZE} x '
