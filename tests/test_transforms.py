@@ -150,8 +150,8 @@ def test_random_resized_crop_draws_area_and_aspect_as_published():
     assert kolmogorov_smirnov(area, fitting_area(0.08, 1, limit, 1.2)) < 2.2
     small = area < 0.6  # these always fit
     assert kolmogorov_smirnov(aspect[small], stats.uniform(-limit, 2 * limit).cdf) < 2.2
-    assert kolmogorov_smirnov((left / (2400 - width))[small], stats.uniform.cdf) < 2.2
-    assert kolmogorov_smirnov((top / (2000 - height))[small], stats.uniform.cdf) < 2.2
+    assert kolmogorov_smirnov(left[small] / (2400 - width[small]), stats.uniform.cdf) < 2.2
+    assert kolmogorov_smirnov(top[small] / (2000 - height[small]), stats.uniform.cdf) < 2.2
 
 
 def test_random_resized_crop_of_a_thin_picture_is_the_largest_centred_box():
