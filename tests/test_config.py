@@ -1,9 +1,12 @@
 """Settings: where they come from, which wins, and what is refused."""
+import re
 from pathlib import Path
 
 import pytest
 
+from auto_augment import build_auto_augment
 from config import ConfigError, config_text, get_arguments, get_config
+from losses import build_loss
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -47,6 +50,18 @@ def test_evaluation_protocol_of_the_published_checkpoints(name, size, protocol, 
     data = (config := get_config(CONFIGS / f'{name}.yaml')).DATA
     assert (data.IMAGE_SIZE, eval_protocol(config), data.CROP_PCT, data.IMAGENET_MEAN[0]) == (
         size, protocol, crop_pct, mean)
+
+
+def documented_settings():
+    text = (CONFIGS.parent / 'docs/augmentation.md').read_text() + (CONFIGS.parent / 'README.md').read_text()
+    return re.findall(r'(?:^\| `|-opts )((?:TRAIN\.[A-Z_.]+ [^ `]+ ?)+)`', text, re.M)
+
+
+@pytest.mark.parametrize('opts', documented_settings())
+def test_documented_losses_and_augmentations_are_accepted(opts):
+    train = get_config(CONFIGS / 'replknet_31b.yaml', opts.split()).TRAIN
+    build_auto_augment(train.AUTO_AUGMENT)
+    build_loss(train.LOSS, mixup=train.MIXUP_PROB > 0, aug_splits=train.AUG_SPLITS)
 
 
 def test_later_sources_win(tmp_path):

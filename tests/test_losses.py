@@ -160,6 +160,16 @@ def test_large_logits_give_finite_values_and_gradients(name):
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_half_precision_logits_give_the_value_of_float32(name, dtype):
+    loss, targets, _ = PUBLISHED[name]
+    logits = paddle.to_tensor(np.random.default_rng(0).standard_normal((6, 5)), 'float32').astype(dtype)
+    targets = paddle.to_tensor(targets if targets.dtype.kind == 'i' else targets.astype(np.float32))
+    value = loss(logits, targets)
+    assert value.dtype == paddle.float32 and float(value) == float(loss(logits.astype('float32'), targets))
+
+
 def test_limits_of_large_logits():
     """Where the float64 formulas overflow, the limits are known."""
     right, wrong = 1e4 * (2 * np.eye(5)[LABELS] - 1), 1e4 * (1 - 2 * np.eye(5)[LABELS])
