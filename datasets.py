@@ -276,7 +276,7 @@ def get_transform(config, mode):
                            ratio=train.RANDOM_RESIZED_CROP.RATIO, hflip=train.HFLIP, vflip=train.VFLIP,
                            color_jitter=train.COLOR_JITTER, auto_augment=train.AUTO_AUGMENT,
                            re_prob=train.RANDOM_ERASE_PROB, re_mode=train.RANDOM_ERASE_MODE,
-                           re_count=train.RANDOM_ERASE_COUNT, views=train.AUG_SPLITS or 1, **common)
+                           re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS), **common)
 
 
 def get_dataset(config, mode='train'):
@@ -308,7 +308,7 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     else:
         sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
     workers = config.DATA.NUM_WORKERS
-    views = config.TRAIN.AUG_SPLITS or 1 if mode == 'train' else 1
+    views = max(1, config.TRAIN.AUG_SPLITS) if mode == 'train' else 1
     image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2 * views
     processes = min(world_size, device_count('gpu') or world_size)  # on this machine
     # one batch in each worker's hands beside those in flight
