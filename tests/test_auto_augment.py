@@ -175,7 +175,7 @@ def test_auto_augment_draws_the_published_sub_policies(draws, name):
         for used in itertools.product((True, False), repeat=2):
             outcome = tuple((op, level) for (op, _, level), use in zip((first, second), used) if use)
             expected[outcome] += np.prod([p if use else 1 - p for (_, p, _), use in zip((first, second), used)]) / 25
-    assert_frequencies(draws(name, 30_000), expected)
+    assert_frequencies(draws(name, 60_000), expected)
 
 
 def test_auto_augment_with_noise(draws):
