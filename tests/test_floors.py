@@ -7,7 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'config', 'utils', 'stopping'},
-    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
+    {'auto_augment', 'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load',
+     'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
     {'run_state'},
@@ -16,7 +17,7 @@ FLOORS = [
     {'main_single_gpu', 'main_multi_gpu'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
-              ('zoo', 'port_weights'), ('stopping', 'errors')}
+              ('transforms', 'auto_augment'), ('zoo', 'port_weights'), ('stopping', 'errors')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
