@@ -23,15 +23,14 @@ def fleets(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def stopped(fleets):
-    """Makes folders of runs of one process that were killed in their second epoch."""
+    """Makes folders of runs of one process that were killed inside a save of their second epoch."""
 
-    def make(processes=1):
-        fleet = fleets[processes]
-        folder = fleet.new()
-        process = fleet.start(folder)
-        wait_for_steps(process, 13, 0)
-        os.killpg(process.pid, signal.SIGKILL)
-        fleet.end(process)
+    def make(folder=None, *flags):
+        fleet = fleets[1]
+        folder = fleet.new() if folder is None else folder
+        process = fleet.start(folder, *flags, DISK_FAULT='kill:84')
+        assert fleet.end(process) == -9, process.errors
+        assert any('epoch 2 step 4/9' in line for line in process.lines)
         return folder
 
     return make
@@ -77,25 +76,18 @@ def test_a_run_without_any_whole_checkpoint_is_refused_in_one_line(fleets, stopp
     assert process.errors.count('\n') == 1 and 'no whole checkpoint is left' in process.errors
 
 
-def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_settings(fleets):
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_settings(fleets, stopped):
     fleet = fleets[1]
-
-    def start(*flags):
-        process = fleet.start('', '-resume=auto', *flags)  # no -output: under ./output
-        wait_for_steps(process, 12, 0)
-        os.killpg(process.pid, signal.SIGKILL)
-        fleet.end(process)
-
-    start()
-    run, = (fleet.folder / 'output').iterdir()
-    start('-opts', 'SEED', '7')  # other settings: another run
-    other, = set((fleet.folder / 'output').iterdir()) - {run}
+    output = fleet.folder / 'output'  # where runs go without -output
+    stopped('', '-resume=auto')
+    run, = output.iterdir()
+    stopped('', '-resume=auto', '-opts', 'SEED', '7')  # other settings: another run
+    other, = set(output.iterdir()) - {run}
     for _ in range(2):  # continues; then that is over, and yet another run begins
         process = fleet.start('', '-resume=auto')
         assert fleet.end(process) == 0, process.errors
-    assert fleet.compare(run) == ''
-    third, = set((fleet.folder / 'output').iterdir()) - {run, other}
-    assert fleet.compare(third) == ''
+    third, = set(output.iterdir()) - {run, other}
+    assert fleet.compare(run) == fleet.compare(third) == ''
 
 
 def test_two_processes_never_work_at_the_same_run(fleets, stopped):
@@ -112,11 +104,6 @@ def test_two_processes_never_work_at_the_same_run(fleets, stopped):
     assert fleets[1].end(first) == 0 and fleets[1].compare(folder) == ''
 
 
-def images_of(lines):
-    """Progress lines after the resumption, without their speeds."""
-    return [re.search(r'epoch \d+ step \S+', line)[0] for line in lines if ' step ' in line and 'epoch' in line]
-
-
 def test_another_number_of_processes_with_the_same_global_batch_goes_on_at_the_same_step(fleets, stopped):
     folder = stopped()
     command = [sys.executable, str(Path(__file__).parents[2] / 'main_multi_gpu.py'), f'-cfg={fleets[1].settings}',
@@ -124,9 +111,10 @@ def test_another_number_of_processes_with_the_same_global_batch_goes_on_at_the_s
                '-num_workers=0']
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
-    resumed = re.search(r'resumed from \S+ 1 epochs, (\d+) steps', done.stdout)
+    resumed = re.search(r'resumed from \S+ 1 epochs, \d+ steps, (\d) of them in epoch 2', done.stdout)
     assert 'trained by 1 processes so far, by 2 from here on' in done.stdout
-    assert f'epoch 2 step {int(resumed[1]) - 9 + 1}/' in done.stdout  # 8 steps in an epoch of 2 x 2 images, 9 of 2 + 2
+    steps = re.findall(r'epoch 2 step (\d)/8', done.stdout)  # 17 batches of 2 make 9 steps, 8 of 4 make 8
+    assert steps == [str(step) for step in range(int(resumed[1]) + 1, 9)]
     assert json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])['epoch'] == 4
 
 

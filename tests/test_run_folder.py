@@ -1,0 +1,121 @@
+"""What a run keeps of its checkpoints, and what it may find in its folder."""
+import os
+
+import numpy as np
+import pytest
+
+from config import config_changes, config_text, get_config
+from errors import UserError
+from run_folder import RunFolder, choose_folder, numbered_to_keep, read_resumed
+from safe_load import read_checkpoint
+from utils import append_json_line, truncate_lines
+
+ACCURACIES = {1: 10.0, 2: None, 3: 30.0, 4: 20.0, 5: 30.0, 6: None}
+NUMBERED = {f'e{epoch}': {'epoch': epoch, 'acc1': acc1} for epoch, acc1 in ACCURACIES.items()}
+
+
+@pytest.mark.parametrize(('rule', 'kept'), [
+    ({}, ''), ({'every': 2}, '4 6 2'), ({'latest': 2}, '5 6'), ({'top': 2}, '5 3'), ({'top': 9}, '5 3 4 1'),
+    ({'every': 4, 'latest': 1, 'top': 1}, '5 4 6')])
+def test_numbered_checkpoints_that_stay_the_most_accurate_first(rule, kept):
+    assert numbered_to_keep(NUMBERED, **rule) == [f'e{epoch}' for epoch in kept.split()]
+    assert numbered_to_keep({}, **rule) == []
+
+
+@pytest.fixture(autouse=True)
+def no_log_file(monkeypatch):
+    monkeypatch.setattr('utils.log_to_file', lambda path: None)
+
+
+def settings(folder, *opts):
+    config = get_config(None, ['SAVE', str(folder), *opts])
+    choose_folder(config)
+    config.freeze()
+    return config
+
+
+def state(folder, epoch, **more):
+    return {'model': {'w': np.full(25000, epoch, 'float32')}, 'optimizer': {}, 'epoch': epoch, 'step': epoch,
+            'best': {}, 'numbered': {}, 'config': config_text(folder.config), **more}
+
+
+def evaluate(folder, accuracies):
+    numbered = {}
+    for epoch, acc1 in accuracies.items():
+        folder.save_evaluated(state(folder, epoch, numbered=numbered), {} if acc1 is None else {'model': acc1},
+                              ['model'] if epoch == 1 else [])
+    return numbered
+
+
+def test_top_and_latest_are_kept_listed_and_the_others_deleted(tmp_path):
+    folder = RunFolder(settings(tmp_path / 'run', 'SAVE_TOP_K', 1, 'SAVE_LATEST_K', 1))
+    folder.claim()
+    numbered = evaluate(folder, ACCURACIES)
+    assert set(numbered) == {'epoch_0005.pdparams', 'epoch_0006.pdparams'}
+    assert set(os.listdir(folder.path)) == {'config.yaml', 'log.txt', 'last.pdparams', 'previous.pdparams',
+                                            'best.pdparams', *numbered}
+    assert read_checkpoint(f'{folder.path}/best.pdparams')['model']['w'][0] == 1
+
+
+def test_the_limit_of_size_takes_the_least_accurate(tmp_path):
+    folder = RunFolder(settings(tmp_path / 'run', 'SAVE_FREQ', 1, 'SAVE_MAX_GB', 0.00055))  # 5 files of 0.1 MB
+    folder.claim()
+    numbered = evaluate(folder, ACCURACIES)
+    assert set(numbered) == {'epoch_0003.pdparams', 'epoch_0005.pdparams'}
+    assert sum(path.stat().st_size for path in (tmp_path / 'run').glob('*.pdparams')) < 0.55e6
+
+
+def test_a_disk_that_is_full_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    folder = RunFolder(settings(tmp_path / 'run'))
+    folder.claim()
+    folder.save_last(state(folder, 1))
+
+    def fail(*args):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', fail)
+        folder.save_last(state(folder, 2))
+        folder.record(event='train', epoch=2)
+    assert 'No space left' in folder.unsaved
+    assert read_resumed(folder.path)[1]['epoch'] == 1
+    assert not os.path.getsize(f'{folder.path}/metrics.jsonl')
+    folder.save_last(state(folder, 3))
+    assert folder.unsaved == '' and read_resumed(folder.path)[1]['epoch'] == 3
+
+
+def test_a_folder_whose_run_saved_nothing_begins_anew_for_the_same_settings_only(tmp_path):
+    folder = RunFolder(settings(tmp_path / 'run'))
+    folder.claim()
+    folder.record(event='train', epoch=1)
+    again = RunFolder(settings(tmp_path / 'run'))
+    again.claim()
+    assert not os.path.getsize(f'{again.path}/metrics.jsonl')
+    with pytest.raises(UserError, match='holds a run already'):
+        settings(tmp_path / 'run', 'SEED', 7)
+    again.record(event='eval', acc1=1.0)  # as -eval leaves it
+    with pytest.raises(UserError, match='holds a run already'):
+        settings(tmp_path / 'run')
+
+
+def test_changes_of_settings_are_told_apart():
+    config = get_config(None, ['TRAIN.BASE_LR', 0.5, 'MODEL.CHANNELS', [8] * 4, 'DATA.NUM_WORKERS', 1, 'SAVE', 'x'])
+    refused, allowed = config_changes(config_text(get_config()), config)
+    assert refused == ['MODEL.CHANNELS [128, 256, 512, 1024] -> [8, 8, 8, 8]', 'TRAIN.BASE_LR 0.004 -> 0.5']
+    assert allowed == ['DATA.NUM_WORKERS 4 -> 1']
+    assert config_changes('SEED: 42', get_config()) == ([], [])  # keys that a run is older than
+
+
+def test_lines_are_cut_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    truncate_lines(path, 5)  # no file yet
+    append_json_line(path, {'step': 1, 'loss': float('nan')})
+    size = path.stat().st_size
+    append_json_line(path, {'step': 2})
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    truncate_lines(path, 10**6)
+    assert path.read_text().splitlines() == ['{"step": 1, "loss": null}', '{"step": 2}']
+    truncate_lines(path, size)
+    assert path.read_text() == '{"step": 1, "loss": null}\n'
+    truncate_lines(path, size - 1)
+    assert path.read_text() == ''
