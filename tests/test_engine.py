@@ -9,7 +9,7 @@ from paddle import nn
 
 from config import get_config
 from ema import ModelEMA
-from engine import MAX_SKIPPED_STEPS, Amp, accuracy_line, evaluate, train_one_epoch
+from engine import MAX_SKIPPED_STEPS, Amp, accuracy_line, epoch_sums, evaluate, train_one_epoch
 from errors import TrainingStopped
 from losses import JsdCrossEntropyLoss
 from optim import build_optimizer, parameter_groups
@@ -93,6 +93,56 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step():
     assert all(np.isfinite(p.numpy()).all() for p in model.parameters())  # the bad step was not applied
 
 
+@pytest.mark.parametrize(('broken', 'words'), [
+    ([0], r'gradients not finite in 0 \(weight and 1 more\);'), ([0, 1], 'no gradient is finite'),
+    ([], 'all gradients are finite')])
+def test_a_loss_that_is_not_finite_names_the_layers_whose_gradients_are_not(broken, words):
+    paddle.seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def criterion(logits, labels):  # infinite, with the gradients as told
+        finite = sum((p * 0).sum() for i, layer in enumerate(model) for p in layer.parameters() if i not in broken)
+        infinite = sum((p * math.inf).sum() for i in broken for p in model[i].parameters())
+        return finite + infinite + paddle.to_tensor(math.inf)
+
+    loader = [(paddle.ones([2, 4]), paddle.zeros([2], 'int64'))]
+    with pytest.raises(TrainingStopped, match=rf'step 0 \(epoch 1\): .* rank 0, lr 0.1, {words}'):
+        train_one_epoch(model, loader, criterion, build_optimizer('sgd', parameter_groups(model, 0.0)), epoch=1,
+                        first_step=0, lr_at=lambda step: 0.1, amp=CPU)
+
+
+@pytest.mark.parametrize('done', [0, 1, 2])
+def test_an_epoch_in_two_parts_is_the_epoch(done):
+    loader = batches([2, 2, 2, 4, 4])
+    whole, parts = linear(), linear()
+    expected = train(whole, loader, accum_iter=2, lr_at=lambda step: 0.1 * (step + 1), first_step=5)
+    sums, seen = epoch_sums(), []
+
+    class Stop(Exception):
+        pass
+
+    def stop(vote):
+        seen.append((sums['steps'], vote))
+        if sums['steps'] == done:
+            raise Stop
+
+    arguments = {'accum_iter': 2, 'lr_at': lambda step: 0.1 * (step + 1), 'first_step': 5, 'sums': sums}
+    if done:
+        with pytest.raises(Stop):
+            train(parts, loader, votes=lambda: [7], after_step=stop, **arguments)
+        assert seen == [(step, 7) for step in range(1, done + 1)]
+
+    class Rest(list):  # what a loader that starts behind the first batches yields; its length is the whole epoch's
+        def __iter__(self):
+            return iter(loader[2 * done:])
+
+    metrics = train(parts, Rest(loader), **arguments)
+    for key in ('loss', 'lr', 'steps', 'images', 'skipped'):
+        assert metrics[key] == expected[key]
+    for a, b in zip(parts.parameters(), whole.parameters()):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
 class FakeScaler:
     """Loss scaling whose steps overflow as told; Paddle's own does nothing on the CPU."""
 
@@ -138,6 +188,9 @@ def test_a_loss_that_overflows_under_scaling_does_not_stop_the_run():
 def test_a_run_that_only_overflows_stops():
     with pytest.raises(TrainingStopped, match='in a row overflowed'):
         train(linear(), batches([1] * MAX_SKIPPED_STEPS), scaler=FakeScaler([True] * MAX_SKIPPED_STEPS))
+    with pytest.raises(TrainingStopped, match='in a row overflowed'):  # it goes over the end of an epoch
+        train(linear(), batches([1] * 2), scaler=FakeScaler([True] * 2),
+              sums=epoch_sums(skipped_in_a_row=MAX_SKIPPED_STEPS - 2))
 
 
 def test_moving_average_is_updated_once_per_optimizer_step():

@@ -1,0 +1,59 @@
+"""What a checkpoint takes of a run and gives back."""
+import math
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from ema import ModelEMA
+from errors import TrainingStopped, UserError
+from optim import build_optimizer, parameter_groups
+from replknet import RepLKNet
+from run_state import RunState, refuse_other_run
+
+
+def build(global_batch=8, steps_per_epoch=10, opts=()):
+    model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
+    optimizer = build_optimizer('adamw', parameter_groups(model, 0.05))
+    config = get_config(None, ['SAVE', '', *opts])
+    return RunState(config, model, ModelEMA(model, 0.9), optimizer, None, steps_per_epoch, global_batch, False)
+
+
+def test_a_state_with_weights_that_are_not_finite_is_not_captured():
+    state = build()
+    state.model.head.weight.set_value(paddle.full(state.model.head.weight.shape, math.nan))
+    with pytest.raises(TrainingStopped, match=r'weights are not finite: head.weight; the last checkpoint stays'):
+        state.capture()
+
+
+def test_a_captured_state_is_restored():
+    state = build()
+    state.epochs, state.best = 3, {'model': {'acc1': 5.0, 'epoch': 2}}
+    state.sums.update(steps=4, loss=1.5, skipped_in_a_row=2)
+    captured = state.capture()
+    other = build()
+    other.restore(captured, 'file')
+    assert (other.epochs, other.step, other.sums, other.best) == (3, 34, state.sums, state.best)
+    for name, tensor in other.ema.module.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), captured['model_ema'][name], err_msg=name)
+
+
+@pytest.mark.parametrize(('global_batch', 'steps_per_epoch', 'steps'), [(8, 10, 4), (16, 5, 2), (12, 6, 3), (4, 20, 8),
+                                                                      (1000, 1, 1)])
+def test_with_another_global_batch_no_image_of_the_epoch_is_seen_twice(global_batch, steps_per_epoch, steps):
+    state = build()
+    state.epochs, state.sums['steps'] = 1, 4  # 32 images
+    other = build(global_batch, steps_per_epoch)
+    other.restore(state.capture(), 'file')
+    assert (other.epochs, other.sums['steps']) == (1, steps)
+
+
+def test_a_finished_run_and_another_one_are_refused():
+    state = build()
+    captured = state.capture()
+    with pytest.raises(UserError, match=r'file: is of a run with other settings: TRAIN.BASE_LR 0.004 -> 1.0; set'):
+        refuse_other_run(get_config(None, ['TRAIN.BASE_LR', 1.0]), captured, 'file')
+    state.epochs = 300
+    with pytest.raises(UserError, match='all 300 epochs are done'):
+        build().restore(state.capture(), 'file')
