@@ -79,7 +79,8 @@ def _train(config, device, amp, folder, model, resumed, state, val_set):
     if state is not None:
         run_state.restore(state, resumed)
     if len(set(utils.all_gather_values(run_state.step))) > 1:
-        raise UserError(f'{config.MODEL.RESUME}: the processes see different checkpoints there')
+        raise UserError(f'{config.SAVE}: the processes see different checkpoints; several '
+                        'machines need a folder that all of them share')
     wrapped = paddle.DataParallel(model) if world > 1 else model
     if state is not None:
         run_state.restore_statistics(state)
@@ -118,9 +119,10 @@ def _train(config, device, amp, folder, model, resumed, state, val_set):
             _save(folder, run_state)
         if asked:
             saved = 'not saved' if folder is not None and folder.unsaved else 'saved'
-            stop.interrupt(f' after step {run_state.step} (epoch {epoch}), {saved}; go on with -resume={config.SAVE}')
+            stop.interrupt(f' after step {run_state.step} (epoch {run_state.epochs + 1}), {saved}; go on with '
+                           f'-resume={config.SAVE}')
 
-    metrics, epoch = {}, 0
+    metrics = {}
     while run_state.epochs < train.NUM_EPOCHS:
         epoch = run_state.epochs + 1
         if not run_state.epoch_trained:

@@ -86,7 +86,7 @@ class RunState:
         if self.ema is not None:
             checkpoint.load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
         checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path)
-        if self.scaler is not None:
+        if self.scaler is not None and 'scaler' in state:  # else it was trained on a device without
             self.scaler.load_state_dict({k: paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
                                          for k, v in state['scaler'].items()})
         self.epochs, self.sums, self.best = state['epoch'], dict(state['sums']), dict(state['best'])

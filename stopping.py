@@ -2,6 +2,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -40,7 +41,8 @@ class StopSignals:
             self.asked = number
             if not self._deferred:
                 os._exit(128 + number)
-        signal.sigtimedwait(self._numbers, STOP_SECONDS)  # a second one
+        if signal.sigtimedwait(self._numbers, STOP_SECONDS) is None:  # no second one
+            print(f'the step took longer than {STOP_SECONDS} s; the last checkpoint stays', file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     @contextlib.contextmanager
