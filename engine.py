@@ -162,7 +162,7 @@ def epoch_sums(skipped_in_a_row=0):
         the last step), images, waited and seconds.
     """
     return {'steps': 0, 'loss': 0.0, 'loss_images': 0, 'skipped': 0, 'skipped_in_a_row': skipped_in_a_row,
-            'lr': math.nan, 'images': 0, 'waited': 0.0, 'seconds': 0.0}
+            'lr': 0.0, 'images': 0, 'waited': 0.0, 'seconds': 0.0}
 
 
 def _broken_gradients(model):
