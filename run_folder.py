@@ -130,14 +130,14 @@ class RunFolder:
         config: frozen settings; `config.SAVE` is the folder.
     Attributes:
         saved_at: `time.monotonic()` of the last save.
-        unsaved: why the last state could not be saved, '' when it was.
+        unsaved: why something could not be saved that still has to be, '' when all is.
     Raises:
         UserError: the folder holds another run or cannot be made.
     """
 
     def __init__(self, config):
         self.config, self.path = config, config.SAVE
-        self.saved_at, self.unsaved = time.monotonic(), ''
+        self.saved_at, self.unsaved, self._owed = time.monotonic(), '', {}
         continued = '' if config.EVAL else run_of(config.MODEL.RESUME)
         self.own = bool(continued) and os.path.realpath(self.path) == os.path.realpath(continued)
         self._refuse_if_taken()
@@ -208,14 +208,16 @@ class RunFolder:
             logger.error(f'{path}: a line is lost: {error.strerror}')
 
     def save_last(self, state):
-        """Saves the state to resume from; the one before stays as previous.pdparams."""
-        self.unsaved = self._save(state, LAST, keep_old_as=PREVIOUS)
+        """Saves the state to resume from, after what could not be saved before; the one before stays as previous."""
+        for name, (owed, key) in list(self._owed.items()):
+            self._save(owed, name, key)
+        self._save(state, LAST, keep_old_as=PREVIOUS)
         self.saved_at = time.monotonic()
 
     def save_evaluated(self, state, accuracies, improved):
         """Saves what an epoch changed: the best weights of each in `improved`, a numbered checkpoint, and `last`.
 
-        `last` comes last: a run that is stopped before evaluates again and saves the same.
+        `last` comes last, and only when the others are saved: a run that ends before evaluates again and saves the same.
 
         Args:
             state: with the numbered checkpoints so far under 'numbered', which is brought up to date.
@@ -226,7 +228,8 @@ class RunFolder:
             self._save({'epoch': state['epoch'], 'best': state['best'], 'config': state['config'], key: state[key]},
                        BEST[key], key)
         self._save_numbered(state, accuracies)
-        self.save_last(state)
+        if not self._owed:
+            self.save_last(state)
 
     def _save_numbered(self, state, accuracies):
         numbered, epoch = state['numbered'], state['epoch']
@@ -240,7 +243,7 @@ class RunFolder:
         spare = self.config.SAVE_MAX_GB * 1e9 - 2 * self._size(LAST) - sum(map(self._size, BEST.values()))
         while self.config.SAVE_MAX_GB and kept and sum(sizes[n] for n in kept) > spare:
             kept.pop()
-        for n in set(numbered) - {n for n in kept if sizes[n]}:
+        for n in set(numbered) - {n for n in kept if sizes[n] or n in self._owed}:
             del numbered[n]
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(self.path, n))
@@ -254,18 +257,19 @@ class RunFolder:
     def _save(self, state, name, key='model', keep_old_as=None):
         """Writes a checkpoint in which `key` ('model' or 'model_ema') stands for the weights.
 
-        A disk that is full costs the run this checkpoint, not its life: the one before is still whole.
-        Returns:
-            why it could not be saved, or ''.
+        A disk that is full costs the run this checkpoint, not its life: the one before is still whole, and all but
+        `last`, which the next one replaces, is tried again with that.
         """
         path = os.path.join(self.path, name)
         try:
-            state = {**state, 'weights_key': key, 'metrics_bytes': self._size(METRICS)}
-            save_checkpoint(path, state, keep_old_as)
-            return ''
+            save_checkpoint(path, {**state, 'weights_key': key, 'metrics_bytes': self._size(METRICS)}, keep_old_as)
+            self._owed.pop(name, None)
+            self.unsaved = '' if not self._owed else self.unsaved
         except OSError as error:
-            logger.error(f'{path}: not saved: {error.strerror}; training goes on, the last good checkpoint stays')
-            return f'{path}: not saved: {error.strerror}'
+            self.unsaved = f'{path}: not saved: {error.strerror}'
+            logger.error(f'{self.unsaved}; training goes on, the last good checkpoint stays')
+            if name != LAST:
+                self._owed[name] = (state, key)
 
     def summary(self, best, numbered):
         """Logs the best accuracies and the numbered checkpoints, and how to see them again."""

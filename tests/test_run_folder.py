@@ -84,6 +84,26 @@ def test_a_disk_that_is_full_is_said_and_the_last_checkpoint_stays(tmp_path, mon
     assert folder.unsaved == '' and read_resumed(folder.path)[1]['epoch'] == 3
 
 
+def test_what_could_not_be_saved_is_saved_later_and_an_evaluation_is_not_over_before(tmp_path, monkeypatch):
+    folder = RunFolder(settings(tmp_path / 'run', 'SAVE_FREQ', 1))
+    folder.claim()
+    folder.save_last(state(folder, 0))
+    evaluated = state(folder, 1)
+
+    def fail(*args):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', fail)
+        folder.save_evaluated(evaluated, {'model': 10.0}, ['model'])
+    assert 'No space left' in folder.unsaved and set(evaluated['numbered']) == {'epoch_0001.pdparams'}
+    assert read_resumed(folder.path)[1]['epoch'] == 0  # so it would be evaluated again
+    folder.save_last(state(folder, 1))
+    assert folder.unsaved == ''
+    assert read_checkpoint(f'{folder.path}/best.pdparams')['epoch'] == 1
+    assert read_checkpoint(f'{folder.path}/epoch_0001.pdparams')['epoch'] == 1
+
+
 def test_a_folder_whose_run_saved_nothing_begins_anew_for_the_same_settings_only(tmp_path):
     folder = RunFolder(settings(tmp_path / 'run'))
     folder.claim()

@@ -3,8 +3,8 @@
     DISK_FAULT=KIND:N[,N...]    at the N-th operations on files that are being saved, counted from 1 in this process
 
 Operations are writes, fsync and renames of temporary files (`files.atomic_file`), and writes to metrics.jsonl. KIND:
-`kill` (half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (half is
-written, all said to be). DISK_FAULT_LOG names a file that gets a line for every operation.
+`kill` (half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (of a
+temporary file half is written, all said to be). DISK_FAULT_LOG names a file that gets a line for every operation.
 """
 import builtins
 import errno
@@ -23,7 +23,7 @@ def _next(name):
     _done += 1
     if 'DISK_FAULT_LOG' in os.environ:
         with _open(os.environ['DISK_FAULT_LOG'], 'a') as log:
-            log.write(f'{os.getpid()} {_done} {name}\n')
+            log.write(f'{name}\n')
     fault = KIND if _done in POINTS else None
     if fault in ('ENOSPC', 'EIO', 'EROFS'):
         raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)))
@@ -36,8 +36,8 @@ def _kill():
 
 class FaultyFile(io.FileIO):
     def write(self, data):
-        fault = _next('write')
-        if fault is None or len(data) < 2:
+        fault = _next(f'write {self.name}')
+        if fault is None or fault == 'lost' and not self.name.endswith('.tmp'):
             return super().write(data)
         written = super().write(bytes(data)[:len(data) // 2])
         if fault == 'kill':
