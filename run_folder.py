@@ -217,7 +217,7 @@ class RunFolder:
     def save_evaluated(self, state, accuracies, improved):
         """Saves what an epoch changed: the best weights of each in `improved`, a numbered checkpoint, and `last`.
 
-        `last` comes last, and only when the others are saved: a run that ends before evaluates again and saves the same.
+        `last` comes last, and only when the others are saved: a run that ends before evaluates and saves again.
 
         Args:
             state: with the numbered checkpoints so far under 'numbered', which is brought up to date.
