@@ -30,8 +30,6 @@ def atomic_file(path, keep_old_as=None):
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.fstat(file.fileno()).st_size != file.tell():
-                raise OSError(errno.EIO, 'the disk took less than was written')
         if keep_old_as and os.path.exists(path):
             os.replace(path, os.path.join(folder, keep_old_as))
         os.replace(temporary, path)
@@ -49,7 +47,7 @@ def atomic_file(path, keep_old_as=None):
 
 def remove_leftovers(folder):
     """Deletes what processes killed inside `atomic_file` have left; only while no other process writes there."""
-    for path in glob.glob(os.path.join(glob.escape(folder), '.*.tmp')):
+    for path in glob.glob(os.path.join(glob.escape(folder), f'.*.{"[0-9a-f]" * 8}.tmp')):
         os.remove(path)
 
 
@@ -57,14 +55,19 @@ class DigestWriter:
     """Writes to a binary file and ends it with the SHA-256 of what was written."""
 
     def __init__(self, file):
-        self._file, self._sha256 = file, hashlib.sha256()
+        self._file, self._size, self._sha256 = file, DIGEST_BYTES, hashlib.sha256()
 
     def write(self, data):
         self._sha256.update(data)
+        self._size += memoryview(data).nbytes
         return self._file.write(data)
 
     def end(self):
+        """Raises OSError where the file is shorter than what was written."""
         self._file.write(DIGEST_MARK + self._sha256.digest())
+        self._file.flush()
+        if os.fstat(self._file.fileno()).st_size != self._size:
+            raise OSError(errno.EIO, 'the disk took less than was written')
 
 
 def check_digest(file, size):

@@ -4,7 +4,7 @@
 
 Operations are writes, fsync and renames of temporary files (`files.atomic_file`), and writes to metrics.jsonl. KIND:
 `kill` (half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (of a
-temporary file half is written, all said to be). DISK_FAULT_LOG names a file that gets a line for every operation.
+checkpoint half is written, all said to be). DISK_FAULT_LOG names a file that gets a line for every operation.
 """
 import builtins
 import errno
@@ -37,7 +37,7 @@ def _kill():
 class FaultyFile(io.FileIO):
     def write(self, data):
         fault = _next(f'write {self.name}')
-        if fault is None or fault == 'lost' and not self.name.endswith('.tmp'):
+        if fault is None or fault == 'lost' and '.pdparams.' not in self.name:
             return super().write(data)
         written = super().write(bytes(data)[:len(data) // 2])
         if fault == 'kill':
