@@ -51,13 +51,21 @@ _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # epochs already done; 0: from the checkpoint, or none
 _C.TRAIN.NUM_EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 10.0
+_C.TRAIN.COOLDOWN_EPOCHS = 0.0  # last epochs, at END_LR
 _C.TRAIN.BASE_LR = 4e-3  # for the global batch as it is
 _C.TRAIN.WARMUP_START_LR = 1e-6
 _C.TRAIN.END_LR = 1e-6
+_C.TRAIN.LR_SCHEDULER = CN()  # between warm-up and cool-down; never below END_LR
+_C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # 'cosine', 'polynomial', 'step', 'multistep', 'exponential' or 'constant'
+_C.TRAIN.LR_SCHEDULER.POWER = 1.0  # of 'polynomial'; 1 is a straight line
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # of 'step', 'multistep' and 'exponential'
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # 'step' and 'exponential' decay by DECAY_RATE in so many epochs
+_C.TRAIN.LR_SCHEDULER.MILESTONES = []  # epochs of the run at which 'multistep' decays
 _C.TRAIN.LINEAR_SCALED_LR = 0  # if set: BASE_LR is for this global batch and is scaled to the actual one
 _C.TRAIN.RECIPE_BATCH_SIZE = 0  # global batch of the published recipe; another one is pointed out in the log
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimizer step
 _C.TRAIN.WEIGHT_DECAY = 0.05  # not on biases, norms and other 1-D parameters
+_C.TRAIN.WEIGHT_DECAY_END = -1.0  # reached along a cosine over the run's steps; below 0: WEIGHT_DECAY throughout
 _C.TRAIN.LAYER_DECAY = 1.0  # layer-wise learning-rate decay; 1 for none
 _C.TRAIN.GRAD_CLIP = 0.0  # global norm; 0 for none
 _C.TRAIN.OPTIMIZER = CN()
@@ -104,6 +112,7 @@ _CHOICES = {
     'DATA.EVAL_PROTOCOL': ('auto', 'crop', 'warp'),
     'DATA.INTERPOLATION': ('bicubic', 'bilinear'),
     'MODEL.TYPE': ('RepLKNet',),
+    'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant'),
     'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum'),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
@@ -117,6 +126,8 @@ _RANGES = {  # inclusive
     'MODEL.NUM_CLASSES': (1, math.inf), 'MODEL.DW_RATIO': (0.01, math.inf), 'MODEL.FFN_RATIO': (0.01, math.inf),
     'MODEL.DROPPATH': (0, 0.999), 'TRAIN.LAST_EPOCH': (0, math.inf), 'TRAIN.NUM_EPOCHS': (1, math.inf),
     'TRAIN.WARMUP_EPOCHS': (0, math.inf), 'TRAIN.BASE_LR': (0, math.inf), 'TRAIN.WARMUP_START_LR': (0, math.inf),
+    'TRAIN.COOLDOWN_EPOCHS': (0, math.inf), 'TRAIN.LR_SCHEDULER.POWER': (0.01, math.inf),
+    'TRAIN.LR_SCHEDULER.DECAY_RATE': (0, 1), 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': (0.01, math.inf),
     'TRAIN.END_LR': (0, math.inf), 'TRAIN.LINEAR_SCALED_LR': (0, math.inf), 'TRAIN.RECIPE_BATCH_SIZE': (0, math.inf),
     'TRAIN.ACCUM_ITER': (1, math.inf), 'TRAIN.WEIGHT_DECAY': (0, math.inf), 'TRAIN.LAYER_DECAY': (0.01, 1),
     'TRAIN.OPTIMIZER.EPS': (0, 1), 'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1),
@@ -129,6 +140,7 @@ _RANGES = {  # inclusive
 }
 _LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BETAS': 2,
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
+_NUMBERS = ('TRAIN.CUTMIX_MINMAX', 'TRAIN.LR_SCHEDULER.MILESTONES')  # lists of them whose default is empty
 
 
 class ConfigError(UserError):
@@ -311,7 +323,7 @@ def _coerce(value, default, key, origin):
         return number
     if isinstance(default, list) and isinstance(value, (list, tuple)):
         # an empty default list takes numbers; no element of a list is a bool
-        element = default[0] if default else (0.0 if key == 'TRAIN.CUTMIX_MINMAX' else '')
+        element = default[0] if default else (0.0 if key in _NUMBERS else '')
         return [_coerce(v, element, key, origin) for v in value]
     if type(value) is not type(default):
         raise wrong
@@ -393,5 +405,16 @@ def _check(config, origins):
     if train.WARMUP_EPOCHS > train.NUM_EPOCHS:
         refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
                'TRAIN.NUM_EPOCHS')
+    if train.COOLDOWN_EPOCHS > train.NUM_EPOCHS - train.WARMUP_EPOCHS:
+        refuse('TRAIN.COOLDOWN_EPOCHS', f'is {train.COOLDOWN_EPOCHS}, more than TRAIN.WARMUP_EPOCHS '
+                                        f'{train.WARMUP_EPOCHS} leaves of TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
+               'TRAIN.WARMUP_EPOCHS', 'TRAIN.NUM_EPOCHS')
+    milestones = train.LR_SCHEDULER.MILESTONES
+    if train.LR_SCHEDULER.NAME == 'multistep' and not milestones:
+        refuse('TRAIN.LR_SCHEDULER.MILESTONES', 'is empty; multistep takes the epochs to decay at',
+               'TRAIN.LR_SCHEDULER.NAME')
+    if milestones and not all(a < b for a, b in zip([0, *milestones], [*milestones, train.NUM_EPOCHS])):
+        refuse('TRAIN.LR_SCHEDULER.MILESTONES', f'is {milestones}; it takes ascending epochs between 0 and '
+                                                f'TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}', 'TRAIN.NUM_EPOCHS')
     if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
         refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')

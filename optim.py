@@ -1,24 +1,9 @@
-"""Parameter groups, optimizers, and the learning rate as a pure function of the optimizer step."""
-import math
+"""Parameter groups, optimizers and gradient clipping."""
 import re
 
 import paddle
 
 from errors import UserError
-
-
-def learning_rate(step, *, base_lr, start_lr, end_lr, warmup_steps, total_steps):
-    """Linear warm-up from `start_lr` to `base_lr`, then a cosine to `end_lr`.
-
-    Args:
-        step: optimizer step, from 0.
-        base_lr, start_lr, end_lr: learning rates at the end of the warm-up, at step 0 and at `total_steps`.
-        warmup_steps, total_steps: optimizer steps.
-    """
-    if step < warmup_steps:
-        return start_lr + (base_lr - start_lr) * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return end_lr + (base_lr - end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def layer_id(name, num_stages=4):

@@ -7,7 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'config', 'utils'},
-    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
+    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'schedules', 'ema', 'safe_load',
+     'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
     {'launcher'},

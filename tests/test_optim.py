@@ -1,36 +1,14 @@
-"""Parameter groups, the optimizer's arithmetic and the schedule."""
+"""Parameter groups, the optimizers' arithmetic and gradient clipping."""
 import json
-import math
 import types
 
 import numpy as np
 import paddle
 import pytest
 
-from optim import build_optimizer, clip_gradients, layer_id, learning_rate, parameter_groups
+from optim import build_optimizer, clip_gradients, layer_id, parameter_groups
 from port_weights.names import to_paddle_names
 from replknet import RepLKNet, replknet_31b
-
-SCHEDULE = {'base_lr': 1.0, 'start_lr': 0.1, 'end_lr': 0.2}
-
-
-def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
-    rates = [learning_rate(s, warmup_steps=10, total_steps=110, **SCHEDULE) for s in range(111)]
-    np.testing.assert_allclose(rates[:11], np.linspace(0.1, 1.0, 11))
-    assert rates[60] == pytest.approx(0.6)
-    assert rates[110] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-
-
-def test_a_one_epoch_warm_up_takes_effect_step_by_step():
-    rates = [learning_rate(s, warmup_steps=5, total_steps=5, **SCHEDULE) for s in range(5)]
-    assert len(set(rates)) == 5
-
-
-@pytest.mark.parametrize('step', [0, 3, 4, 9])
-def test_no_warm_up_starts_at_the_top(step):
-    expected = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * step / 10))
-    assert learning_rate(step, warmup_steps=0, total_steps=10, **SCHEDULE) == pytest.approx(expected)
 
 
 def test_layer_ids_are_the_official_ones(golden):

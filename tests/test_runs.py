@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from optim import learning_rate
 from safe_load import read_checkpoint
+from schedules import Schedule
 
 LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+$', re.M)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -58,9 +58,8 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     assert [r['step'] for r in records if r['event'] == 'train'] == [steps, 2 * steps]
     assert records[0]['images'] == 12
     # warm-up over the first epoch, the cosine over the second; BASE_LR as it is, whatever the batch
-    schedule = {'base_lr': 1e-2, 'start_lr': 1e-6, 'end_lr': 1e-6, 'warmup_steps': steps, 'total_steps': 2 * steps}
-    assert [r['lr'] for r in records if r['event'] == 'train'] == [
-        learning_rate(steps - 1, **schedule), learning_rate(2 * steps - 1, **schedule)]
+    lr_at = Schedule(base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=steps, total_steps=2 * steps)
+    assert [r['lr'] for r in records if r['event'] == 'train'] == [lr_at(steps - 1), lr_at(2 * steps - 1)]
     log = (folder / 'log.txt').read_text()
     assert 'parameters' in log and 'images/s' in log and 'eta' in log and 'Acc@1' in log
     assert ('averaged over the processes' in log) == (count == 2)
@@ -248,7 +247,7 @@ def test_another_number_of_processes_goes_on_at_the_epoch_s_learning_rate(traine
     assert 'has 3 steps; with this global batch its epochs are 2' in done.stdout
     record = json.loads((tmp_path / 'run/metrics.jsonl').read_text().splitlines()[0])
     assert (record['epoch'], record['step']) == (2, 4)
-    assert record['lr'] == learning_rate(3, base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=2, total_steps=4)
+    assert record['lr'] == Schedule(base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=2, total_steps=4)(3)
 
 
 def test_an_older_checkpoint_or_an_evaluation_never_writes_into_the_run(trained, run_script, list_dataset):
