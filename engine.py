@@ -1,11 +1,9 @@
 """Training and evaluation: `train_one_epoch` and `evaluate` return dicts; `run` ties the parts of a run together."""
 import contextlib
-import io
 import math
 import os
 import time
 
-import numpy as np
 import paddle
 import paddle.nn.functional as F
 from tqdm import tqdm
@@ -16,9 +14,10 @@ from config import config_text
 from datasets import get_dataloader, get_dataset
 from ema import ModelEMA
 from errors import TrainingStopped, UserError
+from loss_scaler import LossScaler
 from losses import build_loss
 from mixup import Mixup
-from optim import build_optimizer, clip_gradients, parameter_groups, set_weight_decay
+from optim import build_optimizer, clip_gradients, gradient_norm, parameter_groups, set_weight_decay
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
 from schedules import build_schedule, build_weight_decay
@@ -60,8 +59,7 @@ class Amp:
     def scaler(self):
         """Dynamic loss scaling for float16, None where it is not needed."""
         if self.enabled and self.dtype == 'float16':
-            return paddle.amp.GradScaler(init_loss_scaling=self.loss_scale, incr_every_n_steps=self.loss_scale_steps,
-                                         decr_every_n_nan_or_inf=1)
+            return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
 
 
@@ -161,17 +159,15 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
 def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode):
     """Clips and applies the gradients; False when loss scaling dropped the step."""
     if scaler is not None:
-        scaler.unscale_(optimizer)
-    if grad_clip:
-        clip_gradients(parameters, grad_clip, grad_clip_mode)
-    if scaler is None:
+        scaler.unscale(parameters)
+    norm = clip_gradients(parameters, grad_clip, grad_clip_mode) if grad_clip else None
+    finite = True
+    if scaler is not None:  # the gradients, and so this, are the same on every rank
+        finite = math.isfinite(gradient_norm(parameters) if norm is None else norm)
+        scaler.update(finite)
+    if finite:
         optimizer.step()
-        return True
-    overflow = bool(scaler._found_inf)  # set by unscale_; the gradients, and so this, are the same on every rank
-    with contextlib.redirect_stdout(io.StringIO()):  # Paddle prints each overflow
-        scaler.step(optimizer)
-        scaler.update()
-    return not overflow
+    return finite
 
 
 @paddle.no_grad()
@@ -453,8 +449,7 @@ def _state(config, model, ema, optimizer, scaler, epoch, step, best):
     if ema is not None:
         state['model_ema'] = checkpoint.model_arrays(ema.module)
     if scaler is not None:
-        state['scaler'] = {k: np.asarray(v) if isinstance(v, paddle.Tensor) else v
-                           for k, v in scaler.state_dict().items()}
+        state['scaler'] = scaler.state_dict()
     return state
 
 
@@ -468,6 +463,5 @@ def _restore(config, state, model, ema, optimizer, scaler):
         checkpoint.load_weights(ema.module, state['model_ema'], f'{path}: model_ema')
     checkpoint.load_optimizer_arrays(optimizer, model, state['optimizer'], path)
     if scaler is not None and 'scaler' in state:
-        scaler.load_state_dict({k: paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
-                                for k, v in state['scaler'].items()})
+        scaler.load_state_dict(state['scaler'])
     logger.info(f"resumed from {path}: {state['epoch']} epochs, {state['step']} steps")

@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'config', 'utils'},
-    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'optimizers', 'schedules', 'ema',
-     'safe_load', 'checkpoint'},
+    {'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers', 'schedules',
+     'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
     {'launcher'},
