@@ -11,6 +11,7 @@ FLOORS = [
      'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
+    {'run'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
 ]
