@@ -1,5 +1,5 @@
 """Dynamic loss scaling, which keeps small gradients from vanishing in float16."""
-import paddle
+from optim import change_gradients
 
 
 class LossScaler:
@@ -19,11 +19,9 @@ class LossScaler:
         """The loss to go backward from."""
         return loss * self.value
 
-    @paddle.no_grad()
     def unscale(self, parameters):
         """Gradients of the scaled loss become those of the loss, in place."""
-        for gradient in (p.grad for p in parameters if p.grad is not None):
-            gradient.set_value((gradient.astype('float32') / self.value).astype(gradient.dtype))
+        change_gradients(parameters, lambda gradient: gradient.scale_(1 / self.value))
 
     def update(self, finite):
         """Adapts the factor after a step whose gradients were finite, or were not."""

@@ -102,9 +102,19 @@ def clip_gradients(parameters, limit, mode='norm'):
         the norm before clipping, as `gradient_norm`.
     """
     norm = gradient_norm(parameters)
-    scale = paddle.clip(limit / (norm + 1e-6), max=1.0)
-    for gradient in (p.grad for p in parameters if p.grad is not None):
-        single = gradient.astype('float32')
-        clipped = single * scale if mode == 'norm' else single.clip(-limit, limit)
-        gradient.set_value(clipped.astype(gradient.dtype))
+    if mode == 'norm':
+        scale = paddle.clip(limit / (norm + 1e-6), max=1.0)
+        change_gradients(parameters, lambda gradient: gradient.multiply_(scale))
+    else:
+        change_gradients(parameters, lambda gradient: gradient.clip_(-limit, limit))
     return norm
+
+
+@paddle.no_grad()
+def change_gradients(parameters, change):
+    """Applies `change`, which works in place and in float32, to every gradient."""
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        single = gradient if gradient.dtype == paddle.float32 else gradient.astype('float32')
+        change(single)
+        if single is not gradient:
+            paddle.assign(single.astype(gradient.dtype), output=gradient)

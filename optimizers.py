@@ -1,4 +1,7 @@
-"""Optimizers that Paddle lacks, has in one of its versions only, or cannot decay by parameter group."""
+"""Optimizers that Paddle lacks, has in one of its versions only, or cannot decay by parameter group.
+
+The updates work in place: a new tensor of the weight's size takes the CPU longer than the arithmetic.
+"""
 import paddle
 
 
@@ -46,6 +49,10 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
         """Moves `weight` and `state` by optimizer step `step` (a tensor [1], from 1)."""
         raise NotImplementedError
 
+    def _root(self, moment, correction):
+        """sqrt(moment / correction) + eps."""
+        return (moment / _as(moment, correction)).sqrt_().scale_(1.0, self._eps)
+
 
 class NAdam(_DecoupledOptimizer):
     """Adam with Nesterov momentum (Dozat 2016); the momentum of step t is beta1 * (1 - 0.5 * 0.96 ** (t / 250))."""
@@ -56,13 +63,13 @@ class NAdam(_DecoupledOptimizer):
         beta1, beta2 = self._betas
         momentum, next_momentum = (beta1 * (1 - 0.5 * 0.96 ** (t / 250)) for t in (step, step + 1))
         momentum_product.multiply_(momentum)
-        _average(moment1, gradient, beta1)
-        _average(moment2, gradient.square(), beta2)
-        ahead = moment1 * _as(weight, next_momentum / (1 - momentum_product * next_momentum))
-        ahead += gradient * _as(weight, (1 - momentum) / (1 - momentum_product))
-        scale = (moment2 / _as(weight, 1 - beta2 ** step)).sqrt() + self._eps
+        moment1.lerp_(gradient, 1 - beta1)
+        moment2.lerp_(gradient * gradient, 1 - beta2)
+        change = moment1 * _as(weight, next_momentum / (1 - momentum_product * next_momentum))
+        change.add_(gradient * _as(weight, (1 - momentum) / (1 - momentum_product)))
+        change.divide_(self._root(moment2, 1 - beta2 ** step))
         weight.scale_(1 - rate * decay)
-        weight.subtract_(rate * ahead / scale)
+        weight.subtract_(change.scale_(rate))
 
 
 class Lion(_DecoupledOptimizer):
@@ -71,10 +78,10 @@ class Lion(_DecoupledOptimizer):
 
     def _update(self, weight, gradient, rate, decay, step, moment):
         beta1, beta2 = self._betas
-        direction = (beta1 * moment + (1 - beta1) * gradient).sign()
+        change = paddle.lerp(gradient, moment, beta1).sign()
         weight.scale_(1 - rate * decay)
-        weight.subtract_(rate * direction)
-        _average(moment, gradient, beta2)
+        weight.subtract_(change.scale_(rate))
+        moment.lerp_(gradient, 1 - beta2)
 
 
 class Adan(_DecoupledOptimizer):
@@ -86,13 +93,15 @@ class Adan(_DecoupledOptimizer):
 
     def _update(self, weight, gradient, rate, decay, step, moment1, difference, moment2, last_gradient):
         beta1, beta2, beta3 = self._betas
-        change = (gradient - last_gradient) * _as(weight, step > 1)
-        _average(moment1, gradient, beta1)
-        _average(difference, change, beta2)
-        _average(moment2, (gradient + beta2 * change).square(), beta3)
-        ahead = moment1 / _as(weight, 1 - beta1 ** step) + difference * _as(weight, beta2 / (1 - beta2 ** step))
-        scale = (moment2 / _as(weight, 1 - beta3 ** step)).sqrt() + self._eps
-        weight.subtract_(rate * ahead / scale)
+        new = (gradient - last_gradient).multiply_(_as(weight, step > 1))
+        moment1.lerp_(gradient, 1 - beta1)
+        difference.lerp_(new, 1 - beta2)
+        new.scale_(beta2).add_(gradient)
+        moment2.lerp_(new.multiply_(new), 1 - beta3)
+        change = moment1 / _as(weight, 1 - beta1 ** step)
+        change.add_(difference * _as(weight, beta2 / (1 - beta2 ** step)))
+        change.divide_(self._root(moment2, 1 - beta3 ** step))
+        weight.subtract_(change.scale_(rate))
         weight.scale_(1 / (1 + rate * decay))
         paddle.assign(gradient, output=last_gradient)
 
@@ -107,12 +116,6 @@ class Lamb(paddle.optimizer.Lamb):
         parameters = super()._update_param_group(group)
         self._lamb_weight_decay = group['weight_decay']
         return parameters
-
-
-def _average(average, value, beta):
-    """average = beta * average + (1 - beta) * value, in place."""
-    average.scale_(beta)
-    average.add_((1 - beta) * value)
 
 
 def _as(tensor, number):

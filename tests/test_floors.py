@@ -16,7 +16,7 @@ FLOORS = [
     {'main_single_gpu', 'main_multi_gpu'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
-              ('zoo', 'port_weights'), ('optim', 'optimizers')}
+              ('zoo', 'port_weights'), ('optim', 'optimizers'), ('loss_scaler', 'optim')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
