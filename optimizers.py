@@ -17,7 +17,7 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
     _MOMENTS = ()  # state of the weight's shape, 0 at first
     _COUNTERS = {'step': 0.0}  # state of one float64, with its first value; on the device, where no read waits for it
 
-    def __init__(self, parameters, betas, eps=0.0):
+    def __init__(self, parameters, betas, eps):
         super().__init__(learning_rate=0.0, parameters=parameters)
         self._multi_precision = False  # paddle.amp.decorate sets it
         self._betas, self._eps = betas, eps
