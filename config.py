@@ -51,19 +51,28 @@ _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # epochs already done; 0: from the checkpoint, or none
 _C.TRAIN.NUM_EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 10.0
+_C.TRAIN.COOLDOWN_EPOCHS = 0.0  # last epochs, at END_LR
 _C.TRAIN.BASE_LR = 4e-3  # for the global batch as it is
 _C.TRAIN.WARMUP_START_LR = 1e-6
 _C.TRAIN.END_LR = 1e-6
+_C.TRAIN.LR_SCHEDULER = CN()  # between warm-up and cool-down; never below END_LR
+_C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # 'cosine', 'polynomial', 'step', 'multistep', 'exponential' or 'constant'
+_C.TRAIN.LR_SCHEDULER.POWER = 1.0  # of 'polynomial'; 1 is a straight line
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # of 'step', 'multistep' and 'exponential'
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # 'step' and 'exponential' decay by DECAY_RATE in so many epochs
+_C.TRAIN.LR_SCHEDULER.MILESTONES = []  # epochs of the run at which 'multistep' decays
 _C.TRAIN.LINEAR_SCALED_LR = 0  # if set: BASE_LR is for this global batch and is scaled to the actual one
 _C.TRAIN.RECIPE_BATCH_SIZE = 0  # global batch of the published recipe; another one is pointed out in the log
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimizer step
 _C.TRAIN.WEIGHT_DECAY = 0.05  # not on biases, norms and other 1-D parameters
+_C.TRAIN.WEIGHT_DECAY_END = -1.0  # reached along a cosine over the run's steps; below 0: WEIGHT_DECAY throughout
 _C.TRAIN.LAYER_DECAY = 1.0  # layer-wise learning-rate decay; 1 for none
-_C.TRAIN.GRAD_CLIP = 0.0  # global norm; 0 for none
+_C.TRAIN.GRAD_CLIP = 0.0  # 0 for none
+_C.TRAIN.GRAD_CLIP_MODE = 'norm'  # GRAD_CLIP is the 'norm' of all gradients together, or the size of each 'value'
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = 'adamw'
+_C.TRAIN.OPTIMIZER.NAME = 'adamw'  # 'adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan' or 'lamb'
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # 'momentum' uses the first; 'adan' takes three, such as [0.98, 0.92, 0.99]
 _C.TRAIN.MODEL_EMA = True
 _C.TRAIN.MODEL_EMA_DECAY = 0.9999  # per optimizer step
 _C.TRAIN.SYNC_BN = True  # on GPUs with several processes
@@ -98,6 +107,8 @@ _C.TRAIN.RANDOM_ERASE_COUNT = 1
 _C.AMP = False  # automatic mixed precision, in evaluation too
 _C.AMP_DTYPE = 'float16'  # 'float16' (with dynamic loss scaling) or 'bfloat16'
 _C.AMP_LEVEL = 'O1'  # 'O1' or 'O2'
+_C.AMP_LOSS_SCALE = 65536.0  # the first; halved by every step that overflows under float16
+_C.AMP_LOSS_SCALE_STEPS = 2000  # steps in a row without overflow after which the loss scale doubles
 _C.EVAL = False
 _C.DEVICE = 'auto'  # 'auto', 'gpu', 'cpu', 'npu' or 'xpu'
 _C.NPROCS = 0  # processes of main_multi_gpu.py; 0: one per device, 2 on a machine without
@@ -113,7 +124,9 @@ _CHOICES = {
     'DATA.EVAL_PROTOCOL': ('auto', 'crop', 'warp'),
     'DATA.INTERPOLATION': ('bicubic', 'bilinear'),
     'MODEL.TYPE': ('RepLKNet',),
-    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum'),
+    'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant'),
+    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb'),
+    'TRAIN.GRAD_CLIP_MODE': ('norm', 'value'),
     'TRAIN.LOSS': ('auto', 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', 'asymmetric_single'),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
@@ -127,6 +140,8 @@ _RANGES = {  # inclusive
     'MODEL.NUM_CLASSES': (1, math.inf), 'MODEL.DW_RATIO': (0.01, math.inf), 'MODEL.FFN_RATIO': (0.01, math.inf),
     'MODEL.DROPPATH': (0, 0.999), 'TRAIN.LAST_EPOCH': (0, math.inf), 'TRAIN.NUM_EPOCHS': (1, math.inf),
     'TRAIN.WARMUP_EPOCHS': (0, math.inf), 'TRAIN.BASE_LR': (0, math.inf), 'TRAIN.WARMUP_START_LR': (0, math.inf),
+    'TRAIN.COOLDOWN_EPOCHS': (0, math.inf), 'TRAIN.LR_SCHEDULER.POWER': (0.01, math.inf),
+    'TRAIN.LR_SCHEDULER.DECAY_RATE': (0, 1), 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': (0.01, math.inf),
     'TRAIN.END_LR': (0, math.inf), 'TRAIN.LINEAR_SCALED_LR': (0, math.inf), 'TRAIN.RECIPE_BATCH_SIZE': (0, math.inf),
     'TRAIN.ACCUM_ITER': (1, math.inf), 'TRAIN.WEIGHT_DECAY': (0, math.inf), 'TRAIN.LAYER_DECAY': (0.01, 1),
     'TRAIN.OPTIMIZER.EPS': (0, 1), 'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1),
@@ -136,11 +151,13 @@ _RANGES = {  # inclusive
     'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
+    'AMP_LOSS_SCALE': (1, math.inf), 'AMP_LOSS_SCALE_STEPS': (1, math.inf),
     'NPROCS': (0, math.inf), 'SAVE_FREQ': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
     'SEED': (0, 2**31 - 1),
 }
-_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BETAS': 2,
+_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3,
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
+_NUMBERS = ('TRAIN.CUTMIX_MINMAX', 'TRAIN.LR_SCHEDULER.MILESTONES')  # lists of them whose default is empty
 
 
 class ConfigError(UserError):
@@ -323,7 +340,7 @@ def _coerce(value, default, key, origin):
         return number
     if isinstance(default, list) and isinstance(value, (list, tuple)):
         # an empty default list takes numbers; no element of a list is a bool
-        element = default[0] if default else (0.0 if key == 'TRAIN.CUTMIX_MINMAX' else '')
+        element = default[0] if default else (0.0 if key in _NUMBERS else '')
         return [_coerce(v, element, key, origin) for v in value]
     if type(value) is not type(default):
         raise wrong
@@ -408,6 +425,10 @@ def _check(config, origins):
     if train.AUG_SPLITS and not (train.AUTO_AUGMENT or train.COLOR_JITTER or train.RANDOM_ERASE_PROB):
         refuse('TRAIN.AUG_SPLITS', 'asks for augmented views, but TRAIN.AUTO_AUGMENT, TRAIN.COLOR_JITTER and '
                                    'TRAIN.RANDOM_ERASE_PROB are all off', 'TRAIN.AUTO_AUGMENT')
+    betas = 3 if train.OPTIMIZER.NAME == 'adan' else 2
+    if len(train.OPTIMIZER.BETAS) != betas:
+        refuse('TRAIN.OPTIMIZER.BETAS', f'has {len(train.OPTIMIZER.BETAS)} values; {train.OPTIMIZER.NAME} takes '
+                                        f'{betas}', 'TRAIN.OPTIMIZER.NAME')
     if not all(0 <= beta < 1 for beta in train.OPTIMIZER.BETAS):
         refuse('TRAIN.OPTIMIZER.BETAS', f'is {train.OPTIMIZER.BETAS}; each is from 0 up to, not including, 1')
     if train.BASE_LR == 0:
@@ -420,5 +441,16 @@ def _check(config, origins):
     if train.WARMUP_EPOCHS > train.NUM_EPOCHS:
         refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
                'TRAIN.NUM_EPOCHS')
+    if train.COOLDOWN_EPOCHS > train.NUM_EPOCHS - train.WARMUP_EPOCHS:
+        refuse('TRAIN.COOLDOWN_EPOCHS', f'is {train.COOLDOWN_EPOCHS}, more than TRAIN.WARMUP_EPOCHS '
+                                        f'{train.WARMUP_EPOCHS} leaves of TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
+               'TRAIN.WARMUP_EPOCHS', 'TRAIN.NUM_EPOCHS')
+    milestones = train.LR_SCHEDULER.MILESTONES
+    if train.LR_SCHEDULER.NAME == 'multistep' and not milestones:
+        refuse('TRAIN.LR_SCHEDULER.MILESTONES', 'is empty; multistep takes the epochs to decay at',
+               'TRAIN.LR_SCHEDULER.NAME')
+    if milestones and not all(a < b for a, b in zip([0, *milestones], [*milestones, train.NUM_EPOCHS])):
+        refuse('TRAIN.LR_SCHEDULER.MILESTONES', f'is {milestones}; it takes ascending epochs between 0 and '
+                                                f'TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}', 'TRAIN.NUM_EPOCHS')
     if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
         refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')

@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'config', 'utils'},
-    {'auto_augment', 'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load',
-     'checkpoint'},
+    {'auto_augment', 'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers',
+     'schedules', 'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
     {'engine'},
     {'run'},
@@ -16,7 +16,8 @@ FLOORS = [
     {'main_single_gpu', 'main_multi_gpu'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
-              ('transforms', 'auto_augment'), ('zoo', 'port_weights')}
+              ('transforms', 'auto_augment'), ('zoo', 'port_weights'), ('optim', 'optimizers'),
+              ('loss_scaler', 'optim')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
