@@ -4,7 +4,7 @@ import os
 import numpy as np
 
 import utils
-from config import get_config, setting
+from config import get_config
 from cost import training_memory
 from datasets import eval_protocol
 from errors import UserError
@@ -19,7 +19,8 @@ ARCHITECTURE = ('LAYERS', 'CHANNELS', 'LARGE_KERNEL_SIZES', 'SMALL_KERNEL', 'DW_
 
 def warnings(plan):
     """Yields the warnings of a `doctor.Plan`."""
-    if plan.device != 'cpu' and not utils.device_count(plan.device) and not plan.config.PLAN.GPUS_PER_NODE:
+    here = not (plan.config.PLAN.NODES or plan.config.PLAN.GPUS_PER_NODE)
+    if here and not utils.device_count(plan.device):
         yield f'-device={plan.device}: there is none on this machine'
     yield from plan.problems.values()
     yield from _classes(plan)
@@ -151,6 +152,6 @@ def _start(plan):
     theirs, ours = origin.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE
     if ours < theirs or ours != theirs and config.EVAL:
         yield f'DATA.IMAGE_SIZE is {ours}; the weights of {start} were trained at {theirs}'
-    for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
-        if setting(config, key) != setting(origin, key):
-            yield f'{key} is {setting(config, key)}; the weights of {start} were trained with {setting(origin, key)}'
+    for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
+        if config.DATA[key] != origin.DATA[key]:
+            yield f'DATA.{key} is {config.DATA[key]}; the weights of {start} were trained with {origin.DATA[key]}'

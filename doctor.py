@@ -9,6 +9,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Dict, Optional
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 import utils
 from checkup import warnings
 from config import setting
-from cost import Cost, lazy_model, model_cost, training_memory
+from cost import lazy_model, model_cost, training_memory
 from datasets import TrainBatchSampler, eval_protocol, get_dataset
 from errors import UserError
 from optim import parameter_groups
@@ -35,7 +36,6 @@ class Plan:
 
     Attributes:
         config: settings, those of a planned cluster among them; `device`: kind of device; `nodes`, `processes`: counts.
-        cost: of the model.
         labels: {'train' or 'val': labels int64 [images]} of the lists that are there.
         problems: {what: the line that says why it cannot be had}.
         images: training images, of ImageNet where no list is there, None where not even that is known.
@@ -45,12 +45,15 @@ class Plan:
     device: str
     nodes: int
     processes: int
-    cost: Cost
     labels: Dict[str, np.ndarray]
     problems: Dict[str, str]
     images: Optional[int]
     steps_per_epoch: Optional[int]
     schedule: Schedule
+
+    @cached_property
+    def cost(self):
+        return model_cost(self.config)
 
     @property
     def global_batch(self):
@@ -83,7 +86,7 @@ def make_plan(config, device, processes):
             steps_per_epoch = math.ceil(batches / config.TRAIN.ACCUM_ITER)
         except UserError as error:
             problems['batch'] = str(error)
-    return Plan(config, device, nodes, processes, model_cost(config), labels, problems, images, steps_per_epoch,
+    return Plan(config, device, nodes, processes, labels, problems, images, steps_per_epoch,
                 build_schedule(config, steps_per_epoch or 1000, processes))
 
 
@@ -265,7 +268,7 @@ def _memory(plan):
     other.MODEL.RECOMPUTE = not config.MODEL.RECOMPUTE
     parts = training_memory(config, plan.cost, plan.half)
     total, other_total = sum(parts.values()), sum(training_memory(other, plan.cost, plan.half).values())
-    rows = [(part, f'{_size(count):>12}') for part, count in parts.items()]
+    rows = [(part, f'{_size(count):>12}') for part, count in parts.items() if count]
     how = ('with recomputation', 'without it') if config.MODEL.RECOMPUTE else ('without recomputation', 'with it')
     rows.append(('each process', f'{_size(total):>12} {how[0]}, {_size(other_total)} {how[1]}'))
     if plan.device != 'cpu':
@@ -276,18 +279,24 @@ def _memory(plan):
     return rows + [('', "tensors alone: the libraries' own memory comes on top")]
 
 
+def differences(plan):
+    """[(key, value here, value of the published recipe)] where they differ; [] where there is no recipe."""
+    if not plan.config.TRAIN.RECIPE:
+        return []
+    recipe = RECIPES[plan.config.TRAIN.RECIPE]
+    pairs = [('global batch', plan.global_batch, recipe.global_batch)]
+    pairs += [(key, setting(plan.config, key), value) for key, value in recipe.settings.items()]
+    return [(key, here, there) for key, here, there in pairs if here != there]
+
+
 def _recipe(plan):
-    name = plan.config.TRAIN.RECIPE
-    if not name:
+    if not plan.config.TRAIN.RECIPE:
         return [('published', 'none for these settings')]
-    recipe = RECIPES[name]
-    rows = [('published', f'{recipe.title}; starts from {recipe.start or "random weights"}')]
-    here = {'global batch': plan.global_batch, **{key: setting(plan.config, key) for key in recipe.settings}}
-    there = {'global batch': recipe.global_batch, **recipe.settings}
-    differences = [key for key in there if here[key] != there[key]]
-    width = max(map(len, differences), default=0)
-    return rows + [('differences', f'{len(differences) or "none"}')] + [
-        ('', f'{key:<{width}}  {_text(here[key]):<24} recipe {_text(there[key])}') for key in differences]
+    recipe, found = RECIPES[plan.config.TRAIN.RECIPE], differences(plan)
+    width = max((len(key) for key, _, _ in found), default=0)
+    return [('published', f'{recipe.title}; starts from {recipe.start or "random weights"}'),
+            ('differences', f'{len(found)}, here and published' if found else 'none')] + [
+        ('', f'{key:<{width}}  {_text(here):<24}{_text(there)}') for key, here, there in found]
 
 
 def _text(value):
