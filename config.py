@@ -69,11 +69,12 @@ _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimizer step
 _C.TRAIN.WEIGHT_DECAY = 0.05  # not on biases, norms and other 1-D parameters
 _C.TRAIN.WEIGHT_DECAY_END = -1.0  # reached along a cosine over the run's steps; below 0: WEIGHT_DECAY throughout
 _C.TRAIN.LAYER_DECAY = 1.0  # layer-wise learning-rate decay; 1 for none
-_C.TRAIN.GRAD_CLIP = 0.0  # global norm; 0 for none
+_C.TRAIN.GRAD_CLIP = 0.0  # 0 for none
+_C.TRAIN.GRAD_CLIP_MODE = 'norm'  # GRAD_CLIP is the 'norm' of all gradients together, or the size of each 'value'
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = 'adamw'
+_C.TRAIN.OPTIMIZER.NAME = 'adamw'  # 'adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan' or 'lamb'
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # 'momentum' uses the first; 'adan' takes three, such as [0.98, 0.92, 0.99]
 _C.TRAIN.MODEL_EMA = True
 _C.TRAIN.MODEL_EMA_DECAY = 0.9999  # per optimizer step
 _C.TRAIN.SYNC_BN = True  # on GPUs with several processes
@@ -99,6 +100,8 @@ _C.TRAIN.RANDOM_ERASE_COUNT = 1
 _C.AMP = False  # automatic mixed precision, in evaluation too
 _C.AMP_DTYPE = 'float16'  # 'float16' (with dynamic loss scaling) or 'bfloat16'
 _C.AMP_LEVEL = 'O1'  # 'O1' or 'O2'
+_C.AMP_LOSS_SCALE = 65536.0  # the first; halved by every step that overflows under float16
+_C.AMP_LOSS_SCALE_STEPS = 2000  # steps in a row without overflow after which the loss scale doubles
 _C.EVAL = False
 _C.DEVICE = 'auto'  # 'auto', 'gpu', 'cpu', 'npu' or 'xpu'
 _C.NPROCS = 0  # processes of main_multi_gpu.py; 0: one per device, 2 on a machine without
@@ -120,7 +123,8 @@ _CHOICES = {
     'DATA.INTERPOLATION': ('bicubic', 'bilinear'),
     'MODEL.TYPE': ('RepLKNet',),
     'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant'),
-    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum'),
+    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb'),
+    'TRAIN.GRAD_CLIP_MODE': ('norm', 'value'),
     'TRAIN.RECIPE': ('', *RECIPES),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
@@ -143,10 +147,11 @@ _RANGES = {  # inclusive
     'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
+    'AMP_LOSS_SCALE': (1, math.inf), 'AMP_LOSS_SCALE_STEPS': (1, math.inf),
     'NPROCS': (0, math.inf), 'SAVE_FREQ': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
     'SEED': (0, 2**31 - 1), 'PLAN.NODES': (0, math.inf), 'PLAN.GPUS_PER_NODE': (0, math.inf),
 }
-_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BETAS': 2,
+_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3,
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
 _NUMBERS = ('TRAIN.CUTMIX_MINMAX', 'TRAIN.LR_SCHEDULER.MILESTONES')  # lists of them whose default is empty
 
@@ -415,6 +420,10 @@ def _check(config, origins):
         refuse('TRAIN.MIXUP_PROB', 'asks for mixup, but TRAIN.MIXUP_ALPHA and TRAIN.CUTMIX_ALPHA are both 0; '
                                    'set TRAIN.MIXUP_PROB to 0 to switch mixup off', 'TRAIN.MIXUP_ALPHA',
                'TRAIN.CUTMIX_ALPHA')
+    betas = 3 if train.OPTIMIZER.NAME == 'adan' else 2
+    if len(train.OPTIMIZER.BETAS) != betas:
+        refuse('TRAIN.OPTIMIZER.BETAS', f'has {len(train.OPTIMIZER.BETAS)} values; {train.OPTIMIZER.NAME} takes '
+                                        f'{betas}', 'TRAIN.OPTIMIZER.NAME')
     if not all(0 <= beta < 1 for beta in train.OPTIMIZER.BETAS):
         refuse('TRAIN.OPTIMIZER.BETAS', f'is {train.OPTIMIZER.BETAS}; each is from 0 up to, not including, 1')
     if train.BASE_LR == 0:

@@ -18,10 +18,10 @@ from ema import ModelEMA
 from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
-from optim import build_optimizer, clip_gradients, parameter_groups
+from optim import build_optimizer, clip_gradients, parameter_groups, set_weight_decay
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
-from schedules import build_schedule
+from schedules import build_schedule, build_weight_decay
 from utils import logger
 from zoo import pretrained_weights
 
@@ -41,6 +41,7 @@ class Amp:
     def __init__(self, config, device):
         self.enabled = config.AMP and device != 'cpu'
         self.level, self.dtype = config.AMP_LEVEL, config.AMP_DTYPE
+        self.loss_scale, self.loss_scale_steps = config.AMP_LOSS_SCALE, config.AMP_LOSS_SCALE_STEPS
         if config.AMP and not self.enabled:
             utils.log_once('-amp: Paddle has no mixed precision on the CPU; computing in float32')
 
@@ -59,13 +60,14 @@ class Amp:
     def scaler(self):
         """Dynamic loss scaling for float16, None where it is not needed."""
         if self.enabled and self.dtype == 'float16':
-            return paddle.amp.GradScaler(init_loss_scaling=65536.0, incr_every_n_steps=2000,
+            return paddle.amp.GradScaler(init_loss_scaling=self.loss_scale, incr_every_n_steps=self.loss_scale_steps,
                                          decr_every_n_nan_or_inf=1)
         return None
 
 
 def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, lr_at, amp, scaler=None, ema=None,
-                    mixup=None, accum_iter=1, grad_clip=0.0, seed=0, report_freq=20, total_steps=None):
+                    mixup=None, accum_iter=1, grad_clip=0.0, grad_clip_mode='norm', weight_decay_at=None, seed=0,
+                    report_freq=20, total_steps=None):
     """Trains for one pass over `loader`.
 
     Args:
@@ -78,7 +80,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         amp, scaler, ema, mixup: see `Amp`, `ModelEMA`, `Mixup`.
         accum_iter: micro-batches per optimizer step; the last group may be shorter and its mean is taken over what
             it has.
-        grad_clip: global norm of the gradients of a step; 0 for none.
+        grad_clip, grad_clip_mode: see `optim.clip_gradients`; 0 for none.
+        weight_decay_at: weight decay as a function of the optimizer step; None leaves the optimizer's.
         seed: of the draws of mixup and drop path.
         report_freq: optimizer steps between progress lines.
         total_steps: optimizer steps of the whole run, for the ETA.
@@ -104,6 +107,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             utils.seed_paddle(seed, STREAM_PADDLE, step, rank)
             lr = lr_at(step)
             optimizer.set_lr(lr)
+            if weight_decay_at is not None:
+                set_weight_decay(optimizer, weight_decay_at(step))
         last_of_group = index % accum_iter == group_size - 1
         if mixup is not None:
             images, labels = mixup(images, labels, utils.random_generator(seed, STREAM_MIXUP, epoch, index, rank))
@@ -131,7 +136,7 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             ranks = [str(r) for r, value in enumerate(losses) if not math.isfinite(value)]
             raise TrainingStopped(f'step {step} (epoch {epoch}): the loss is not finite on rank {", ".join(ranks)}, '
                                   f'lr {lr:.3g}; lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP, or look at the data')
-        if _optimizer_step(optimizer, parameters, scaler, grad_clip):
+        if _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode):
             skipped_in_a_row = 0
             loss_sum += total
             images_seen += count
@@ -153,12 +158,12 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             'data_wait': progress.waited / seconds, 'seconds': seconds}
 
 
-def _optimizer_step(optimizer, parameters, scaler, grad_clip):
+def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode):
     """Clips and applies the gradients; False when loss scaling dropped the step."""
     if scaler is not None:
         scaler.unscale_(optimizer)
     if grad_clip:
-        clip_gradients(parameters, grad_clip)
+        clip_gradients(parameters, grad_clip, grad_clip_mode)
     if scaler is None:
         optimizer.step()
         return True
@@ -365,6 +370,7 @@ def _train(config, device, amp, folder, model, state, val_set):
         trained = train_one_epoch(
             wrapped, train_loader, criterion, optimizer, epoch=epoch, first_step=step, lr_at=lr_at, amp=amp,
             scaler=scaler, ema=ema, mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
+            grad_clip_mode=train.GRAD_CLIP_MODE, weight_decay_at=build_weight_decay(config, lr_at.total_steps),
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps)
         step += trained['steps']
         logger.info(f"epoch {epoch}/{train.NUM_EPOCHS} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "

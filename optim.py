@@ -4,6 +4,7 @@ import re
 import paddle
 
 from errors import UserError
+from optimizers import Adan, Lamb, Lion, NAdam
 
 
 def layer_id(name, num_stages=4):
@@ -40,11 +41,12 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     for name, parameter in model.named_parameters():
         if parameter.stop_gradient:  # running statistics are parameters to Paddle
             continue
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decays = parameter.ndim > 1
         scale = 1.0
         if layer_decay < 1:
             scale = layer_decay ** (MAX_LAYER_ID - layer_id(name, len(model.stages)))
-        group = groups.setdefault((decay, scale), {'params': [], 'weight_decay': decay, 'learning_rate': scale})
+        group = groups.setdefault((decays, scale), {'params': [], 'weight_decay': weight_decay if decays else 0.0,
+                                                    'learning_rate': scale})
         group['params'].append(parameter)
     return list(groups.values())
 
@@ -53,27 +55,56 @@ def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
     """Optimizer over `parameter_groups`; its learning rate is set before every step.
 
     Args:
-        name: 'adamw', 'sgd' or 'momentum' (with betas[0]; L2 decay for the latter two).
+        name: 'adamw', 'nadam', 'lion', 'adan' or 'lamb' (decay acts on the weights), or 'sgd' or 'momentum' (decay is
+            added to the gradients).
+        betas: three for 'adan', else two, of which 'momentum' uses the first.
     """
+    optimizer = paddle.optimizer
+    common = {'learning_rate': 0.0, 'parameters': groups}
     if name == 'adamw':
-        return paddle.optimizer.AdamW(learning_rate=0.0, beta1=betas[0], beta2=betas[1], epsilon=eps,
-                                      parameters=groups)
+        return optimizer.AdamW(beta1=betas[0], beta2=betas[1], epsilon=eps, **common)
+    if name == 'lamb':
+        return Lamb(beta1=betas[0], beta2=betas[1], epsilon=eps, **common)
     if name == 'momentum':
-        return paddle.optimizer.Momentum(learning_rate=0.0, momentum=betas[0], parameters=groups)
+        return optimizer.Momentum(momentum=betas[0], **common)
     if name == 'sgd':
-        return paddle.optimizer.SGD(learning_rate=0.0, parameters=groups)
-    raise UserError(f'TRAIN.OPTIMIZER.NAME {name!r} is not known; choose from adamw, sgd, momentum')
+        return optimizer.SGD(**common)
+    return {'nadam': NAdam, 'lion': Lion, 'adan': Adan}[name](groups, betas, eps)
+
+
+def set_weight_decay(optimizer, weight_decay):
+    """Sets the weight decay of an optimizer's groups, but for that of 1-D parameters, which have none."""
+    for group in optimizer._param_groups:
+        if group['params'][0].ndim == 1:
+            continue
+        if isinstance(optimizer, (paddle.optimizer.SGD, paddle.optimizer.Momentum)):
+            for parameter in group['params']:
+                parameter.regularizer = paddle.regularizer.L2Decay(weight_decay)
+        else:
+            group['weight_decay'] = weight_decay
 
 
 @paddle.no_grad()
-def clip_gradients(parameters, max_norm):
-    """Scales the gradients so that the norm of all of them together is at most `max_norm`.
+def gradient_norm(parameters):
+    """Norm of the gradients of all parameters together; float32 scalar tensor."""
+    return sum(p.grad.astype('float32').square().sum() for p in parameters if p.grad is not None).sqrt()
+
+
+@paddle.no_grad()
+def clip_gradients(parameters, limit, mode='norm'):
+    """Clips the gradients in place.
 
     Paddle's optimizers clip each parameter group by its own norm, and its `clip_grad_norm_` does not take the mixture
     of half and single precision that O2 has.
+    Args:
+        limit: of the norm of all gradients together (mode 'norm'), or of each element's size (mode 'value').
+    Returns:
+        the norm before clipping, as `gradient_norm`.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = sum(g.astype('float32').square().sum() for g in gradients).sqrt()
-    scale = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
-    for gradient in gradients:
-        gradient.set_value((gradient.astype('float32') * scale).astype(gradient.dtype))
+    norm = gradient_norm(parameters)
+    scale = paddle.clip(limit / (norm + 1e-6), max=1.0)
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        single = gradient.astype('float32')
+        clipped = single * scale if mode == 'norm' else single.clip(-limit, limit)
+        gradient.set_value(clipped.astype(gradient.dtype))
+    return norm

@@ -73,12 +73,10 @@ def build_schedule(config, steps_per_epoch, world):
         decay_rate=decay.DECAY_RATE, milestones=tuple(steps(epoch) for epoch in decay.MILESTONES), power=decay.POWER)
 
 
-def weight_decay_at(config, step, total_steps):
-    """The weight decay of optimizer step `step`: a cosine from WEIGHT_DECAY to WEIGHT_DECAY_END over the run."""
-    train = config.TRAIN
-    if train.WEIGHT_DECAY_END < 0:
-        return train.WEIGHT_DECAY
-    return _cosine(train.WEIGHT_DECAY, train.WEIGHT_DECAY_END, min(1.0, step / total_steps))
+def build_weight_decay(config, total_steps):
+    """The weight decay as a function of the optimizer step: a cosine to WEIGHT_DECAY_END over the run, or constant."""
+    start, end = config.TRAIN.WEIGHT_DECAY, config.TRAIN.WEIGHT_DECAY_END
+    return lambda step: start if end < 0 else _cosine(start, end, min(1.0, step / total_steps))
 
 
 def _cosine(start, end, progress):

@@ -7,15 +7,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'recipes', 'config', 'utils'},
-    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'schedules', 'ema', 'safe_load',
-     'checkpoint'},
+    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'optimizers', 'schedules', 'ema',
+     'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits'},
     {'engine', 'doctor', 'checkup'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('config', 'recipes'), ('utils', 'errors'), ('replknet', 'large_kernel'),
-              ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('doctor', 'checkup')}
+              ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from config import ConfigError, get_config
-from schedules import Schedule, build_schedule, weight_decay_at
+from schedules import Schedule, build_schedule, build_weight_decay
 
 NAMES = ['cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant']
 
@@ -59,11 +59,9 @@ def test_a_schedule_is_built_from_the_settings():
 
 
 def test_weight_decay_stays_or_goes_along_a_cosine():
-    assert weight_decay_at(get_config(), 7, 10) == 0.05
-    config = get_config(None, ['TRAIN.WEIGHT_DECAY_END', 0.45])
-    got = [weight_decay_at(config, step, 10) for step in (0, 5, 10, 11)]
-    assert got == pytest.approx([0.05, 0.25, 0.45, 0.45])
-    assert weight_decay_at(config, 1, 10) == pytest.approx(0.45 - 0.2 * (1 + math.cos(0.1 * math.pi)))
+    assert build_weight_decay(get_config(), 10)(7) == 0.05
+    got = [build_weight_decay(get_config(None, ['TRAIN.WEIGHT_DECAY_END', 0.45]), 10)(s) for s in (0, 1, 5, 10, 11)]
+    assert got == pytest.approx([0.05, 0.45 - 0.2 * (1 + math.cos(0.1 * math.pi)), 0.25, 0.45, 0.45])
 
 
 @pytest.mark.parametrize(('opts', 'words'), [
