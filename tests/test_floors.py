@@ -11,6 +11,7 @@ FLOORS = [
      'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits'},
     {'engine', 'doctor', 'checkup'},
+    {'run'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
 ]
