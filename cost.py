@@ -11,7 +11,7 @@ import paddle
 from replknet import ConvFFN, RepLKBlock, build_replknet
 
 # float32 values that an optimizer keeps for each parameter
-OPTIMIZER_STATES = {'adamw': 2, 'sgd': 0, 'momentum': 1}
+OPTIMIZER_STATES = {'adamw': 2, 'nadam': 2, 'lamb': 2, 'lion': 1, 'momentum': 1, 'adan': 4, 'sgd': 0}
 
 
 @dataclass(frozen=True)

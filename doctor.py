@@ -5,7 +5,6 @@
 
 Nothing is trained or written; neither a GPU nor the data needs to be there.
 """
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from config import setting
 from cost import lazy_model, model_cost, training_memory
 from datasets import TrainBatchSampler, eval_protocol, get_dataset
 from errors import UserError
+from monitor import METRICS, read_metrics
 from optim import parameter_groups
 from recipes import RECIPES
-from run_folder import METRICS
 from schedules import Schedule, build_schedule
 
 IMAGENET_IMAGES = {1000: 1_281_167, 21841: 14_197_122}  # classes: training images, where no data is here
@@ -204,15 +203,13 @@ def _images_per_s(text):
     try:
         speed = float(text)
     except ValueError:
-        path = os.path.join(text, METRICS)
         try:
-            with open(path, encoding='utf-8') as file:
-                records = [json.loads(line) for line in file]
-        except (OSError, ValueError):
+            records = read_metrics(text)
+        except FileNotFoundError:
             raise UserError(f'-images_per_s={text}: neither a number nor a run folder with {METRICS}') from None
-        speeds = [r['images_per_s'] / r['processes'] for r in records if r.get('event') == 'train' and 'processes' in r]
+        speeds = [r['images_per_s'] / r['processes'] for r in records if r['event'] == 'train']
         if not speeds:
-            raise UserError(f'{path}: has no epoch of training to take the speed from') from None
+            raise UserError(f'-images_per_s={text}: the run has not trained an epoch yet') from None
         speed = float(np.median(speeds))
     if not 0 < speed < math.inf:
         raise UserError(f'-images_per_s={text}: must be above 0')
