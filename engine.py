@@ -149,7 +149,7 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         if reporting:
             on_report(step=step, epoch=epoch - 1 + done / steps, loss=total / count, lr=lr, grad_norm=float(norm),
                       images_per_s=progress.images / progress.seconds(),
-                      **({} if scaler is None else {'loss_scale': float(scaler._scale)}))
+                      **({} if scaler is None else {'loss_scale': scaler._scale.item()}))
     seconds = progress.close()
     return {'loss': loss_sum / images_seen if images_seen else math.nan, 'lr': lr, 'steps': steps, 'skipped': skipped,
             'images': int(progress.images), 'images_per_s': progress.images / seconds,

@@ -13,12 +13,12 @@ from errors import UserError
 from files import atomic_file
 
 METRICS, CURVES, SCALARS = 'metrics.jsonl', 'curves.png', 'visualdl'
-PANELS = [  # title, event, value, of both weights, logarithmic
-    ('training loss', 'step', 'loss', False, False), ('top-1 accuracy, %', 'eval', 'acc1', True, False),
-    ('validation loss', 'eval', 'loss', True, False), ('learning rate', 'step', 'lr', False, False),
-    ('gradient norm', 'step', 'grad_norm', False, True), ('images per second', 'step', 'images_per_s', False, False),
-    ('loss scale', 'step', 'loss_scale', False, True),
-]
+PANELS = {  # title: value, events (those of steps are drawn faint where epochs have theirs as well), logarithmic
+    'training loss': ('loss', ('step', 'train'), False), 'top-1 accuracy, %': ('acc1', ('eval',), False),
+    'validation loss': ('loss', ('eval',), False), 'learning rate': ('lr', ('step',), False),
+    'gradient norm': ('grad_norm', ('step',), True), 'images per second': ('images_per_s', ('step', 'train'), False),
+    'loss scale': ('loss_scale', ('step',), True),
+}
 COLUMNS = 3
 
 
@@ -93,30 +93,45 @@ def draw_curves(folders, path):
     except ImportError:
         raise UserError('matplotlib, which draws the curves, is not installed: pip install matplotlib') from None
 
-    panels = [panel for panel in PANELS
-              if any(r['event'] == panel[1] and r.get(panel[2]) for records in runs.values() for r in records)]
+    names = {folder: os.path.basename(os.path.normpath(folder)) for folder in runs}
+    panels = {title: panel for title, panel in PANELS.items()
+              if any(_points(records, panel[0], panel[1][0], None) for records in runs.values())}
     rows = math.ceil(len(panels) / COLUMNS)
     figure = Figure(figsize=(5 * COLUMNS, 3.4 * rows + 0.5), layout='constrained')
-    for position, (title, event, value, both, logarithmic) in enumerate(panels, 1):
+    for position, (title, (value, events, logarithmic)) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, COLUMNS, position)
         for index, (folder, records) in enumerate(runs.items()):
-            for weights, style in (('model', '-'), ('model_ema', '--')) if both else ((None, '-'),):
-                points = [(r['epoch'], r[value]) for r in records
-                          if r['event'] == event and r.get('weights') == weights and r.get(value) is not None]
-                label = os.path.basename(os.path.normpath(folder)) + (' EMA' if weights == 'model_ema' else '')
-                axes.plot(*zip(*points), style, color=f'C{index}', label=label, linewidth=1.4,
-                          marker='.' if len(points) < 60 else None) if points else None
+            for event in events:
+                for weights, style in (('model', '-'), ('model_ema', '--')) if event == 'eval' else ((None, '-'),):
+                    points = _points(records, value, event, weights)
+                    faint = event == 'step' and len(events) > 1
+                    label = '' if faint else ' '.join(filter(None, (
+                        names[folder] if len(runs) > 1 else '', {'model': 'model', 'model_ema': 'EMA'}.get(weights))))
+                    epochs, values = zip(*points) if points else ((), ())
+                    axes.plot(epochs, values, style, color=f'C{index}', alpha=0.35 if faint else 1, linewidth=1.4,
+                              label=label or None, marker='.' if len(points) < 60 and not faint else None)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel('epoch')
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yscale('log' if logarithmic else 'linear')
+        if value == 'lr':
+            axes.ticklabel_format(axis='y', scilimits=(-2, 3))
+        if value in ('lr', 'images_per_s'):
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
-        if both or len(runs) > 1:
+        if events == ('eval',) or len(runs) > 1:
             axes.legend(fontsize=8)
-    figure.suptitle(', '.join(os.path.basename(os.path.normpath(folder)) for folder in runs), fontsize=12)
+    figure.suptitle(', '.join(names.values()), fontsize=12)
     with atomic_file(path) as file:
         figure.savefig(file, format='png', dpi=110)
+
+
+def _points(records, value, event, weights):
+    """[(epoch, value)] of an event, of either weights where `weights` is None."""
+    return [(r['epoch'], r[value]) for r in records if r['event'] == event and 'epoch' in r and
+            r.get(value) is not None and weights in (None, r.get('weights'))]
 
 
 def curves_line(folder):
