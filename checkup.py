@@ -5,7 +5,6 @@ import numpy as np
 
 import utils
 from config import get_config
-from cost import training_memory
 from datasets import eval_protocol
 from errors import UserError
 from recipes import RECIPES
@@ -76,7 +75,7 @@ def _training(plan):
         yield '-amp changes nothing on the CPU: it computes in float32'
     if not config.VALIDATE_FREQ and not train.RECIPE:
         yield 'VALIDATE_FREQ 0: no accuracy is measured while training, and no best checkpoint is kept'
-    held = sum(training_memory(config, plan.cost, plan.half).values()) * plan.processes // plan.nodes
+    held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes // plan.nodes
     here = _memory_here(plan)
     if here and held > here:
         yield (f'all processes of a machine would hold about {held / 2**30:.1f} GiB, it has {here / 2**30:.1f}: lower '

@@ -62,6 +62,10 @@ class Plan:
     def half(self):
         return self.config.AMP and self.device != 'cpu'
 
+    def memory(self, recompute):
+        """Of one process, see `cost.training_memory`."""
+        return training_memory(self.config, self.cost, recompute, self.half, self.processes)
+
 
 def planned_device(config):
     """The kind of device that a dry run speaks of: that of the settings, whether it is here or not."""
@@ -260,14 +264,12 @@ def _class_rows(mode, labels, classes):
 
 def _memory(plan):
     config = plan.config
-    other = config.clone()
-    other.defrost()
-    other.MODEL.RECOMPUTE = not config.MODEL.RECOMPUTE
-    parts = training_memory(config, plan.cost, plan.half)
-    total, other_total = sum(parts.values()), sum(training_memory(other, plan.cost, plan.half).values())
+    recompute = config.MODEL.RECOMPUTE
+    parts = plan.memory(recompute)
+    total, other = sum(parts.values()), sum(plan.memory(not recompute).values())
     rows = [(part, f'{_size(count):>12}') for part, count in parts.items() if count]
-    how = ('with recomputation', 'without it') if config.MODEL.RECOMPUTE else ('without recomputation', 'with it')
-    rows.append(('each process', f'{_size(total):>12} {how[0]}, {_size(other_total)} {how[1]}'))
+    how = ('with recomputation', 'without it') if recompute else ('without recomputation', 'with it')
+    rows.append(('each process', f'{_size(total):>12} {how[0]}, {_size(other)} {how[1]}'))
     if plan.device != 'cpu':
         image = parts['activations'] / config.DATA.BATCH_SIZE
         fixed = total - parts['activations']
