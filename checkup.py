@@ -75,10 +75,10 @@ def _training(plan):
         yield '-amp changes nothing on the CPU: it computes in float32'
     if not config.VALIDATE_FREQ and not train.RECIPE:
         yield 'VALIDATE_FREQ 0: no accuracy is measured while training, and no best checkpoint is kept'
-    held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes // plan.nodes
     here = _memory_here(plan)
-    if here and held > here:
-        yield (f'all processes of a machine would hold about {held / 2**30:.1f} GiB, it has {here / 2**30:.1f}: lower '
+    held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes if here else 0
+    if held > (here or 0):
+        yield (f'all processes would hold about {held / 2**30:.1f} GiB, the devices here have {here / 2**30:.1f}: lower '
                '-batch_size with a higher -accum_iter, or set MODEL.RECOMPUTE True')
 
 
