@@ -76,10 +76,11 @@ def _training(plan):
     if not config.VALIDATE_FREQ and not train.RECIPE:
         yield 'VALIDATE_FREQ 0: no accuracy is measured while training, and no best checkpoint is kept'
     here = _memory_here(plan)
-    held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes if here else 0
-    if held > (here or 0):
-        yield (f'all processes would hold about {held / 2**30:.1f} GiB, the devices here have {here / 2**30:.1f}: lower '
-               '-batch_size with a higher -accum_iter, or set MODEL.RECOMPUTE True')
+    if here is not None:
+        held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes
+        if held > here:
+            yield (f'all processes would hold about {held / 2**30:.1f} GiB, the devices here have '
+                   f'{here / 2**30:.1f}: lower -batch_size with a higher -accum_iter, or set MODEL.RECOMPUTE True')
 
 
 def _memory_here(plan):

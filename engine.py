@@ -1,6 +1,5 @@
 """One pass over the data: `train_one_epoch` and `evaluate`; both return a dict of metrics."""
 import contextlib
-import io
 import math
 import os
 import time
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 import utils
 from errors import TrainingStopped
+from loss_scaler import LossScaler
 from optim import clip_gradients, gradient_norm, set_weight_decay
 from utils import logger
 
@@ -49,8 +49,7 @@ class Amp:
     def scaler(self):
         """Dynamic loss scaling for float16, None where it is not needed."""
         if self.enabled and self.dtype == 'float16':
-            return paddle.amp.GradScaler(init_loss_scaling=self.loss_scale, incr_every_n_steps=self.loss_scale_steps,
-                                         decr_every_n_nan_or_inf=1)
+            return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
 
 
@@ -149,7 +148,7 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         if reporting:
             on_report(step=step, epoch=epoch - 1 + done / steps, loss=total / count, lr=lr, grad_norm=float(norm),
                       images_per_s=progress.images / progress.seconds(),
-                      **({} if scaler is None else {'loss_scale': scaler._scale.item()}))
+                      **({} if scaler is None else {'loss_scale': scaler.value}))
     seconds = progress.close()
     return {'loss': loss_sum / images_seen if images_seen else math.nan, 'lr': lr, 'steps': steps, 'skipped': skipped,
             'images': int(progress.images), 'images_per_s': progress.images / seconds,
@@ -162,21 +161,20 @@ def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, me
     Returns:
         False when loss scaling dropped the step; the norm of the gradients, with `measure` or where they are clipped.
     """
-    norm = None
     if scaler is not None:
-        scaler.unscale_(optimizer)
+        scaler.unscale(parameters)
+    norm = None
     if grad_clip:
         norm = clip_gradients(parameters, grad_clip, grad_clip_mode)
-    elif measure:
+    elif measure or scaler is not None:
         norm = gradient_norm(parameters)
-    if scaler is None:
+    finite = True
+    if scaler is not None:  # the gradients, and so this, are the same on every rank
+        finite = math.isfinite(norm)
+        scaler.update(finite)
+    if finite:
         optimizer.step()
-        return True, norm
-    overflow = bool(scaler._found_inf)  # set by unscale_; the gradients, and so this, are the same on every rank
-    with contextlib.redirect_stdout(io.StringIO()):  # Paddle prints each overflow
-        scaler.step(optimizer)
-        scaler.update()
-    return not overflow, norm
+    return finite, norm
 
 
 @paddle.no_grad()

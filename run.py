@@ -2,7 +2,6 @@
 import math
 from functools import partial
 
-import numpy as np
 import paddle
 
 import checkpoint
@@ -188,8 +187,7 @@ def _state(config, model, ema, optimizer, scaler, epoch, step, best):
     if ema is not None:
         state['model_ema'] = checkpoint.model_arrays(ema.module)
     if scaler is not None:
-        state['scaler'] = {k: np.asarray(v) if isinstance(v, paddle.Tensor) else v
-                           for k, v in scaler.state_dict().items()}
+        state['scaler'] = scaler.state_dict()
     return state
 
 
@@ -203,6 +201,5 @@ def _restore(config, state, model, ema, optimizer, scaler):
         checkpoint.load_weights(ema.module, state['model_ema'], f'{path}: model_ema')
     checkpoint.load_optimizer_arrays(optimizer, model, state['optimizer'], path)
     if scaler is not None and 'scaler' in state:
-        scaler.load_state_dict({k: paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
-                                for k, v in state['scaler'].items()})
+        scaler.load_state_dict(state['scaler'])
     logger.info(f"resumed from {path}: {state['epoch']} epochs, {state['step']} steps")

@@ -58,6 +58,34 @@ def test_optimizer_state_goes_over_to_a_model_built_later(name):
         np.testing.assert_array_equal(later.state_dict()[name].numpy(), array, err_msg=name)
 
 
+@pytest.mark.parametrize('name', ['sgd', 'nadam', 'lion'])  # those with half-precision kernels on the CPU
+def test_a_run_with_master_weights_goes_on_as_if_never_stopped(name):
+    def build():
+        model = paddle.nn.Linear(4, 3)
+        model.to(dtype='bfloat16')
+        optimizer = build_optimizer(name, parameter_groups(model, 0.0))
+        optimizer._multi_precision = True  # as paddle.amp.decorate sets it
+        return model, optimizer
+
+    def step(model, optimizer):
+        optimizer.set_lr(1e-4)  # steps too small for bfloat16 to show one by one
+        for parameter in model.parameters():
+            parameter.grad = paddle.ones_like(parameter)
+        optimizer.step()
+
+    model, optimizer = build()
+    step(model, optimizer)
+    weights, state = checkpoint.model_arrays(model), checkpoint.optimizer_arrays(optimizer, model)
+    step(model, optimizer)
+    later, later_optimizer = build()
+    checkpoint.load_weights(later, weights, 'checkpoint')
+    checkpoint.load_optimizer_arrays(later_optimizer, later, state, 'checkpoint')
+    step(later, later_optimizer)
+    for a, b in zip(model.parameters(), later.parameters()):
+        np.testing.assert_array_equal(later_optimizer._master_weights[b.name].numpy(),
+                                      optimizer._master_weights[a.name].numpy())
+
+
 def test_optimizer_state_of_another_model_is_refused():
     model = small()
     optimizer = adamw(model)

@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'recipes', 'config', 'utils'},
-    {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'optimizers', 'schedules', 'ema',
-     'safe_load', 'checkpoint', 'monitor'},
+    {'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers', 'schedules',
+     'ema', 'safe_load', 'checkpoint', 'monitor'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits'},
     {'engine', 'doctor', 'checkup'},
     {'run'},

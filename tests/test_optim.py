@@ -121,6 +121,35 @@ def test_optimizers_follow_their_published_rule(rule):
         np.testing.assert_allclose(parameter.numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize('name', ['nadam', 'lion', 'adan'])
+def test_half_precision_weights_are_the_rounded_ones_of_a_single_precision_run(name):
+    def build():
+        paddle.seed(0)
+        model = paddle.nn.Linear(16, 8)
+        model.to(dtype='bfloat16')  # both start from values that bfloat16 holds
+        return model, parameter_groups(model, 0.1)
+
+    (single, _), (half, groups) = build(), build()
+    single.to(dtype='float32')
+    betas = (0.98, 0.92, 0.99) if name == 'adan' else (0.9, 0.99)
+    optimizers = [build_optimizer(name, parameter_groups(single, 0.1), betas=betas),
+                  build_optimizer(name, groups, betas=betas)]
+    optimizers[1]._multi_precision = True  # as paddle.amp.decorate sets it
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        for optimizer in optimizers:
+            optimizer.set_lr(1e-3)
+        for a, b in zip(single.parameters(), half.parameters()):
+            b.grad = paddle.to_tensor(rng.standard_normal(a.shape).astype('float32')).astype('bfloat16')
+            a.grad = b.grad.astype('float32')
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(single.parameters(), half.parameters()):
+        assert b.dtype == paddle.bfloat16
+        np.testing.assert_array_equal(optimizers[1]._master_weights[b.name].numpy(), a.numpy())
+        np.testing.assert_array_equal(b.astype('float32').numpy(), a.astype('bfloat16').astype('float32').numpy())
+
+
 def mixed_gradients():
     """Gradients of norm 10, in single and half precision, of two parameters of three."""
     return [types.SimpleNamespace(grad=gradient) for gradient in (
