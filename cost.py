@@ -112,7 +112,7 @@ def training_memory(config, cost, recompute=False, half=False, processes=1):
     masters = half and config.AMP_LEVEL == 'O2'
     states = OPTIMIZER_STATES[config.TRAIN.OPTIMIZER.NAME]
     kept = cost.recompute_activations if recompute else cost.activations
-    images = config.DATA.BATCH_SIZE
+    images = config.DATA.BATCH_SIZE * max(1, config.TRAIN.AUG_SPLITS)
     pixels = 3 * config.DATA.IMAGE_SIZE ** 2
     gradients = (2 if masters else 4) * cost.parameters
     return {

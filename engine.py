@@ -60,7 +60,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
 
     Args:
         model: a RepLKNet, or paddle.DataParallel around one.
-        loader: batches of images [N, 3, H, W] and labels [N]; the same number of them on every rank.
+        loader: batches of images [N, 3, H, W] (or [views x N, 3, H, W]) and labels [N]; the same number of them on
+            every rank.
         criterion: mean loss of logits and labels, or of logits and soft targets after `mixup`.
         epoch: from 1; for logs and random draws.
         first_step: optimizer steps done before this epoch.
@@ -111,8 +112,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             if slow and last_of_group:
                 utils.barrier()
             (loss if scaler is None else scaler.scale(loss)).backward()
-        group_loss = group_loss + loss.detach() * group_size * images.shape[0]
-        group_images += images.shape[0]
+        group_loss = group_loss + loss.detach() * group_size * labels.shape[0]
+        group_images += labels.shape[0]
         if not last_of_group:
             continue
 

@@ -83,7 +83,10 @@ def _train(config, device, amp, folder, model, state, val_set):
                   cutmix_minmax=list(train.CUTMIX_MINMAX) or None, prob=train.MIXUP_PROB,
                   switch_prob=train.MIXUP_SWITCH_PROB, mode=train.MIXUP_MODE, label_smoothing=train.SMOOTHING,
                   num_classes=config.MODEL.NUM_CLASSES) if use_mixup else None
-    criterion = build_loss(use_mixup, train.SMOOTHING)
+    criterion = build_loss(train.LOSS, mixup=use_mixup, smoothing=train.SMOOTHING, aug_splits=train.AUG_SPLITS,
+                           bce_threshold=train.BCE_THRESHOLD, jsd_alpha=train.JSD_ALPHA,
+                           gamma_neg=train.ASYMMETRIC.GAMMA_NEG, gamma_pos=train.ASYMMETRIC.GAMMA_POS,
+                           clip=train.ASYMMETRIC.CLIP)
 
     logger.info(f'{config.MODEL.NAME}: {model.num_parameters():,} parameters, {config.DATA.IMAGE_SIZE} pixels')
     logger.info(f'{len(train_set)} training images, global batch {global_batch} = {config.DATA.BATCH_SIZE} x '

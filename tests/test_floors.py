@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'recipes', 'config', 'utils'},
-    {'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers', 'schedules',
-     'ema', 'safe_load', 'checkpoint', 'monitor'},
+    {'auto_augment', 'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers',
+     'schedules', 'ema', 'safe_load', 'checkpoint', 'monitor'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits'},
     {'engine', 'doctor', 'checkup'},
     {'run'},
@@ -16,7 +16,8 @@ FLOORS = [
     {'main_single_gpu', 'main_multi_gpu'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('config', 'recipes'), ('utils', 'errors'), ('replknet', 'large_kernel'),
-              ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup')}
+              ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup'),
+              ('transforms', 'auto_augment')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
