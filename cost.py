@@ -49,9 +49,8 @@ def model_cost(config):
 
 
 def _walk(model, size):
-    """Multiply-accumulates, and kept values without and with recomputation."""
-    macs = kept = 0
-    blocks = largest = 0  # kept inside all blocks, and inside the largest
+    """Multiply-accumulates, and values held for the gradients without and with recomputation."""
+    macs = kept = inside = recomputed = 0
 
     def conv_bn(layer, size):
         nonlocal macs, kept
@@ -65,22 +64,22 @@ def _walk(model, size):
         size = conv_bn(layer, size)
     for s, stage in enumerate(model.stages):
         for block in stage.blocks:
-            weights = sum(p.size for p in block.parameters() if p.ndim == 4)
-            inside, output = _kept_by_block(block, size)
-            macs, kept = macs + weights * size ** 2, kept + inside + output
-            blocks, largest = blocks + inside, max(largest, inside)
+            macs += sum(p.size for p in block.parameters() if p.ndim == 4) * size ** 2
+            values, output, working = _kept_by_block(block, size)
+            kept, inside = kept + values + output, inside + values
+            # when a block is computed again, what later blocks kept is gone
+            recomputed = max(recomputed, kept - inside + values + working)
         if s < len(model.transitions):
             for layer in model.transitions[s]:
                 size = conv_bn(layer, size)
     macs += model.head.weight.size
-    return macs, kept, kept - blocks + largest
+    return macs, kept, max(recomputed, kept - inside)
 
 
 def _kept_by_block(block, size):
-    """Values kept inside a block, and those of its output, which the next layer keeps.
+    """Values kept inside a block and by its output, and the gradients at hand when its backward pass begins.
 
-    A convolution keeps its input, batch norm its input, ReLU its output, GELU its input and drop path its input; a sum
-    keeps nothing.
+    Convolution, batch norm, GELU and drop path keep their input, ReLU its output; a sum keeps nothing.
     """
     channels = block.pw_conv_2.norm.weight.shape[0]
     width = block.pw_conv_1.norm.weight.shape[0]
@@ -90,14 +89,11 @@ def _kept_by_block(block, size):
         wide = 4 if block.large_kernel.merged or block.large_kernel.small_kernel_conv is None else 5
     else:
         wide = 3  # first convolution, its norm, GELU
-    return (narrow * channels + wide * width) * size ** 2, channels * size ** 2
+    return tuple(n * size ** 2 for n in (narrow * channels + wide * width, channels, channels + width))
 
 
 def training_memory(config, cost, recompute=False, half=False, processes=1):
-    """Bytes that one process holds at the start of a backward pass, where most is held.
-
-    On the CPU in float32 these are within 2 % of what Paddle's allocator counts there; half precision follows Paddle's
-    documentation.
+    """Bytes of tensors that one process holds when it holds most, in a backward pass: see docs/dry_run.md.
 
     Args:
         config: settings.

@@ -1,7 +1,7 @@
 """The recipe doctor: what a run would do, how that differs from the published recipe, and what is likely a mistake.
 
     python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet -dry_run
-    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -dry_run -nodes 2 -gpus_per_node 8 -images_per_s 850
+    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -dry_run -nodes 2 -gpus_per_node 8 -images_per_s 100
 
 Nothing is trained or written; neither a GPU nor the data needs to be there.
 """

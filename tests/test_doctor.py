@@ -1,4 +1,5 @@
 """The recipe doctor: what it counts is what a run does, and each likely mistake gets its line."""
+import gc
 import json
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def test_parameters_and_multiply_accumulates_are_the_published_ones(name, parame
 @pytest.mark.skipif(not hasattr(core, 'host_memory_stat_reset_peak_value'), reason='Paddle 2.6 cannot reset the peak')
 def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts):
     config = get_config(CONFIGS / f'replknet_{name}.yaml', opts)
+    gc.collect()  # models of other tests
     before = core.host_memory_stat_current_value('Allocated', 0)
     model = build_replknet(config)
     ema = ModelEMA(model, 0.9) if config.TRAIN.MODEL_EMA else None
@@ -65,7 +67,7 @@ def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts):
     peak = core.host_memory_stat_peak_value('Allocated', 0) - before
     estimate = training_memory(config, model_cost(config), config.MODEL.RECOMPUTE)
     print(f'peak {peak / 1e6:.1f} MB, estimate {sum(estimate.values()) / 1e6:.1f} MB')
-    assert sum(estimate.values()) == pytest.approx(peak, rel=0.04)
+    assert sum(estimate.values()) == pytest.approx(peak, rel=0.03)
     assert (estimate['EMA'] == 0) == (ema is None)
 
 
