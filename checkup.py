@@ -2,6 +2,7 @@
 import os
 
 import numpy as np
+import paddle
 
 import utils
 from config import get_config
@@ -18,8 +19,7 @@ ARCHITECTURE = ('LAYERS', 'CHANNELS', 'LARGE_KERNEL_SIZES', 'SMALL_KERNEL', 'DW_
 
 def warnings(plan):
     """Yields the warnings of a `doctor.Plan`."""
-    here = not (plan.config.PLAN.NODES or plan.config.PLAN.GPUS_PER_NODE)
-    if here and not utils.device_count(plan.device):
+    if not plan.elsewhere and not utils.device_count(plan.device):
         yield f'-device={plan.device}: there is none on this machine'
     yield from plan.problems.values()
     yield from _classes(plan)
@@ -34,7 +34,8 @@ def _rate(plan):
     """The learning rate and the batch it is for."""
     train, schedule = plan.config.TRAIN, plan.schedule
     batch, recipe_batch, scaled = plan.global_batch, train.RECIPE_BATCH_SIZE, train.LINEAR_SCALED_LR
-    recipe_lr = RECIPES[train.RECIPE].settings['TRAIN.BASE_LR'] if train.RECIPE else None
+    recipe = RECIPES.get(train.RECIPE)
+    recipe_lr = recipe and recipe.settings['TRAIN.BASE_LR']
     if scaled and recipe_batch and scaled != recipe_batch:
         yield (f'the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is for a global batch of '
                f'{recipe_batch} already, TRAIN.LINEAR_SCALED_LR {scaled} makes it {schedule.base_lr:.4g}; set that to '
@@ -60,9 +61,9 @@ def _rate(plan):
 
 def _training(plan):
     config, train = plan.config, plan.config.TRAIN
-    fine_tuning = train.LAYER_DECAY < 1
+    recipe, fine_tuning = RECIPES.get(train.RECIPE), train.LAYER_DECAY < 1
     if fine_tuning and not config.MODEL.PRETRAINED and not config.MODEL.RESUME:
-        start = RECIPES[train.RECIPE].start if train.RECIPE else None
+        start = recipe and recipe.start
         yield (f'TRAIN.LAYER_DECAY {train.LAYER_DECAY:g} is for fine-tuning, but the run starts from random weights: '
                f'give -pretrained={start or "WEIGHTS"}')
     if fine_tuning and train.MIXUP_PROB > 0:
@@ -73,7 +74,7 @@ def _training(plan):
                'smaller -accum_iter, or TRAIN.SYNC_BN on GPUs, makes them steadier')
     if config.AMP and not plan.half:
         yield '-amp changes nothing on the CPU: it computes in float32'
-    if not config.VALIDATE_FREQ and not train.RECIPE:
+    if not config.VALIDATE_FREQ and not (recipe and recipe.settings.get('VALIDATE_FREQ') == 0):
         yield 'VALIDATE_FREQ 0: no accuracy is measured while training, and no best checkpoint is kept'
     here = _memory_here(plan)
     if here is not None:
@@ -85,12 +86,11 @@ def _training(plan):
 
 def _memory_here(plan):
     """Bytes of memory of this machine's devices of the plan's kind, None where the plan is for others."""
-    if plan.config.PLAN.NODES or plan.config.PLAN.GPUS_PER_NODE:
+    if plan.elsewhere:
         return None
     if plan.device == 'cpu' and hasattr(os, 'sysconf'):
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     if plan.device == 'gpu' and utils.device_count('gpu'):
-        import paddle
         return plan.processes * paddle.device.cuda.get_device_properties(0).total_memory
     return None
 
@@ -145,10 +145,11 @@ def _start(plan):
     except UserError as error:
         yield str(error)
         return
-    wrong = [key for key in ARCHITECTURE if config.MODEL[key] != origin.MODEL[key]]
+    fixed = (*ARCHITECTURE, 'NUM_CLASSES') if config.EVAL else ARCHITECTURE  # training may take another head
+    wrong = [key for key in fixed if config.MODEL[key] != origin.MODEL[key]]
     if wrong:
-        yield f'the weights of {start} will not fit: MODEL.{wrong[0]} is {config.MODEL[wrong[0]]}, theirs ' \
-              f'{origin.MODEL[wrong[0]]}'
+        yield (f'the weights of {start} will not fit: MODEL.{wrong[0]} is {config.MODEL[wrong[0]]}, theirs '
+               f'{origin.MODEL[wrong[0]]}')
     theirs, ours = origin.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE
     if ours < theirs or ours != theirs and config.EVAL:
         yield f'DATA.IMAGE_SIZE is {ours}; the weights of {start} were trained at {theirs}'

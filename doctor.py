@@ -59,7 +59,13 @@ class Plan:
         return self.config.DATA.BATCH_SIZE * self.config.TRAIN.ACCUM_ITER * self.processes
 
     @property
+    def elsewhere(self):
+        """Whether it is for a cluster that is not here."""
+        return bool(self.config.PLAN.NODES or self.config.PLAN.GPUS_PER_NODE)
+
+    @property
     def half(self):
+        """Whether it computes in half precision."""
         return self.config.AMP and self.device != 'cpu'
 
     def memory(self, recompute):
@@ -145,7 +151,8 @@ def report(config, device, processes):
     found = list(warnings(plan))
     lines = [f'{config.MODEL.NAME}: a dry run, nothing is trained or written']
     for title, rows in sections:
-        lines += ['', title] * bool(rows) + [f'  {label:<20}{text}'.rstrip() for label, text in rows]
+        if rows:
+            lines += ['', title, *(f'  {label:<20}{text}'.rstrip() for label, text in rows)]
     lines += ['', 'warnings' if found else 'no warnings', *(f'  - {text}' for text in found)]
     return '\n'.join(lines)
 
@@ -159,7 +166,7 @@ def _run(plan):
     if not config.EVAL:
         rows.append(('global batch', f'{plan.global_batch} = {config.DATA.BATCH_SIZE} images x {plan.processes} '
                                      f'process{"es" * (plan.processes > 1)} x {train.ACCUM_ITER} accumulated'))
-        if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE:
+        if plan.elsewhere:
             rows.append(('flags for it', f'-batch_size={config.DATA.BATCH_SIZE} -accum_iter={train.ACCUM_ITER}'))
     rows.append(('run folder', config.SAVE or 'none'))
     return rows
@@ -174,14 +181,10 @@ def _schedule(plan):
         decay += f', layer decay {train.LAYER_DECAY:g}: rates times {scales[0]:.2g} to {scales[-1]:g}'
     rows = [('optimizer', f'{train.OPTIMIZER.NAME}, {decay}')]
     steps = plan.steps_per_epoch
-    if steps:
-        rows.append(('optimizer steps', f'{steps:,} an epoch, {schedule.total_steps:,} in all ({train.NUM_EPOCHS} '
-                                        'epochs)'))
-    else:
-        rows.append(('optimizer steps', f'unknown without the data, {train.NUM_EPOCHS} epochs'))
-    name = train.LR_SCHEDULER.NAME
-    rows.append(('learning rate', f'{name}' + (' x batch / ' + str(train.LINEAR_SCALED_LR) if train.LINEAR_SCALED_LR
-                                               else '')))
+    known = f'{steps:,} an epoch, {schedule.total_steps:,} in all' if steps else 'unknown without the data'
+    scaled = f' x batch / {train.LINEAR_SCALED_LR}' if train.LINEAR_SCALED_LR else ''
+    rows += [('optimizer steps', f'{known} ({train.NUM_EPOCHS} epochs)'),
+             ('learning rate', train.LR_SCHEDULER.NAME + scaled)]
     total = schedule.total_steps
     for label, step in (('start', 0), ('peak', schedule.warmup_steps), ('middle', total // 2), ('end', total - 1)):
         epoch = step * train.NUM_EPOCHS / total
@@ -241,23 +244,21 @@ def _data(plan):
 
 def _class_rows(mode, labels, classes):
     """Images per class, with a bar for each class or for each range of counts."""
-    counts = np.bincount(labels, minlength=classes)
-    present = counts[counts > 0]
-    rows = [(mode, f'{len(labels):,} images, {len(present):,} classes, {len(counts) - len(present):,} empty; images '
-                   f'per class: min {present.min():,}, median {np.median(present):,.0f}, max {present.max():,}')]
-    if mode == 'val':
+    found, counts = np.unique(labels, return_counts=True)
+    rows = [(mode, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the head '
+                   f'empty; images per class: min {counts.min():,}, median {np.median(counts):,.0f}, max '
+                   f'{counts.max():,}')]
+    low, high = counts.min(), counts.max() + 1
+    if mode == 'val' or classes > 12 and high - low == 1:
         return rows
-    if len(counts) <= 12:
-        bars = [(f'class {label}', count) for label, count in enumerate(counts)]
-        unit = 'images'
-    elif present.min() < present.max():
-        totals, edges = np.histogram(present, bins=8)
-        bars = [(f'{math.ceil(low):,} to {math.ceil(high) - (high < edges[-1]):,}', total)
-                for low, high, total in zip(edges, edges[1:], totals)]
-        unit = 'classes'
+    if classes <= 12:
+        present = dict(zip(found, counts))
+        bars, unit = [(f'class {label}', present.get(label, 0)) for label in range(classes)], 'images'
     else:
-        return rows
-    longest = max(count for _, count in bars)
+        totals, edges = np.histogram(counts, bins=min(8, high - low), range=(low, high))
+        bars, unit = [(f'{math.ceil(a):,} to {math.ceil(b) - 1:,}', total)
+                      for a, b, total in zip(edges, edges[1:], totals)], 'classes'
+    longest = max(1, *(count for _, count in bars))
     return rows + [(f'  {label}', f'{"#" * round(BAR * count / longest):<{BAR}} {count:,} {unit}')
                    for label, count in bars]
 

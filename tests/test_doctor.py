@@ -148,7 +148,8 @@ def test_a_plan_without_a_dry_run_is_refused():
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_31b_1k_384'], 'is 224; the weights of replknet_31b_1k_384'),
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_xl_73m1k_320'], 'IMAGENET_STD is [0.229, 0.224, 0.225]; the'),
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_31l_22k'], 'will not fit: MODEL.CHANNELS'),
-    ('replknet_nano_digits', ['VALIDATE_FREQ', 0], 'no accuracy is measured')])
+    ('replknet_31b_1k_224', ['EVAL', True, 'MODEL.PRETRAINED', 'replknet_31b_22k'], 'NUM_CLASSES is 1000, theirs'),
+    ('replknet_31b', ['VALIDATE_FREQ', 0], 'no accuracy is measured')])
 def test_a_likely_mistake_gets_its_line(name, opts, words):
     found = [warning for warning in warnings(planned(name, *opts)) if words in warning]
     assert len(found) == 1 and '\n' not in found[0]
@@ -187,14 +188,15 @@ def test_the_class_histogram_has_a_bar_for_each_class_or_range(tmp_path):
     write_list(tmp_path, 'train', [0] * 20 + [2] * 10)
     write_list(tmp_path, 'val', [0])
     text = report(planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 3, data_path=str(tmp_path)).config, 'gpu', 1)
-    assert '30 images, 2 classes, 1 empty; images per class: min 10, median 15, max 20' in text
+    assert '30 images, 2 classes, 1 of the head empty; images per class: min 10, median 15, max 20' in text
     assert [line.split()[2:] for line in text.splitlines() if line.strip().startswith('class ')] == [
         ['#' * 40, '20', 'images'], ['0', 'images'], ['#' * 20, '10', 'images']]
     labels = np.repeat(np.arange(100), np.arange(1, 101))
-    write_list(tmp_path, 'train', labels)
+    write_list(tmp_path, 'train', [*labels, 2**31 - 1])
     text = report(planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 100, data_path=str(tmp_path)).config, 'gpu', 1)
     totals = [int(line.split()[-2]) for line in text.splitlines() if line.endswith(' classes') and '#' in line]
-    assert len(totals) == 8 and sum(totals) == 100
+    assert len(totals) == 8 and sum(totals) == 101  # the class beyond the head too
+    assert '101 classes, 0 of the head empty' in text and '    1 to 13   ' in text and '    89 to 100 ' in text
 
 
 def test_a_broken_list_is_one_line_and_the_rest_goes_on(tmp_path):
@@ -215,7 +217,7 @@ def test_a_dry_run_writes_nothing_and_ends_well(run_script, list_dataset, tiny_y
     assert f'global batch        {2 * processes} = 2 images x {processes} process' in done.stdout
     steps = 13 // (2 * processes)  # the run of test_runs.py
     assert f'{steps} an epoch, {2 * steps} in all (2 epochs)' in done.stdout
-    assert '13 images, 4 classes, 0 empty' in done.stdout
+    assert '13 images, 4 classes, 0 of the head empty' in done.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -63,7 +63,8 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     lr_at = Schedule(base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=steps, total_steps=2 * steps)
     assert [r['lr'] for r in records if r['event'] == 'train'] == [lr_at(steps - 1), lr_at(2 * steps - 1)]
     reported = [r for r in lines if r['event'] == 'step']
-    assert [(r['step'], r['epoch']) for r in reported] == [(n, n / steps) for n in range(1, 2 * steps + 1)]
+    assert [r['step'] for r in reported] == list(range(1, 2 * steps + 1))
+    assert [r['epoch'] for r in reported] == pytest.approx([r['step'] / steps for r in reported])
     assert all(r['grad_norm'] > 0 and r['images_per_s'] > 0 for r in reported)
     assert reported[-1]['lr'] == records[-3]['lr']
     log = (folder / 'log.txt').read_text()
@@ -155,7 +156,7 @@ def test_two_machines_train_as_two_processes_of_one(trained, list_dataset, tiny_
     with socket.socket() as free:  # the port that the script makes of the job's number
         free.bind(('', 20000 + os.getpid() % 10000))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_NNODES': '2', 'SLURM_JOB_ID': str(os.getpid()),
-           'SLURM_SUBMIT_DIR': ROOT, 'ALLOW_LOOPBACK': '1',
+           'SLURM_SUBMIT_DIR': ROOT,
            'PATH': f'{tmp_path}/bin:{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'}
     done = subprocess.run(
         ['sh', f'{ROOT}/run_train_slurm.sh', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
@@ -170,10 +171,8 @@ def test_two_machines_train_as_two_processes_of_one(trained, list_dataset, tiny_
     # each machine has one process, so both have the local rank 0; the first of all alone writes and speaks
     assert len(LINE.findall(outputs[0])) == 4 and not LINE.search(outputs[1])
     assert sorted(os.listdir(tmp_path / f'log/{os.getpid()}')) == ['0', '1']
-    env.pop('ALLOW_LOOPBACK')
-    if socket.gethostbyname(socket.getfqdn()).startswith('127.'):
-        done = subprocess.run(['sh', f'{ROOT}/run_train_slurm.sh'], capture_output=True, text=True, env=env)
-        assert done.returncode == 2 and 'no other machine reaches it' in done.stderr
+    alone = socket.gethostbyname(socket.getfqdn()).startswith('127.')
+    assert ('where no other machine reaches it' in done.stderr) == alone
 
 
 def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, tmp_path):
