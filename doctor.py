@@ -259,7 +259,7 @@ def _class_rows(mode, labels, classes):
         bars, unit = [(f'{math.ceil(a):,} to {math.ceil(b) - 1:,}', total)
                       for a, b, total in zip(edges, edges[1:], totals)], 'classes'
     longest = max(1, *(count for _, count in bars))
-    return rows + [(f'  {label}', f'{"#" * round(BAR * count / longest):<{BAR}} {count:,} {unit}')
+    return rows + [(f'  {label}', f'{"#" * math.ceil(BAR * count / longest):<{BAR}} {count:,} {unit}')
                    for label, count in bars]
 
 
