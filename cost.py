@@ -52,16 +52,16 @@ def _walk(model, size):
     """Multiply-accumulates, and values held for the gradients without and with recomputation."""
     macs = kept = inside = recomputed = 0
 
-    def conv_bn(layer, size):
+    def conv_bn_relu(layer, size):
         nonlocal macs, kept
         size = math.ceil(size / layer.conv._stride[0])
         macs += layer.conv.weight.size * size ** 2
-        # batch norm keeps its input, ReLU its output
-        kept += (1 + layer.relu) * layer.conv.weight.shape[0] * size ** 2
+        # batch norm keeps its input, the ReLU after it its output
+        kept += 2 * layer.conv.weight.shape[0] * size ** 2
         return size
 
     for layer in model.stem:
-        size = conv_bn(layer, size)
+        size = conv_bn_relu(layer, size)
     for s, stage in enumerate(model.stages):
         for block in stage.blocks:
             macs += sum(p.size for p in block.parameters() if p.ndim == 4) * size ** 2
@@ -71,7 +71,7 @@ def _walk(model, size):
             recomputed = max(recomputed, kept - inside + values + working)
         if s < len(model.transitions):
             for layer in model.transitions[s]:
-                size = conv_bn(layer, size)
+                size = conv_bn_relu(layer, size)
     macs += model.head.weight.size
     return macs, kept, max(recomputed, kept - inside)
 
