@@ -105,10 +105,14 @@ def test_curves_of_several_runs_share_their_panels(tmp_path, run_script):
 
 
 @NEEDS_MATPLOTLIB
-def test_a_run_draws_its_curves_at_the_end(run_script, list_dataset, tiny_yaml, tmp_path):
+@pytest.mark.parametrize(('every', 'evaluated'), [(0, []), (2, [2, 3])])
+def test_a_run_evaluates_every_so_often_and_draws_its_curves(run_script, list_dataset, tiny_yaml, tmp_path, every,
+                                                             evaluated):
     done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu',
-                      f'-output={tmp_path}/run', '-opts', 'CURVES', 'True', 'VALIDATE_FREQ', '0')
+                      f'-output={tmp_path}/run', '-opts', 'CURVES', 'True', 'VALIDATE_FREQ', every,
+                      'TRAIN.NUM_EPOCHS', '3', 'TRAIN.MODEL_EMA', 'False')
     assert done.returncode == 0, done.stderr
+    assert [r['epoch'] for r in read_metrics(tmp_path / 'run') if r['event'] == 'eval'] == evaluated
     assert f'curves in {tmp_path}/run/curves.png' in done.stdout and colours(tmp_path / 'run/curves.png')
 
 
