@@ -14,6 +14,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from errors import ArgumentParser, UserError
+from recipes import RECIPES
 
 _C = CN()
 _C.BASE = []  # YAML files to start from, relative to the file that names them
@@ -62,6 +63,7 @@ _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # of 'step', 'multistep' and 'exponentia
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # 'step' and 'exponential' decay by DECAY_RATE in so many epochs
 _C.TRAIN.LR_SCHEDULER.MILESTONES = []  # epochs of the run at which 'multistep' decays
 _C.TRAIN.LINEAR_SCALED_LR = 0  # if set: BASE_LR is for this global batch and is scaled to the actual one
+_C.TRAIN.RECIPE = ''  # published recipe that -dry_run compares with, a name of recipes.py; '': none
 _C.TRAIN.RECIPE_BATCH_SIZE = 0  # global batch of the published recipe; another one is pointed out in the log
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimizer step
 _C.TRAIN.WEIGHT_DECAY = 0.05  # not on biases, norms and other 1-D parameters
@@ -114,9 +116,16 @@ _C.DEVICE = 'auto'  # 'auto', 'gpu', 'cpu', 'npu' or 'xpu'
 _C.NPROCS = 0  # processes of main_multi_gpu.py; 0: one per device, 2 on a machine without
 _C.SAVE = ''  # run folder; '': output/<config name>-<time>
 _C.SAVE_FREQ = 0  # keep a numbered checkpoint every so many epochs; 0 keeps only last and best
-_C.REPORT_FREQ = 20  # optimizer steps between progress lines
+_C.REPORT_FREQ = 20  # optimizer steps between progress lines, in the log and in metrics.jsonl
+_C.VISUALDL = False  # scalars for VisualDL as well, in the run folder; needs the package visualdl
+_C.CURVES = True  # draw curves.png at the end of a run, where matplotlib is installed
 _C.VALIDATE_FREQ = 1  # epochs between evaluations; 0 for none while training
 _C.SEED = 42
+_C.DRY_RUN = False  # print what the run would do, and stop: see doctor.py
+_C.PLAN = CN()  # for DRY_RUN: a cluster that is not here
+_C.PLAN.NODES = 0
+_C.PLAN.GPUS_PER_NODE = 0
+_C.PLAN.IMAGES_PER_S = ''  # per process, measured: a number, or a run folder to take it from
 
 # how wide the values of a key may be; one line of refusal comes out of each
 _CHOICES = {
@@ -127,6 +136,7 @@ _CHOICES = {
     'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant'),
     'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb'),
     'TRAIN.GRAD_CLIP_MODE': ('norm', 'value'),
+    'TRAIN.RECIPE': ('', *RECIPES),
     'TRAIN.LOSS': ('auto', 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', 'asymmetric_single'),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
@@ -153,7 +163,7 @@ _RANGES = {  # inclusive
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
     'AMP_LOSS_SCALE': (1, math.inf), 'AMP_LOSS_SCALE_STEPS': (1, math.inf),
     'NPROCS': (0, math.inf), 'SAVE_FREQ': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
-    'SEED': (0, 2**31 - 1),
+    'SEED': (0, 2**31 - 1), 'PLAN.NODES': (0, math.inf), 'PLAN.GPUS_PER_NODE': (0, math.inf),
 }
 _LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3,
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
@@ -197,6 +207,8 @@ _FLAGS = {
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_workers': 'DATA.NUM_WORKERS',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'pretrained': 'MODEL.PRETRAINED', 'resume': 'MODEL.RESUME',
     'last_epoch': 'TRAIN.LAST_EPOCH', 'eval': 'EVAL', 'amp': 'AMP', 'device': 'DEVICE', 'nprocs': 'NPROCS',
+    'dry_run': 'DRY_RUN', 'nodes': 'PLAN.NODES', 'gpus_per_node': 'PLAN.GPUS_PER_NODE',
+    'images_per_s': 'PLAN.IMAGES_PER_S',
 }
 _FLAG_HELP = {
     'dataset': 'kind of dataset', 'data_path': 'folder with train_list.txt and val_list.txt',
@@ -206,6 +218,9 @@ _FLAG_HELP = {
     'pretrained': 'weights to start from or evaluate', 'resume': 'checkpoint of the run to continue',
     'last_epoch': 'epochs already done', 'eval': 'evaluate and stop', 'amp': 'automatic mixed precision',
     'device': 'auto, gpu, cpu, npu or xpu', 'nprocs': 'processes (main_multi_gpu.py)',
+    'dry_run': 'print what the run would do, with warnings, and stop',
+    'nodes': 'with -dry_run: machines of a cluster to plan', 'gpus_per_node': 'with -dry_run: GPUs of each of them',
+    'images_per_s': 'with -dry_run: measured speed of one process, or a run folder to take it from',
 }
 
 
@@ -227,7 +242,7 @@ def get_arguments(description, argv=None):
 
 
 # what belongs to one call of a script and not to the run it starts
-_PER_CALL = ('SAVE', 'EVAL', 'DEVICE', 'NPROCS', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
+_PER_CALL = ('SAVE', 'EVAL', 'DEVICE', 'NPROCS', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH', 'DRY_RUN', 'PLAN')
 
 
 def config_text(config):
@@ -270,6 +285,12 @@ def _merge_dict(config, values, origin, origins, prefix):
             _merge_dict(config, value, origin, origins, key + '.')
         else:
             _set(config, key, value, origin, origins)
+
+
+def setting(config, key):
+    """The value of a dotted key."""
+    group, name = _group(config, key)
+    return group[name]
 
 
 def _get(config, key, origin):
@@ -375,6 +396,9 @@ def _check(config, origins):
         if len(value) != length:
             refuse(key, f'has {len(value)} values; it takes {length}')
 
+    for key, value in config.PLAN.items():
+        if value and not config.DRY_RUN:
+            refuse(f'PLAN.{key}', 'plans a run that is not started; it goes with -dry_run')
     model, train = config.MODEL, config.TRAIN
     for key in ('MODEL.LAYERS', 'MODEL.CHANNELS', 'MODEL.LARGE_KERNEL_SIZES'):
         values = _get(config, key, '')

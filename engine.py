@@ -55,7 +55,7 @@ class Amp:
 
 def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, lr_at, amp, scaler=None, ema=None,
                     mixup=None, accum_iter=1, grad_clip=0.0, grad_clip_mode='norm', weight_decay_at=None, seed=0,
-                    report_freq=20, total_steps=None):
+                    report_freq=20, total_steps=None, on_report=None):
     """Trains for one pass over `loader`.
 
     Args:
@@ -74,6 +74,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         seed: of the draws of mixup and drop path.
         report_freq: optimizer steps between progress lines.
         total_steps: optimizer steps of the whole run, for the ETA.
+        on_report: callable(step, epoch (a fraction), loss, lr, grad_norm (before clipping), images_per_s, and
+            loss_scale with a scaler), called every `report_freq` steps and after the last one.
     Returns:
         dict with loss (mean over images and ranks), lr (of the last step), steps, skipped (overflowing steps),
         images (of all ranks), images_per_s, data_wait (share of the time) and seconds.
@@ -125,7 +127,10 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             ranks = [str(r) for r, value in enumerate(losses) if not math.isfinite(value)]
             raise TrainingStopped(f'step {step} (epoch {epoch}): the loss is not finite on rank {", ".join(ranks)}, '
                                   f'lr {lr:.3g}; lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP, or look at the data')
-        if _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode):
+        done = step - first_step + 1
+        reporting = on_report is not None and (done % report_freq == 0 or done == steps)
+        applied, norm = _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, measure=reporting)
+        if applied:
             skipped_in_a_row = 0
             loss_sum += total
             images_seen += count
@@ -141,24 +146,36 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         group_loss, group_images = paddle.zeros([]), 0
         step += 1
         progress.step(count, loss=total / count, lr=lr)
+        if reporting:
+            on_report(step=step, epoch=epoch - 1 + done / steps, loss=total / count, lr=lr, grad_norm=float(norm),
+                      images_per_s=progress.images / progress.seconds(),
+                      **({} if scaler is None else {'loss_scale': scaler.value}))
     seconds = progress.close()
     return {'loss': loss_sum / images_seen if images_seen else math.nan, 'lr': lr, 'steps': steps, 'skipped': skipped,
             'images': int(progress.images), 'images_per_s': progress.images / seconds,
             'data_wait': progress.waited / seconds, 'seconds': seconds}
 
 
-def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode):
-    """Clips and applies the gradients; False when loss scaling dropped the step."""
+def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, measure):
+    """Clips and applies the gradients.
+
+    Returns:
+        False when loss scaling dropped the step; the norm of the gradients, with `measure` or where they are clipped.
+    """
     if scaler is not None:
         scaler.unscale(parameters)
-    norm = clip_gradients(parameters, grad_clip, grad_clip_mode) if grad_clip else None
+    norm = None
+    if grad_clip:
+        norm = clip_gradients(parameters, grad_clip, grad_clip_mode)
+    elif measure or scaler is not None:
+        norm = gradient_norm(parameters)
     finite = True
     if scaler is not None:  # the gradients, and so this, are the same on every rank
-        finite = math.isfinite(gradient_norm(parameters) if norm is None else norm)
+        finite = math.isfinite(norm)
         scaler.update(finite)
     if finite:
         optimizer.step()
-    return finite
+    return finite, norm
 
 
 @paddle.no_grad()
@@ -265,6 +282,10 @@ class _Progress:
         """Ends the bar; returns the seconds since the start."""
         if self.bar is not None:
             self.bar.close()
+        return self.seconds()
+
+    def seconds(self):
+        """Since the start; above 0."""
         return max(time.perf_counter() - self.start, 1e-9)
 
 

@@ -1,5 +1,6 @@
 """A run from its settings to its last checkpoint: ties the parts together."""
 import math
+from functools import partial
 
 import paddle
 
@@ -12,6 +13,7 @@ from engine import Amp, accuracy_line, average_statistics, duration, evaluate, t
 from errors import UserError
 from losses import build_loss
 from mixup import Mixup
+from monitor import curves_line
 from optim import build_optimizer, parameter_groups
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
@@ -103,7 +105,8 @@ def _train(config, device, amp, folder, model, state, val_set):
             wrapped, train_loader, criterion, optimizer, epoch=epoch, first_step=step, lr_at=lr_at, amp=amp,
             scaler=scaler, ema=ema, mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
             grad_clip_mode=train.GRAD_CLIP_MODE, weight_decay_at=build_weight_decay(config, lr_at.total_steps),
-            seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps)
+            seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps,
+            on_report=None if folder is None else partial(folder.record, event='step'))
         step += trained['steps']
         logger.info(f"epoch {epoch}/{train.NUM_EPOCHS} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "
                     f"images/s {trained['images_per_s']:.1f} data wait {100 * trained['data_wait']:.0f}% "
@@ -111,7 +114,7 @@ def _train(config, device, amp, folder, model, state, val_set):
                     f"{duration(trained['seconds'] * (train.NUM_EPOCHS - epoch))}"
                     + (f" skipped {trained['skipped']}" if trained['skipped'] else ''))
         if folder is not None:
-            folder.record(event='train', epoch=epoch, step=step, **trained)
+            folder.record(event='train', epoch=epoch, step=step, processes=world, **trained)
         if not sync_bn:
             average_statistics(model)
             if ema is not None:
@@ -135,6 +138,8 @@ def _train(config, device, amp, folder, model, state, val_set):
             folder.save_evaluated(state, epoch, improved)
         utils.barrier()
     if folder is not None:
+        if config.CURVES:
+            logger.info(curves_line(folder.path))
         folder.summary(best)
     return {'last': metrics, 'best': best}
 

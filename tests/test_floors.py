@@ -6,18 +6,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {'errors', 'files', 'paddle_env', 'config', 'utils'},
+    {'errors', 'files', 'paddle_env', 'recipes', 'config', 'utils'},
     {'auto_augment', 'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers',
-     'schedules', 'ema', 'safe_load', 'checkpoint'},
-    {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits'},
-    {'engine'},
+     'schedules', 'ema', 'safe_load', 'checkpoint', 'monitor'},
+    {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits'},
+    {'engine', 'doctor', 'checkup'},
     {'run'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
 ]
-NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
-              ('transforms', 'auto_augment'), ('zoo', 'port_weights'), ('optim', 'optimizers'),
-              ('loss_scaler', 'optim')}
+NEIGHBOURS = {('config', 'errors'), ('config', 'recipes'), ('utils', 'errors'), ('replknet', 'large_kernel'),
+              ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup'),
+              ('transforms', 'auto_augment'), ('loss_scaler', 'optim')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
