@@ -19,7 +19,6 @@ from utils import device_count, logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
-CLASSES = 'classes.txt'
 CHECK_FILES_UP_TO = 20_000  # lines; beyond, a missing picture is reported when it is read, to start quickly
 PREFETCH_FACTOR = 2  # batches in flight per worker
 # streams of random draws, beside those of engine.py

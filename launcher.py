@@ -63,11 +63,11 @@ def exit_status(function, *args):
 
     Of several processes that fail only the first one reports: the others mostly fail for want of it.
     Returns:
-        0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 130 (interrupted).
+        what it returned, else 0; 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 130
+        (interrupted).
     """
     try:
-        function(*args)
-        return 0
+        return function(*args) or 0
     except (UserError, FileNotFoundError) as error:
         status, message = 2, str(error)
     except TrainingStopped as error:

@@ -325,7 +325,11 @@ class RepLKNet(nn.Layer):
                     for s in self.out_indices]
         if self.num_classes is None:
             return features[-1]
-        return self.head(self.norm(features[-1]).mean([2, 3]))
+        return self.head(self.pool(features[-1]))
+
+    def pool(self, x):
+        """The last stage's feature map [N, C, H, W] -> what the head takes, [N, C]."""
+        return self.norm(x).mean([2, 3])
 
     def num_parameters(self):
         """Trained parameters; running statistics, which Paddle keeps among the parameters, are not counted."""

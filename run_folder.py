@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 
 import utils
@@ -14,6 +15,7 @@ from utils import logger
 LAST = 'last.pdparams'
 BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # by the weights whose accuracy is the best
 CONFIG, LOG, METRICS = 'config.yaml', 'log.txt', 'metrics.jsonl'
+CLASSES = 'classes.txt'  # the data folder's, where it has one
 
 
 def resolve_resume(path):
@@ -95,6 +97,9 @@ class RunFolder:
                 self._refuse_if_taken()
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
+            classes = os.path.join(self.config.DATA.DATA_PATH, CLASSES)
+            if os.path.isfile(classes):
+                shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None

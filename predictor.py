@@ -1,0 +1,205 @@
+"""What a trained model says of pictures.
+
+    from predict import Predictor
+
+    predictor = Predictor('output/RUN', batch_size=16)   # or a name of the zoo, a checkpoint, an exported model
+    for prediction in predictor(['cat.jpg', 'dog.png']):
+        print(prediction.picture, prediction.names[0], prediction.scores[0])
+"""
+import itertools
+import os
+import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+import paddle_env
+
+import paddle  # isort: skip
+
+import numpy as np
+from PIL import Image
+
+import utils
+from config import get_config
+from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
+from engine import build_model
+from errors import UserError
+from fuse import fuse
+from launcher import ROOT, settings_file
+from programs import Program, save_program
+from run_folder import CLASSES, best_checkpoint
+from zoo import ZOO
+
+IMAGENET = os.path.join(ROOT, 'class_names', 'imagenet1k.txt')
+BACKENDS = ('auto', 'dygraph', 'inference')
+
+
+@dataclass
+class Prediction:
+    """A picture's classes, likeliest first; where it cannot be read, `error` says why and the rest is empty.
+
+    Attributes:
+        picture: as it was given.
+        classes, names, scores: number, name and probability of the `topk` likeliest classes.
+        logits: float32 [num_classes].
+        features: float32 [channels], what the head takes; None unless asked for.
+    """
+    picture: Any
+    classes: List[int] = field(default_factory=list)
+    names: List[str] = field(default_factory=list)
+    scores: List[float] = field(default_factory=list)
+    logits: Optional[np.ndarray] = None
+    features: Optional[np.ndarray] = None
+    error: Optional[str] = None
+
+
+class Predictor:
+    """A model with its decoding, its transform and the names of its classes.
+
+    Pictures are decoded and prepared as in an evaluation, by threads, while the model computes.
+    Args:
+        model: a name of the zoo, a checkpoint, a run folder (for its best checkpoint) or a folder of export.py.
+        cfg: settings of the model, for weights that have none beside them.
+        device: 'auto', 'gpu', 'cpu', 'npu' or 'xpu'.
+        batch_size: pictures that the model computes at once.
+        topk: classes told for each picture; at most all.
+        features: tell the pooled features as well.
+        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto'.
+        workers: decoding threads; None for one per core, at most 16.
+    Attributes:
+        origin: file of the weights; `names`: of all classes; `backend`: which was chosen.
+    Raises:
+        UserError, FileNotFoundError: what was given cannot be used.
+    """
+
+    def __init__(self, model, cfg=None, device='auto', batch_size=16, topk=5, features=False, backend='auto',
+                 workers=None):
+        if backend not in BACKENDS:
+            raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
+        if min(batch_size, topk, 1 if workers is None else workers) < 1:
+            raise UserError('-batch_size, -topk and -num_workers are whole numbers from 1 up')
+        device = utils.resolve_device(device)
+        # On two cores Paddle Inference took 0.8 of the time of the fused model in dygraph at 224 pixels, batch 1, and
+        # 0.7 at batch 8 (`python benchmark.py`); on a GPU its program would need another operator.
+        self.backend = ('inference' if device == 'cpu' else 'dygraph') if backend == 'auto' else backend
+        if self.backend == 'inference' and device != 'cpu':
+            raise UserError(f'-backend=inference: runs on the CPU, not on {device}; add -device=cpu or leave it out')
+        paddle.set_device(device)
+        threads = paddle_env.set_threads() if device == 'cpu' else 1
+        self.batch_size, self.topk = batch_size, topk
+        self._workers = workers or min(16, os.cpu_count() or 1)
+
+        self.origin = best_checkpoint(model) if os.path.isdir(model) else model
+        if self.origin not in ZOO and not os.path.exists(self.origin):
+            raise FileNotFoundError(f'-model={model}: no such file or folder, and no name that `python zoo.py` lists')
+        cfg = cfg or settings_file(self.origin)
+        if cfg is None:
+            raise UserError(f'-model={model}: there is no config.yaml beside it; name its settings with -cfg')
+        config = get_config(cfg, flags={'pretrained': self.origin, 'eval': True})
+        self.names = _class_names(config, os.path.dirname(self.origin))
+        self._transform = get_transform(config, 'val')
+        network, _ = build_model(config)
+        network.eval()
+        if features:  # the final norm, which the fused form has lost, is part of them
+            network.structural_reparam()
+            network = _WithFeatures(network)
+        else:
+            network = fuse(network)
+        if self.backend == 'inference':
+            with tempfile.TemporaryDirectory() as folder:
+                save_program(network, os.path.join(folder, 'model'), config.DATA.IMAGE_SIZE)
+                self._compute = Program(os.path.join(folder, 'model'), threads)
+        else:
+            self._compute = _Dygraph(network)
+
+    def __call__(self, pictures):
+        """List of `Prediction`, in the order of `pictures`: paths or Pillow images, or one of them."""
+        return list(self.stream([pictures] if isinstance(pictures, (str, os.PathLike, Image.Image)) else pictures))
+
+    def stream(self, pictures):
+        """Yields the predictions of any number of pictures, batch by batch, in their order."""
+        samples = self._samples(pictures)
+        while True:
+            batch = list(itertools.islice(samples, self.batch_size))
+            if not batch:
+                return
+            pixels = [result for _, result in batch if not isinstance(result, DataError)]
+            outputs = iter(zip(*self._compute(np.stack(pixels)))) if pixels else iter(())
+            for picture, result in batch:
+                if isinstance(result, DataError):
+                    yield Prediction(picture, error=str(result))
+                else:
+                    yield self._prediction(picture, *next(outputs))
+
+    def _samples(self, pictures):
+        """Yields each picture with its pixels or the DataError, in order; reads two batches ahead."""
+        pending = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            try:
+                for picture in pictures:
+                    pending.append((picture, pool.submit(self._read, picture)))
+                    if len(pending) > 2 * self.batch_size:
+                        picture, future = pending.popleft()
+                        yield picture, future.result()
+                while pending:
+                    picture, future = pending.popleft()
+                    yield picture, future.result()
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    def _read(self, picture):
+        try:
+            image = to_rgb(picture) if isinstance(picture, Image.Image) else decode_image(picture)
+        except DataError as error:
+            return error
+        return self._transform(image)
+
+    def _prediction(self, picture, logits, features=None):
+        classes = np.argsort(-logits, kind='stable')[:self.topk]
+        shares = np.exp(logits - logits.max(), dtype=np.float64)
+        return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
+                          (shares / shares.sum())[classes].tolist(), logits, features)
+
+
+class _WithFeatures(paddle.nn.Layer):
+    """[N, 3, H, W] -> logits [N, num_classes] and the features [N, C] that the head takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        features = self.model.pool(self.model.forward_features(images)[-1])
+        return self.model.head(features), features
+
+
+class _Dygraph:
+    """A layer with the interface of `Program`."""
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __call__(self, images):
+        with paddle.no_grad():
+            outputs = self._layer(paddle.to_tensor(images))
+        return [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def _class_names(config, folder):
+    """Names from `classes.txt` beside the weights or in the data folder, else ImageNet-1K's, else numbers.
+
+    Raises:
+        DataError: there are not as many as classes.
+    """
+    count = config.MODEL.NUM_CLASSES
+    for candidate in (folder, config.DATA.DATA_PATH):
+        path = os.path.join(candidate, CLASSES)
+        if candidate and os.path.isfile(path):
+            names = read_class_names(path)
+            if len(names) != count:
+                raise DataError(f'{path}: names {len(names)} classes, the model has {count}')
+            return names
+    return read_class_names(IMAGENET) if count == 1000 else [str(number) for number in range(count)]
