@@ -1,5 +1,6 @@
 """The folder of a run: its settings, logs and checkpoints. Only rank 0 has one."""
 import contextlib
+import json
 import os
 import time
 
@@ -24,6 +25,25 @@ def config_beside(path):
     """The settings file that lies beside a checkpoint of a run, or None."""
     found = os.path.join(os.path.dirname(resolve_resume(path)), CONFIG)
     return found if os.path.isfile(found) else None
+
+
+def best_checkpoint(folder):
+    """The checkpoint of a run folder whose evaluation was the best, its last one where there was none.
+
+    Raises:
+        UserError: the folder holds no checkpoint.
+    """
+    accuracy, metrics = {}, os.path.join(folder, METRICS)
+    if os.path.isfile(metrics):
+        with open(metrics, encoding='utf-8') as file:
+            for record in map(json.loads, file):
+                if record['event'] == 'eval' and record.get('weights') in BEST:
+                    name = BEST[record['weights']]
+                    accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
+    for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise UserError(f'{folder}: no checkpoint; a run folder holds {", ".join([*BEST.values(), LAST])}')
 
 
 def _continued(config):
