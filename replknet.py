@@ -341,6 +341,7 @@ class RepLKNet(nn.Layer):
             if isinstance(layer, ReparamLargeKernelConv):
                 layer.merge()
 
+    @paddle.jit.not_to_static  # traced as it is: translated to a graph, sizes would become tensors
     def _check_input(self, x):
         channels = self.stem[0].conv.weight.shape[1]
         # a traced program has -1 for sizes that are free

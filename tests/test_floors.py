@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'config', 'utils'},
     {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
-    {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits', 'fuse'},
+    {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits', 'fuse', 'onnx_graph'},
     {'engine'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu'},
