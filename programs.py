@@ -1,5 +1,8 @@
 """Paddle Inference programs: written from a model, and run on the CPU with oneDNN."""
+import contextlib
+import ctypes
 import os
+import sys
 
 import paddle
 from paddle import inference
@@ -20,6 +23,20 @@ def save_program(layer, path, image_size, channels=3):
     traced = paddle.jit.to_static(layer, input_spec=[paddle.static.InputSpec(shape, 'float32', 'images')],
                                   full_graph=True)
     paddle.jit.save(traced, path)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr():
+    """Where Paddle tells what oneDNN supports; standard output is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class Program:
@@ -43,7 +60,8 @@ class Program:
         config.enable_mkldnn()
         config.set_cpu_math_library_num_threads(threads)
         config.disable_glog_info()
-        self._predictor = inference.create_predictor(config)
+        with _stdout_to_stderr():
+            self._predictor = inference.create_predictor(config)
         self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
 
     def __call__(self, images):
