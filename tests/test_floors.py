@@ -8,10 +8,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {'errors', 'files', 'paddle_env', 'config', 'utils'},
     {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
-    {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits', 'fuse', 'onnx_graph'},
+    {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits', 'fuse', 'onnx_graph', 'programs',
+     'certificate'},
     {'engine'},
     {'launcher'},
-    {'main_single_gpu', 'main_multi_gpu'},
+    {'main_single_gpu', 'main_multi_gpu', 'export'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
               ('zoo', 'port_weights')}

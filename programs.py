@@ -1,0 +1,46 @@
+"""Exported programs as functions: images, float32 [N, 3, H, W], to logits [N, num_classes], on the CPU."""
+import os
+
+import paddle
+
+from errors import UserError
+
+SUFFIX = '.json' if paddle.__version__ >= '3' else '.pdmodel'  # of what Paddle calls the program; .pdiparams beside it
+
+
+def load_paddle_program(prefix, threads=1):
+    """Runs `prefix`.json or .pdmodel with Paddle Inference and oneDNN.
+
+    A program that holds the large-kernel operator needs `large_kernel.load_operator()` before.
+    """
+    from paddle import inference
+    config = inference.Config(prefix + SUFFIX, prefix + '.pdiparams')
+    config.disable_gpu()
+    config.enable_mkldnn()
+    config.set_cpu_math_library_num_threads(threads)
+    config.disable_glog_info()
+    predictor = inference.create_predictor(config)
+    source = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def run(images):
+        source.copy_from_cpu(images)
+        predictor.run()
+        return result.copy_to_cpu()
+    return run
+
+
+def load_onnx_program(path, threads=1):
+    """Runs an ONNX file with ONNX Runtime.
+
+    Raises:
+        UserError: there is no onnxruntime package here.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError('an ONNX file is checked with ONNX Runtime: pip install onnxruntime') from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])
+    return lambda images: session.run(None, {'images': images})[0]
