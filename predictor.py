@@ -7,6 +7,7 @@
         print(prediction.picture, prediction.names[0], prediction.scores[0])
 """
 import itertools
+import json
 import os
 import tempfile
 from collections import deque
@@ -22,17 +23,20 @@ import numpy as np
 from PIL import Image
 
 import utils
+from certificate import dygraph_program
 from config import get_config
 from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
 from engine import build_model
 from errors import UserError
 from fuse import fuse
+from large_kernel import extension
 from launcher import ROOT, settings_file
-from programs import Program, save_program
-from run_folder import CLASSES, best_checkpoint
+from programs import load_paddle_program
+from run_folder import CONFIG, best_checkpoint, find_classes
 from zoo import ZOO
 
 IMAGENET = os.path.join(ROOT, 'class_names', 'imagenet1k.txt')
+CERTIFICATE = 'certificate.json'  # what export.py writes
 BACKENDS = ('auto', 'dygraph', 'inference')
 
 
@@ -69,7 +73,7 @@ class Predictor:
         backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto'.
         workers: decoding threads; None for one per core, at most 16.
     Attributes:
-        origin: file of the weights; `names`: of all classes; `backend`: which was chosen.
+        origin: the weights or the program; `names`: of all classes; `device` and `backend`: which were chosen.
     Raises:
         UserError, FileNotFoundError: what was given cannot be used.
     """
@@ -80,26 +84,29 @@ class Predictor:
             raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
         if min(batch_size, topk, 1 if workers is None else workers) < 1:
             raise UserError('-batch_size, -topk and -num_workers are whole numbers from 1 up')
-        device = utils.resolve_device(device)
-        # On two cores Paddle Inference took 0.8 of the time of the fused model in dygraph at 224 pixels, batch 1, and
-        # 0.7 at batch 8 (`python benchmark.py`); on a GPU its program would need another operator.
-        self.backend = ('inference' if device == 'cpu' else 'dygraph') if backend == 'auto' else backend
-        if self.backend == 'inference' and device != 'cpu':
-            raise UserError(f'-backend=inference: runs on the CPU, not on {device}; add -device=cpu or leave it out')
-        paddle.set_device(device)
-        threads = paddle_env.set_threads() if device == 'cpu' else 1
+        if model not in ZOO and not os.path.exists(model):
+            raise FileNotFoundError(f'-model={model}: no such file or folder, and no name that `python zoo.py` lists')
         self.batch_size, self.topk = batch_size, topk
         self._workers = workers or min(16, os.cpu_count() or 1)
+        exported = os.path.isfile(os.path.join(model, CERTIFICATE))
+        self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
+        # On two cores Paddle Inference took 0.8 of the time of the fused model in dygraph at 224 pixels, batch 1, and
+        # 0.7 at batch 8 (`python benchmark.py`).
+        self.backend = backend if backend != 'auto' else 'inference' if self.device == 'cpu' else 'dygraph'
+        if self.backend == 'inference' and self.device != 'cpu':
+            raise UserError(f'{model}: Paddle Inference runs on the CPU here, not on {self.device}: -device=cpu')
+        paddle.set_device(self.device)
+        if self.device == 'cpu':
+            paddle_env.set_threads()
+        (self._load_export if exported else self._load_weights)(model, cfg, features)
 
+    def _load_weights(self, model, cfg, features):
         self.origin = best_checkpoint(model) if os.path.isdir(model) else model
-        if self.origin not in ZOO and not os.path.exists(self.origin):
-            raise FileNotFoundError(f'-model={model}: no such file or folder, and no name that `python zoo.py` lists')
         cfg = cfg or settings_file(self.origin)
         if cfg is None:
-            raise UserError(f'-model={model}: there is no config.yaml beside it; name its settings with -cfg')
+            raise UserError(f'-model={model}: there is no {CONFIG} beside it; name its settings with -cfg')
         config = get_config(cfg, flags={'pretrained': self.origin, 'eval': True})
-        self.names = _class_names(config, os.path.dirname(self.origin))
-        self._transform = get_transform(config, 'val')
+        self._prepare(config, os.path.dirname(self.origin) or '.')
         network, _ = build_model(config)
         network.eval()
         if features:  # the final norm, which the fused form has lost, is part of them
@@ -107,12 +114,41 @@ class Predictor:
             network = _WithFeatures(network)
         else:
             network = fuse(network)
-        if self.backend == 'inference':
-            with tempfile.TemporaryDirectory() as folder:
-                save_program(network, os.path.join(folder, 'model'), config.DATA.IMAGE_SIZE)
-                self._compute = Program(os.path.join(folder, 'model'), threads)
+        if self.backend == 'dygraph':
+            self._compute = dygraph_program(network)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path, size = os.path.join(folder, 'model'), config.DATA.IMAGE_SIZE
+            paddle.jit.save(network, path, input_spec=[paddle.static.InputSpec([None, 3, size, size], 'float32')])
+            self._compute = load_paddle_program(path, paddle_env.set_threads())
+
+    def _load_export(self, folder, cfg, features):
+        if features or self.backend == 'dygraph':
+            raise UserError(f'{folder}: an exported program has no features and no dygraph form; name its weights')
+        with open(os.path.join(folder, CERTIFICATE), encoding='utf-8') as file:
+            programs = json.load(file)['programs']
+        # of those that run here, the one that was the fastest where it was exported
+        operator = extension.reason_unavailable() is None
+        names = [name for name in ('model', 'model_native') if name in programs and (operator or name != 'model')]
+        if not names:
+            raise UserError(f'{folder}: has no program that runs here, but {", ".join(programs)}; export it again')
+        name = min(names, key=lambda name: programs[name]['latency_ms'])
+        self.origin = os.path.join(folder, name)
+        self._prepare(get_config(cfg or os.path.join(folder, CONFIG)), folder)
+        if name == 'model':
+            extension.load_operator()  # else Paddle Inference does not know it
+        self._compute = load_paddle_program(self.origin, paddle_env.set_threads())
+
+    def _prepare(self, config, folder):
+        """Sets what belongs to the settings: the transform and the names of the classes."""
+        self._transform = get_transform(config, 'val')
+        count, path = config.MODEL.NUM_CLASSES, find_classes(folder, config.DATA.DATA_PATH)
+        if path or count == 1000:
+            self.names = read_class_names(path or IMAGENET)
         else:
-            self._compute = _Dygraph(network)
+            self.names = [str(number) for number in range(count)]
+        if len(self.names) != count:
+            raise DataError(f'{path}: names {len(self.names)} classes, the model has {count}')
 
     def __call__(self, pictures):
         """List of `Prediction`, in the order of `pictures`: paths or Pillow images, or one of them."""
@@ -126,12 +162,12 @@ class Predictor:
             if not batch:
                 return
             pixels = [result for _, result in batch if not isinstance(result, DataError)]
-            outputs = iter(zip(*self._compute(np.stack(pixels)))) if pixels else iter(())
+            outputs = iter(self._compute(np.stack(pixels)) if pixels else ())
             for picture, result in batch:
                 if isinstance(result, DataError):
                     yield Prediction(picture, error=str(result))
                 else:
-                    yield self._prediction(picture, *next(outputs))
+                    yield self._prediction(picture, next(outputs))
 
     def _samples(self, pictures):
         """Yields each picture with its pixels or the DataError, in order; reads two batches ahead."""
@@ -157,15 +193,17 @@ class Predictor:
             return error
         return self._transform(image)
 
-    def _prediction(self, picture, logits, features=None):
+    def _prediction(self, picture, output):
+        logits, features = np.split(output, [len(self.names)])
         classes = np.argsort(-logits, kind='stable')[:self.topk]
         shares = np.exp(logits - logits.max(), dtype=np.float64)
         return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
-                          (shares / shares.sum())[classes].tolist(), logits, features)
+                          (shares / shares.sum())[classes].tolist(), logits,
+                          features if len(features) else None)
 
 
 class _WithFeatures(paddle.nn.Layer):
-    """[N, 3, H, W] -> logits [N, num_classes] and the features [N, C] that the head takes."""
+    """[N, 3, H, W] -> [N, num_classes + C]: the logits, and the features that the head takes."""
 
     def __init__(self, model):
         super().__init__()
@@ -173,33 +211,4 @@ class _WithFeatures(paddle.nn.Layer):
 
     def forward(self, images):
         features = self.model.pool(self.model.forward_features(images)[-1])
-        return self.model.head(features), features
-
-
-class _Dygraph:
-    """A layer with the interface of `Program`."""
-
-    def __init__(self, layer):
-        self._layer = layer
-
-    def __call__(self, images):
-        with paddle.no_grad():
-            outputs = self._layer(paddle.to_tensor(images))
-        return [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
-
-
-def _class_names(config, folder):
-    """Names from `classes.txt` beside the weights or in the data folder, else ImageNet-1K's, else numbers.
-
-    Raises:
-        DataError: there are not as many as classes.
-    """
-    count = config.MODEL.NUM_CLASSES
-    for candidate in (folder, config.DATA.DATA_PATH):
-        path = os.path.join(candidate, CLASSES)
-        if candidate and os.path.isfile(path):
-            names = read_class_names(path)
-            if len(names) != count:
-                raise DataError(f'{path}: names {len(names)} classes, the model has {count}')
-            return names
-    return read_class_names(IMAGENET) if count == 1000 else [str(number) for number in range(count)]
+        return paddle.concat([self.model.head(features), features], axis=1)

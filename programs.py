@@ -1,33 +1,42 @@
-"""Paddle Inference programs: written from a model, and run on the CPU with oneDNN."""
+"""Exported programs as functions: images, float32 [N, 3, H, W], to logits [N, num_classes], on the CPU."""
 import contextlib
 import ctypes
 import os
 import sys
 
 import paddle
-from paddle import inference
 
 from errors import UserError
-from large_kernel import extension
 
-SUFFIXES = ('.json', '.pdmodel')  # of the graph, from Paddle 3 on and before
+SUFFIX = '.json' if paddle.__version__ >= '3' else '.pdmodel'  # of what Paddle calls the program; .pdiparams beside it
 
 
-def save_program(layer, path, image_size, channels=3):
-    """Traces `layer` in eval mode, for images [N, channels, image_size, image_size], into PATH.json and PATH.pdiparams.
+def load_paddle_program(prefix, threads=1):
+    """Runs `prefix`.json or .pdmodel with Paddle Inference and oneDNN.
 
-    The program runs the large-kernel operator if the layer does.
+    A program that holds the large-kernel operator needs `large_kernel.load_operator()` before.
     """
-    layer.eval()
-    shape = [None, channels, image_size, image_size]
-    traced = paddle.jit.to_static(layer, input_spec=[paddle.static.InputSpec(shape, 'float32', 'images')],
-                                  full_graph=True)
-    paddle.jit.save(traced, path)
+    from paddle import inference
+    config = inference.Config(prefix + SUFFIX, prefix + '.pdiparams')
+    config.disable_gpu()
+    config.enable_mkldnn()
+    config.set_cpu_math_library_num_threads(threads)
+    config.disable_glog_info()
+    predictor = inference.create_predictor(config)
+    source = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    @_stdout_to_stderr()
+    def run(images):
+        source.copy_from_cpu(images)
+        predictor.run()
+        return result.copy_to_cpu()
+    return run
 
 
 @contextlib.contextmanager
 def _stdout_to_stderr():
-    """Where Paddle tells what oneDNN supports; standard output is for results."""
+    """Standard output is for results; Paddle tells there what oneDNN supports."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -39,33 +48,17 @@ def _stdout_to_stderr():
         os.close(kept)
 
 
-class Program:
-    """A program of `save_program`, ready to run.
+def load_onnx_program(path, threads=1):
+    """Runs an ONNX file with ONNX Runtime.
 
-    Args:
-        path: as in `save_program`.
-        threads: for its computations.
     Raises:
-        UserError: there is no such program.
+        UserError: there is no onnxruntime package here.
     """
-
-    def __init__(self, path, threads):
-        graph = next((path + suffix for suffix in SUFFIXES if os.path.isfile(path + suffix)), None)
-        if graph is None:
-            raise UserError(f'{path}{SUFFIXES[0]}: no such program')
-        if extension.reason_unavailable() is None:
-            extension.load_operator()  # Paddle Inference does not know it otherwise
-        config = inference.Config(graph, path + '.pdiparams')
-        config.disable_gpu()
-        config.enable_mkldnn()
-        config.set_cpu_math_library_num_threads(threads)
-        config.disable_glog_info()
-        with _stdout_to_stderr():
-            self._predictor = inference.create_predictor(config)
-        self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
-
-    def __call__(self, images):
-        """float32 [N, 3, H, W] -> list of the program's results, arrays."""
-        self._input.copy_from_cpu(images)
-        self._predictor.run()
-        return [self._predictor.get_output_handle(name).copy_to_cpu() for name in self._predictor.get_output_names()]
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError('an ONNX file is checked with ONNX Runtime: pip install onnxruntime') from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])
+    return lambda images: session.run(None, {'images': images})[0]

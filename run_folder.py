@@ -48,6 +48,12 @@ def best_checkpoint(folder):
     raise UserError(f'{folder}: no checkpoint; a run folder holds {", ".join([*BEST.values(), LAST])}')
 
 
+def find_classes(*folders):
+    """The first file with the names of the classes that there is in the folders, or None."""
+    found = (os.path.join(folder, CLASSES) for folder in folders if folder)
+    return next(filter(os.path.isfile, found), None)
+
+
 def _continued(config):
     """Whether this is a run that goes on in the folder of the one it resumes: from its last checkpoint."""
     return not config.EVAL and os.path.basename(resolve_resume(config.MODEL.RESUME)) == LAST
@@ -97,8 +103,8 @@ class RunFolder:
                 self._refuse_if_taken()
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
-            classes = os.path.join(self.config.DATA.DATA_PATH, CLASSES)
-            if os.path.isfile(classes):
+            classes = find_classes(self.config.DATA.DATA_PATH)
+            if classes and not find_classes(self.path):
                 shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:

@@ -19,7 +19,7 @@ TINY_XL = {**TINY, 'large_kernel_sizes': [27, 27, 27, 13], 'layers': [1, 1, 1, 1
 
 
 def randomise_norms(model, size=128):
-    """Random weights and biases for every norm, and the statistics of random pictures: signals neither fade nor explode."""
+    """Random weights and biases for every norm, and the statistics of random pictures, so that no signal fades."""
     rng = np.random.default_rng(0)
     layers = [layer for layer in model.sublayers() if isinstance(layer, nn.BatchNorm2D)]
     for layer in layers:
