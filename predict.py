@@ -27,7 +27,7 @@ from engine import accuracy_line
 from errors import ArgumentParser, UserError
 from files import atomic_file
 from launcher import exit_status
-from predictor import BACKENDS, Prediction, Predictor
+from predictor import BACKENDS, Prediction, Predictor, is_export
 from utils import logger
 
 __all__ = ['Prediction', 'Predictor']
@@ -152,9 +152,9 @@ def main():
     args = arguments_of()
     paths, labels = find_pictures(args.pictures)
     logger.setLevel('WARNING')
-    backend = 'dygraph' if args.backend == 'auto' and len(paths) < FEW else args.backend
-    predictor = Predictor(args.model, args.cfg, args.device, args.batch_size, args.topk, args.features, backend,
-                          args.num_workers)
+    few = args.backend == 'auto' and len(paths) < FEW and not is_export(args.model)
+    predictor = Predictor(args.model, args.cfg, args.device, args.batch_size, args.topk, args.features,
+                          'dygraph' if few else args.backend, args.num_workers)
     print(f'weights of {predictor.origin}, {predictor.backend}', file=sys.stderr)
     for path, label in zip(paths, labels):
         if label >= len(predictor.names):

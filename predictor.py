@@ -88,7 +88,7 @@ class Predictor:
             raise FileNotFoundError(f'-model={model}: no such file or folder, and no name that `python zoo.py` lists')
         self.batch_size, self.topk = batch_size, topk
         self._workers = workers or min(16, os.cpu_count() or 1)
-        exported = os.path.isfile(os.path.join(model, CERTIFICATE))
+        exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
         # On two cores Paddle Inference took 0.8 of the time of the fused model in dygraph at 224 pixels, batch 1, and
         # 0.7 at batch 8 (`python benchmark.py`).
@@ -200,6 +200,11 @@ class Predictor:
         return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
                           (shares / shares.sum())[classes].tolist(), logits,
                           features if len(features) else None)
+
+
+def is_export(path):
+    """Whether this is a folder that export.py wrote."""
+    return os.path.isfile(os.path.join(path, CERTIFICATE))
 
 
 class _WithFeatures(paddle.nn.Layer):

@@ -26,7 +26,7 @@ def load_paddle_program(prefix, threads=1):
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     result = predictor.get_output_handle(predictor.get_output_names()[0])
 
-    @_stdout_to_stderr()
+    @_nothing_on_stdout()
     def run(images):
         source.copy_from_cpu(images)
         predictor.run()
@@ -35,15 +35,16 @@ def load_paddle_program(prefix, threads=1):
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr():
-    """Standard output is for results; Paddle tells there what oneDNN supports."""
+def _nothing_on_stdout():
+    """Standard output is for results, but Paddle's oneDNN tells there what it supports."""
     sys.stdout.flush()
     kept = os.dup(1)
-    os.dup2(2, 1)
+    with open(os.devnull, 'w') as nothing:
+        os.dup2(nothing.fileno(), 1)
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)
+        ctypes.CDLL(None).fflush(None)  # what C and C++ have not written yet
         os.dup2(kept, 1)
         os.close(kept)
 
