@@ -84,8 +84,6 @@ class Predictor:
             raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
         if min(batch_size, topk, 1 if workers is None else workers) < 1:
             raise UserError('-batch_size, -topk and -num_workers are whole numbers from 1 up')
-        if model not in ZOO and not os.path.exists(model):
-            raise FileNotFoundError(f'-model={model}: no such file or folder, and no name that `python zoo.py` lists')
         self.batch_size, self.topk = batch_size, topk
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
@@ -101,14 +99,9 @@ class Predictor:
         (self._load_export if exported else self._load_weights)(model, cfg, features)
 
     def _load_weights(self, model, cfg, features):
-        self.origin = best_checkpoint(model) if os.path.isdir(model) else model
-        cfg = cfg or settings_file(self.origin)
-        if cfg is None:
-            raise UserError(f'-model={model}: there is no {CONFIG} beside it; name its settings with -cfg')
-        config = get_config(cfg, flags={'pretrained': self.origin, 'eval': True})
+        network, config = load_model(model, cfg)
+        self.origin = config.MODEL.PRETRAINED
         self._prepare(config, os.path.dirname(self.origin) or '.')
-        network, _ = build_model(config)
-        network.eval()
         if features:  # the final norm, which the fused form has lost, is part of them
             network.structural_reparam()
             network = _WithFeatures(network)
@@ -200,6 +193,27 @@ class Predictor:
         return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
                           (shares / shares.sum())[classes].tolist(), logits,
                           features if len(features) else None)
+
+
+def load_model(model, cfg=None):
+    """A trained model in eval mode, and its settings.
+
+    Args:
+        model: a name of the zoo, a checkpoint, or a run folder for its best checkpoint.
+        cfg: YAML file of settings, for weights that have none beside them.
+    Raises:
+        UserError, FileNotFoundError: what was given cannot be used.
+    """
+    if model not in ZOO and not os.path.exists(model):
+        raise FileNotFoundError(f'-model={model}: no such file or folder, and no name that `python zoo.py` lists')
+    weights = best_checkpoint(model) if os.path.isdir(model) else model
+    cfg = cfg or settings_file(weights)
+    if cfg is None:
+        raise UserError(f'-model={model}: there is no {CONFIG} beside it; name its settings with -cfg')
+    config = get_config(cfg, flags={'pretrained': weights, 'eval': True})
+    network, _ = build_model(config)
+    network.eval()
+    return network, config
 
 
 def is_export(path):
