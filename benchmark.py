@@ -94,9 +94,12 @@ def time_shares(run, kinds):
     from paddle.profiler import Profiler, ProfilerTarget
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'trace.json')
-        with Profiler(targets=[ProfilerTarget.CPU], on_trace_ready=lambda profiler: profiler.export(path)):
-            for _ in range(PROFILED_CALLS):
-                run()
+        try:
+            with Profiler(targets=[ProfilerTarget.CPU], on_trace_ready=lambda profiler: profiler.export(path)):
+                for _ in range(PROFILED_CALLS):
+                    run()
+        except OSError:  # Paddle 2.6 for GPUs, where there is no driver
+            return {}
         with open(path) as file:
             events = json.load(file)['traceEvents']
     total, end, convolutions, shares = 0.0, 0.0, iter(kinds * PROFILED_CALLS), dict.fromkeys(KINDS, 0.0)

@@ -10,7 +10,7 @@ FLOORS = [
     {'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load', 'checkpoint'},
     {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits', 'fuse', 'onnx_graph', 'programs',
      'certificate', 'contact_sheets'},
-    {'engine'},
+    {'engine', 'dense', 'hubconf'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu', 'export', 'predictor'},
     {'predict', 'benchmark'},
