@@ -190,7 +190,8 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
     before, one = dygraph_program(model), batches[0][:1]
     expected = [before(images) for images in batches]
     groups = compare_groups(model, twin, batches)
-    measured = {name: d.largest / (d.scale or 1) for name, d in groups.items()}
+    _refuse_over(tolerance, {name: d.largest / (d.scale or 1) for name, d in groups.items()})
+    costs = {'before': _costs(model, config, one), 'after': _costs(twin, config, one)}
     programs = {}
     for name, write, load, needs in _programs(twin, formats, size, threads):
         path = os.path.join(folder, name)
@@ -199,23 +200,18 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
         files = sorted(set(os.listdir(folder)) - already)
         program = load(path)
         difference, agreement = compare_logits(expected, program, batches)
-        measured[f'logits of {name}'] = difference.largest
+        _refuse_over(tolerance, {f'logits of {name}': difference.largest})
         programs[name] = {'files': files, 'needs': needs, 'max_difference': float(difference.largest),
                           'mean_difference': float(difference.mean), 'top1_agreement': agreement,
                           'bytes': sum(os.path.getsize(os.path.join(folder, file)) for file in files),
                           'latency_ms': latency_ms(program, one)}
         del program
-    worst = max(measured, key=lambda name: np.nan_to_num(measured[name], nan=np.inf))
-    if not measured[worst] <= tolerance:
-        raise CertificateError(f'nothing is exported: {worst} differs from the training form by '
-                               f'{measured[worst]:.2g}, over the tolerance of {tolerance:g}')
     certificate = {
         'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'form': form,
         'image_size': list(size) if size else 'dynamic', 'tolerance': tolerance, 'compared_on': compared_on,
         'groups': {name: {'max_difference': float(d.largest), 'mean_difference': float(d.mean),
                           'largest_value': float(d.scale)} for name, d in groups.items()},
-        'programs': programs,
-        'before': _costs(model, config, one), 'after': _costs(twin, config, one),
+        'programs': programs, **costs,
         'environment': {'paddle': paddle.__version__, 'threads': threads,
                         'processor': paddle_env.cpu_info().get('model name', platform.machine())}}
     with open(os.path.join(folder, CERTIFICATE), 'w', encoding='utf-8') as file:
@@ -226,6 +222,13 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
     if classes:
         shutil.copy(classes, folder)
     return certificate
+
+
+def _refuse_over(tolerance, measured):
+    worst = max(measured, key=lambda name: np.nan_to_num(measured[name], nan=np.inf))
+    if not measured[worst] <= tolerance:
+        raise CertificateError(f'nothing is exported: {worst} differs from the training form by '
+                               f'{measured[worst]:.2g}, over the tolerance of {tolerance:g}')
 
 
 def _programs(twin, formats, size, threads):

@@ -1,6 +1,6 @@
 """A RepLKNet as an ONNX graph of standard operators, written node by node.
 
-    write_onnx(fuse(model), 'model.onnx', size=224)
+    write_onnx(fuse(model), 'model.onnx', (224, 224))
 
 Opset 17; GELU stands as its definition with Erf, which ONNX Runtime, OpenVINO and TensorRT know and fuse.
 """
@@ -40,9 +40,9 @@ def write_onnx(model, path, size=None):
         for layer in model.transitions[index] if index < len(model.transitions) else ():
             x = graph.conv_bn(x, layer)
     x = graph.node('Flatten', [graph.node('GlobalAveragePool', [graph.norm(x, model.norm)])])
-    logits = graph.node('Gemm', [x, *graph.parameters(model.head, 'weight', 'bias')])
+    graph.node('Gemm', [x, *graph.parameters(model.head, 'weight', 'bias')], 'logits')
     shapes = {'images': ['N', model.stem[0].conv.weight.shape[1], *(size or ('H', 'W'))],
-              logits: ['N', model.num_classes]}
+              'logits': ['N', model.num_classes]}
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     proto = helper.make_graph(graph.nodes, 'replknet', ends[:1], ends[1:], graph.initializers)
     proto = helper.make_model(proto, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION)
@@ -60,8 +60,8 @@ class _Graph:
         self.initializers = [onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [value])
                              for name, value in (('half', 0.5), ('one', 1.0), ('sqrt2', math.sqrt(2)))]
 
-    def node(self, kind, inputs, **attributes):
-        output = f'{kind}_{len(self.nodes)}'
+    def node(self, kind, inputs, output=None, **attributes):
+        output = output or f'{kind}_{len(self.nodes)}'
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], output, **attributes))
         return output
 
