@@ -40,7 +40,7 @@ def layer_groups(model):
         groups[f'stage {index}'] = stage
         if index < len(model.transitions):
             groups[f'transition {index}'] = nn.Sequential(*model.transitions[index])
-    groups['head'] = lambda x: model.head(model.norm(x).mean([2, 3]))
+    groups['head'] = lambda x: model.head(model.pool(x))
     return groups
 
 

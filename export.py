@@ -141,9 +141,13 @@ def _in_form(model, form):
         twin = copy.deepcopy(model)
         twin.structural_reparam()
         return twin
-    if any(getattr(layer, 'merged', False) for layer in model.sublayers()):
+    if _is_merged(model):
         raise UserError('-form=training: the weights are merged already; export them fused or merged')
     return model
+
+
+def _is_merged(model):
+    return any(getattr(layer, 'merged', False) for layer in model.sublayers())
 
 
 def _images(config, pictures, dynamic):
@@ -191,7 +195,8 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
     expected = [before(images) for images in batches]
     groups = compare_groups(model, twin, batches)
     _refuse_over(tolerance, {name: d.largest / (d.scale or 1) for name, d in groups.items()})
-    costs = {'before': _costs(model, config, one), 'after': _costs(twin, config, one)}
+    costs = {'before': {'form': 'merged' if _is_merged(model) else 'training', **_costs(model, config, one)},
+             'after': {'form': form, **_costs(twin, config, one)}}
     programs = {}
     for name, write, load, needs in _programs(twin, formats, size, threads):
         path = os.path.join(folder, name)
@@ -227,7 +232,7 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
 def _refuse_over(tolerance, measured):
     worst = max(measured, key=lambda name: np.nan_to_num(measured[name], nan=np.inf))
     if not measured[worst] <= tolerance:
-        raise CertificateError(f'nothing is exported: {worst} differs from the training form by '
+        raise CertificateError(f'nothing is exported: {worst} differs from the original by '
                                f'{measured[worst]:.2g}, over the tolerance of {tolerance:g}')
 
 
@@ -278,8 +283,8 @@ def _costs(model, config, one):
 
 def table(certificate):
     """The certificate as lines of text."""
-    lines = [f"{certificate['model']}, {certificate['form']} form, compared with the training form on "
-             f"{certificate['compared_on']}", '',
+    lines = [f"{certificate['model']}, {certificate['form']} form, compared with the {certificate['before']['form']} "
+             f"form on {certificate['compared_on']}", '',
              f"{'layers':16}{'max difference':>16}{'mean':>12}{'largest value':>16}"]
     lines += [f"{name:16}{g['max_difference']:16.1e}{g['mean_difference']:12.1e}{g['largest_value']:16.3g}"
               for name, g in certificate['groups'].items()]
@@ -299,9 +304,11 @@ def main():
     try:
         certificate = export(config, **arguments)
     except CertificateError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
     print(table(certificate))
     print(f"\nwritten to {arguments['output']}; {CERTIFICATE} there holds these figures")
+    return 0
 
 
 if __name__ == '__main__':

@@ -4,11 +4,15 @@ import ctypes
 import os
 import sys
 
-import paddle
-
 from errors import UserError
 
-SUFFIX = '.json' if paddle.__version__ >= '3' else '.pdmodel'  # of what Paddle calls the program; .pdiparams beside it
+
+def program_file(prefix):
+    """The file of a program beside `prefix`.pdiparams: .json of Paddle 3, .pdmodel of 2.6."""
+    for suffix in ('.json', '.pdmodel'):
+        if os.path.isfile(prefix + suffix):
+            return prefix + suffix
+    raise FileNotFoundError(f'{prefix}.json: no such program')
 
 
 def load_paddle_program(prefix, threads=1):
@@ -17,7 +21,7 @@ def load_paddle_program(prefix, threads=1):
     A program that holds the large-kernel operator needs `large_kernel.load_operator()` before.
     """
     from paddle import inference
-    config = inference.Config(prefix + SUFFIX, prefix + '.pdiparams')
+    config = inference.Config(program_file(prefix), prefix + '.pdiparams')
     config.disable_gpu()
     config.enable_mkldnn()
     config.set_cpu_math_library_num_threads(threads)

@@ -19,7 +19,7 @@ from config import config_text, get_config
 from errors import UserError
 from export import CertificateError, export, read_arguments
 from fuse import fuse
-from programs import SUFFIX, load_onnx_program, load_paddle_program
+from programs import load_onnx_program, load_paddle_program, program_file
 from replknet import build_replknet, replknet_31b, replknet_31l, replknet_xl
 
 ROOT = Path(__file__).parents[1]
@@ -91,8 +91,8 @@ def test_a_run_is_exported_and_its_programs_run_in_a_fresh_process(
         assert f'{name} ' in done.stdout
     assert certificate['after']['parameters'] < certificate['before']['parameters'] == model.num_parameters()
     assert get_config(folder / 'config.yaml').MODEL.NUM_CLASSES == 4
-    assert b'large_kernel_conv' in (folder / f'model{SUFFIX}').read_bytes()
-    assert b'large_kernel_conv' not in (folder / f'model_native{SUFFIX}').read_bytes()
+    assert b'large_kernel_conv' in Path(program_file(f'{folder}/model')).read_bytes()
+    assert b'large_kernel_conv' not in Path(program_file(f'{folder}/model_native')).read_bytes()
 
     same = build_replknet(config)
     load_weights(same, half, 'half')
@@ -154,7 +154,7 @@ def test_the_certificate_names_the_group_that_is_wrong(settings, tmp_path, monke
         bias.set_value(bias + 0.01)
         return twin
     monkeypatch.setattr(exporting, 'fuse', wrong)
-    with pytest.raises(CertificateError, match='transition 1 differs from the training form by') as caught:
+    with pytest.raises(CertificateError, match='transition 1 differs from the original by') as caught:
         export(settings(), tmp_path / 'out')
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
 
