@@ -132,9 +132,8 @@ def child(folder, export):
         images, path = images_of(case), os.path.join(folder, 'model')
         if export:
             model = build(case)
-            import paddle
-            spec = paddle.static.InputSpec([None, *images.shape[1:]], 'float32')
-            paddle.jit.save(model, path, input_spec=[spec])
+            from programs import save_paddle_program
+            save_paddle_program(model, path, images.shape[2:])
             return list, {'kinds': convolution_kinds(model, images[:1])}
         if case['backend'] == 'inference':
             harness.import_paddle(case['threads'])

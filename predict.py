@@ -32,7 +32,7 @@ from utils import logger
 
 __all__ = ['Prediction', 'Predictor']
 
-FEW = 64  # pictures; for fewer, preparing Paddle Inference (seconds) costs more than it saves
+FEW = 64  # pictures; for fewer of 31B, preparing Paddle Inference (4 s) costs more than it saves
 OUTPUTS = ('.csv', '.jsonl')
 
 

@@ -31,7 +31,7 @@ from errors import UserError
 from fuse import fuse
 from large_kernel import extension
 from launcher import ROOT, settings_file
-from programs import load_paddle_program
+from programs import load_paddle_program, save_paddle_program
 from run_folder import CONFIG, best_checkpoint, find_classes
 from zoo import ZOO
 
@@ -88,8 +88,8 @@ class Predictor:
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
-        # On two cores Paddle Inference took 0.8 of the time of the fused model in dygraph at 224 pixels, batch 1, and
-        # 0.7 at batch 8 (`python benchmark.py`).
+        # Of the processor time of 31B's fused form in dygraph, Paddle Inference takes 0.84 at 224 pixels, batch 1, and
+        # 0.65 at batch 8 (two threads of an AMD EPYC); with Paddle's own depthwise convolutions 0.91 and 0.62.
         self.backend = backend if backend != 'auto' else 'inference' if self.device == 'cpu' else 'dygraph'
         if self.backend == 'inference' and self.device != 'cpu':
             raise UserError(f'{model}: Paddle Inference runs on the CPU here, not on {self.device}: -device=cpu')
@@ -101,7 +101,7 @@ class Predictor:
     def _load_weights(self, model, cfg, features):
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
-        self._prepare(config, os.path.dirname(self.origin) or '.')
+        self._prepare(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
         if features:  # the final norm, which the fused form has lost, is part of them
             network.structural_reparam()
             network = _WithFeatures(network)
@@ -112,7 +112,7 @@ class Predictor:
             return
         with tempfile.TemporaryDirectory() as folder:
             path, size = os.path.join(folder, 'model'), config.DATA.IMAGE_SIZE
-            paddle.jit.save(network, path, input_spec=[paddle.static.InputSpec([None, 3, size, size], 'float32')])
+            save_paddle_program(network, path, (size, size))
             self._compute = load_paddle_program(path, paddle_env.set_threads())
 
     def _load_export(self, folder, cfg, features):
