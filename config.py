@@ -68,7 +68,14 @@ _C.TRAIN.MODEL_EMA = True
 _C.TRAIN.MODEL_EMA_DECAY = 0.9999  # per optimizer step
 _C.TRAIN.SYNC_BN = True  # on GPUs with several processes
 
+_C.TRAIN.LOSS = 'auto'  # 'auto' (cross-entropy), 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', ...
 _C.TRAIN.SMOOTHING = 0.1
+_C.TRAIN.BCE_THRESHOLD = 0.0  # above 0, 'bce' turns targets above it into 1 and the others into 0
+_C.TRAIN.JSD_ALPHA = 12.0  # weight of the divergence in 'jsd'
+_C.TRAIN.ASYMMETRIC = CN()  # of 'asymmetric' and 'asymmetric_single'
+_C.TRAIN.ASYMMETRIC.GAMMA_NEG = 4.0
+_C.TRAIN.ASYMMETRIC.GAMMA_POS = 0.0
+_C.TRAIN.ASYMMETRIC.CLIP = 0.05  # probability margin of negatives, not in 'asymmetric_single'
 _C.TRAIN.MIXUP_PROB = 1.0  # share of batches with mixup or cutmix; 0 switches both off
 _C.TRAIN.MIXUP_ALPHA = 0.8
 _C.TRAIN.CUTMIX_ALPHA = 1.0
@@ -80,7 +87,9 @@ _C.TRAIN.RANDOM_RESIZED_CROP.SCALE = [0.08, 1.0]
 _C.TRAIN.RANDOM_RESIZED_CROP.RATIO = [3 / 4, 4 / 3]
 _C.TRAIN.HFLIP = 0.5
 _C.TRAIN.VFLIP = 0.0
-_C.TRAIN.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'  # '' for none
+_C.TRAIN.REPEATED_AUG = 0  # copies of each picture in an epoch of the same length, each augmented anew; 0 for none
+_C.TRAIN.AUG_SPLITS = 0  # views of each picture for TRAIN.LOSS 'jsd', the first without augmentation; 0 for none
+_C.TRAIN.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'  # or 'original', 'v0', 'augmix-m3-w3', see auto_augment.py; '' for none
 _C.TRAIN.COLOR_JITTER = 0.4  # only where AUTO_AUGMENT is empty
 _C.TRAIN.RANDOM_ERASE_PROB = 0.25
 _C.TRAIN.RANDOM_ERASE_MODE = 'pixel'  # 'const', 'rand' or 'pixel'
@@ -105,6 +114,7 @@ _CHOICES = {
     'DATA.INTERPOLATION': ('bicubic', 'bilinear'),
     'MODEL.TYPE': ('RepLKNet',),
     'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum'),
+    'TRAIN.LOSS': ('auto', 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', 'asymmetric_single'),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
     'AMP_DTYPE': ('float16', 'bfloat16'),
@@ -120,7 +130,9 @@ _RANGES = {  # inclusive
     'TRAIN.END_LR': (0, math.inf), 'TRAIN.LINEAR_SCALED_LR': (0, math.inf), 'TRAIN.RECIPE_BATCH_SIZE': (0, math.inf),
     'TRAIN.ACCUM_ITER': (1, math.inf), 'TRAIN.WEIGHT_DECAY': (0, math.inf), 'TRAIN.LAYER_DECAY': (0.01, 1),
     'TRAIN.OPTIMIZER.EPS': (0, 1), 'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1),
-    'TRAIN.SMOOTHING': (0, 0.999),
+    'TRAIN.SMOOTHING': (0, 0.999), 'TRAIN.BCE_THRESHOLD': (0, 0.999), 'TRAIN.JSD_ALPHA': (0, math.inf),
+    'TRAIN.ASYMMETRIC.GAMMA_NEG': (0, math.inf), 'TRAIN.ASYMMETRIC.GAMMA_POS': (0, math.inf),
+    'TRAIN.ASYMMETRIC.CLIP': (0, 0.999), 'TRAIN.REPEATED_AUG': (0, math.inf), 'TRAIN.AUG_SPLITS': (0, math.inf),
     'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
@@ -381,6 +393,21 @@ def _check(config, origins):
         refuse('TRAIN.MIXUP_PROB', 'asks for mixup, but TRAIN.MIXUP_ALPHA and TRAIN.CUTMIX_ALPHA are both 0; '
                                    'set TRAIN.MIXUP_PROB to 0 to switch mixup off', 'TRAIN.MIXUP_ALPHA',
                'TRAIN.CUTMIX_ALPHA')
+    if train.LOSS == 'soft_target' and train.MIXUP_PROB == 0:
+        refuse('TRAIN.LOSS', 'is soft_target, for the targets of mixup, but TRAIN.MIXUP_PROB is 0; use label_smoothing',
+               'TRAIN.MIXUP_PROB')
+    if train.LOSS in ('label_smoothing', 'jsd', 'asymmetric_single') and train.MIXUP_PROB > 0:
+        refuse('TRAIN.LOSS', f'is {train.LOSS}, for one label per picture; set TRAIN.MIXUP_PROB to 0',
+               'TRAIN.MIXUP_PROB')
+    if train.LOSS == 'jsd' and train.AUG_SPLITS < 2:
+        refuse('TRAIN.LOSS', f'is jsd, which compares views; set TRAIN.AUG_SPLITS to 3, it is {train.AUG_SPLITS}',
+               'TRAIN.AUG_SPLITS')
+    if train.AUG_SPLITS and train.LOSS != 'jsd':
+        refuse('TRAIN.AUG_SPLITS', f'is {train.AUG_SPLITS}, for TRAIN.LOSS jsd; with {train.LOSS} use '
+                                   'TRAIN.REPEATED_AUG', 'TRAIN.LOSS')
+    if train.AUG_SPLITS and not (train.AUTO_AUGMENT or train.COLOR_JITTER or train.RANDOM_ERASE_PROB):
+        refuse('TRAIN.AUG_SPLITS', 'asks for augmented views, but TRAIN.AUTO_AUGMENT, TRAIN.COLOR_JITTER and '
+                                   'TRAIN.RANDOM_ERASE_PROB are all off', 'TRAIN.AUTO_AUGMENT')
     if not all(0 <= beta < 1 for beta in train.OPTIMIZER.BETAS):
         refuse('TRAIN.OPTIMIZER.BETAS', f'is {train.OPTIMIZER.BETAS}; each is from 0 up to, not including, 1')
     if train.BASE_LR == 0:

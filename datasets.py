@@ -121,7 +121,8 @@ class ImageNet2012Dataset(paddle.io.Dataset):
     Args:
         root: data folder.
         list_file: path of the list, relative to root.
-        transform: callable(image) or, for training, callable(image, rng) -> float32 array [3, H, W].
+        transform: callable(image) or, for training, callable(image, rng) -> float32 array [3, H, W] or
+            [views, 3, H, W].
         num_classes: labels must be in [0, num_classes); None for any.
         train: bool, whether the transform takes a generator.
         seed: int >= 0, of the augmentation.
@@ -153,42 +154,48 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         return len(self.labels)
 
     def __getitem__(self, key):
-        """key is (epoch, index), or index alone for epoch 0 -> float32 array [3, H, W], int64 label.
+        """key is (epoch, index), (epoch, index, copy), or index alone for epoch 0 -> pixels, int64 label.
+
+        The pixels are what the transform gives; its draws follow from the seed and the key.
 
         Raises:
             DataError: the picture is missing or corrupt.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
             image = decode_image(self.path(index))
         except DataError as error:
             raise DataError(f'{self.list_file}:{index + 1}: {error}') from error
         if self.train:
-            pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index))
+            pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
         else:
             pixels = self.transform(image)
         return pixels, self.labels[index]
 
 
 class TrainBatchSampler:
-    """Shuffled batches of (epoch, index) keys for one process.
+    """Shuffled batches of (epoch, index) keys for one process, of (epoch, index, copy) with repeated augmentation.
 
-    The permutation depends on (seed, epoch) only. It is cut into global batches, the incomplete last one is dropped,
-    and each global batch is dealt to the processes image by image: every process has equally many full batches, and a
-    global batch holds the same images whatever the number of processes.
+    The permutation depends on (seed, epoch) only. With repeated augmentation (arXiv 1901.09335) each image stands in it
+    `repeats` times in a row, and the list ends at the size of the dataset: an epoch is as long as without and shows a
+    part of the images. The list is cut into global batches, the incomplete last one is dropped, and each global batch
+    is dealt to the processes image by image, so the copies of an image go to different ones: every process has equally
+    many full batches, and a global batch holds the same images whatever the number of processes.
 
     Args:
         size: number of images.
         batch_size: images per process and batch.
         rank, world_size: of this process.
         seed: int >= 0.
+        repeats: copies of each image; 0 or 1 for no repeated augmentation.
 
     Raises:
         UserError: there are fewer images than one global batch.
     """
 
-    def __init__(self, size, batch_size, rank=0, world_size=1, seed=0):
+    def __init__(self, size, batch_size, rank=0, world_size=1, seed=0, repeats=0):
         self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
+        self.repeats = repeats
         self.epoch = self.start_batch = 0
         if len(self) == 0:
             raise UserError(f'{size} training images are fewer than one global batch of {batch_size * world_size} '
@@ -202,8 +209,11 @@ class TrainBatchSampler:
         order = random_generator(self.seed, STREAM_ORDER, self.epoch).permutation(self.size)
         global_batch = self.batch_size * self.world_size
         for batch in range(self.start_batch, len(self)):
-            indices = order[batch * global_batch:(batch + 1) * global_batch][self.rank::self.world_size]
-            yield [(self.epoch, int(index)) for index in indices]
+            positions = range(batch * global_batch + self.rank, (batch + 1) * global_batch, self.world_size)
+            if self.repeats > 1:
+                yield [(self.epoch, int(order[p // self.repeats]), p % self.repeats) for p in positions]
+            else:
+                yield [(self.epoch, int(order[p])) for p in positions]
 
     def __len__(self):
         """Batches of a whole epoch, `start_batch` aside."""
@@ -254,13 +264,17 @@ def _collate(samples):
         if isinstance(sample, DataError):
             return [np.zeros(1, np.float32), np.zeros(1, np.int64), str(sample)]
     images, labels = zip(*samples)
-    return [np.stack(images), np.array(labels, dtype=np.int64), '']
+    images = np.stack(images)
+    if images.ndim == 5:
+        images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
+    return [images, np.array(labels, dtype=np.int64), '']
 
 
 class DataLoader(paddle.io.DataLoader):
     """Paddle's loader over a dataset of this module; raises a worker's DataError as itself in the main process.
 
-    Yields images, float32 [n, 3, H, W], and labels, int64 [n].
+    Yields images, float32 [n, 3, H, W], or [views x n, 3, H, W] with the first view of all images before the second,
+    and labels, int64 [n].
     Workers are started for each iteration, in about 0.1 s: Paddle's persistent ones take longer to resume and fail
     after an iteration that was left early.
     """
@@ -300,7 +314,7 @@ def get_transform(config, mode):
                            ratio=train.RANDOM_RESIZED_CROP.RATIO, hflip=train.HFLIP, vflip=train.VFLIP,
                            color_jitter=train.COLOR_JITTER, auto_augment=train.AUTO_AUGMENT,
                            re_prob=train.RANDOM_ERASE_PROB, re_mode=train.RANDOM_ERASE_MODE,
-                           re_count=train.RANDOM_ERASE_COUNT, **common)
+                           re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS), **common)
 
 
 def get_dataset(config, mode='train'):
@@ -327,11 +341,13 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     """
     _check_mode(mode)
     if mode == 'train':
-        sampler = TrainBatchSampler(len(dataset), config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
+        sampler = TrainBatchSampler(len(dataset), config.DATA.BATCH_SIZE, rank, world_size, config.SEED,
+                                    config.TRAIN.REPEATED_AUG)
     else:
         sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
     workers = config.DATA.NUM_WORKERS
-    image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2
+    views = max(1, config.TRAIN.AUG_SPLITS) if mode == 'train' else 1
+    image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2 * views
     processes = min(world_size, device_count('gpu') or world_size)  # on this machine
     # one batch in each worker's hands beside those in flight
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes

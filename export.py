@@ -27,7 +27,7 @@ import utils
 from certificate import compare_groups, compare_logits, dygraph_program, latency_ms, multiply_accumulates
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
-from engine import build_model
+from run import build_model
 from errors import ArgumentParser, UserError
 from fuse import fuse
 from large_kernel import load_operator

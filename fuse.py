@@ -19,8 +19,8 @@ from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 def fuse(model):
     """A model in eval mode that computes what `model` computes in eval mode, without a batch norm.
 
-    Folds in float64 and rounds to float32 once. The names of the parameters stay; norms become `nn.Identity`. The
-    norm of an intermediate feature map cannot be folded, because the next stage takes the map without it: it becomes
+    Folds in float64 and rounds to float32 once. The names of the parameters stay; the norms are gone. The norm
+    of an intermediate feature map cannot be folded, because the next stage takes the map without it: it becomes
     a 1x1 depthwise convolution.
 
     Args:
@@ -35,12 +35,12 @@ def fuse(model):
     for block in fused.sublayers():
         if isinstance(block, RepLKBlock):
             _fold(block.pw_conv_1, before=block.pre_large_kernel_bn)
-            block.pre_large_kernel_bn = nn.Identity()
+            block.pre_large_kernel_bn = None
         elif isinstance(block, ConvFFN):
             _fold(block.pw_conv_1, before=block.pre_ffn_bn)
-            block.pre_ffn_bn = nn.Identity()
+            block.pre_ffn_bn = None
     for conv_bn in fused.sublayers():
-        if isinstance(conv_bn, ConvBN) and not isinstance(conv_bn.norm, nn.Identity):
+        if isinstance(conv_bn, ConvBN) and conv_bn.norm is not None:
             _fold(conv_bn)
     for stage in fused.stages:
         if hasattr(stage, 'norm'):
@@ -64,7 +64,7 @@ def _fold(conv_bn, before=None):
         weight = weight * scale[:, None, None]
     conv_bn.conv.bias = conv_bn.conv.create_parameter([len(bias)], is_bias=True)
     _set(conv_bn.conv, weight, bias)
-    conv_bn.norm = nn.Identity()
+    conv_bn.norm = None
 
 
 def _affine_conv(scale, shift):

@@ -17,9 +17,9 @@ import paddle.distributed as dist  # isort: skip
 
 import utils
 from config import get_arguments, get_config
-from engine import run
 from errors import TrainingStopped, UserError
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
+from run import run
 from run_folder import RunFolder, config_beside, default_folder
 from zoo import ZOO
 

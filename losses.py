@@ -1,4 +1,6 @@
 """Training losses; all compute in float32, whatever the dtype of the logits and under automatic mixed precision."""
+import math
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -8,6 +10,28 @@ def _log_softmax(logits):
     # F.log_softmax cuts off at -64
     logits = logits.astype('float32')
     return logits - paddle.logsumexp(logits, axis=-1, keepdim=True)
+
+
+def _distributions(targets, num_classes, smoothing):
+    """Labels [N] as smoothed distributions [N, K]; distributions as they are."""
+    if targets.ndim == 1:
+        return F.one_hot(targets, num_classes) * (1 - smoothing) + smoothing / num_classes
+    return targets.astype('float32')
+
+
+def _power(base, exponent):
+    """max(base, 0) ** exponent; the gradient is 0, not NaN or infinite, where the base is 0."""
+    return (exponent * base.clip(min=1e-30).log()).exp()
+
+
+def _check_smoothing(smoothing):
+    if not 0 <= smoothing < 1:
+        raise ValueError(f'label smoothing must be in [0, 1), got {smoothing}')
+
+
+def _check_focusing(*gammas):
+    if min(gammas) < 0:
+        raise ValueError(f'focusing parameters must not be negative, got {", ".join(map(str, gammas))}')
 
 
 class SoftTargetCrossEntropyLoss(nn.Layer):
@@ -31,8 +55,7 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
 
     def __init__(self, smoothing=0.1):
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f'label smoothing must be in [0, 1), got {smoothing}')
+        _check_smoothing(smoothing)
         self.smoothing = smoothing
 
     def forward(self, logits, labels):
@@ -51,8 +74,149 @@ class CrossEntropyLoss(nn.Layer):
             return F.cross_entropy(logits.astype('float32'), labels)
 
 
-def build_loss(use_mixup, smoothing):
-    """The loss of a recipe: soft targets with mixup (which smooths them itself), else smoothed or hard labels."""
-    if use_mixup:
+class BinaryCrossEntropyLoss(nn.Layer):
+    """Binary cross-entropy of each class against the others (as in arXiv 2110.00476).
+
+    Args:
+        smoothing: float s in [0, 1), of labels; distributions are taken as they are.
+        threshold: float in [0, 1), above 0 targets become 1 where they are greater and 0 elsewhere, so that a mixed
+            picture counts as all the classes in it.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, smoothing=0.1, threshold=0.0):
+        super().__init__()
+        _check_smoothing(smoothing)
+        if not 0 <= threshold < 1:
+            raise ValueError(f'the threshold of targets must be in [0, 1), got {threshold}')
+        self.smoothing, self.threshold = smoothing, threshold
+
+    def forward(self, logits, targets):
+        """logits [N, K], targets [N, K] or labels [N] int64 -> mean over batch and classes, float32 scalar."""
+        with paddle.amp.auto_cast(enable=False):
+            logits = logits.astype('float32')
+            targets = _distributions(targets, logits.shape[1], self.smoothing)
+            if self.threshold:
+                targets = (targets > self.threshold).astype('float32')
+            # F.binary_cross_entropy_with_logits of Paddle 3.3 has a wrong gradient where a logit is 0
+            return -(targets * F.log_sigmoid(logits) + (1 - targets) * F.log_sigmoid(-logits)).mean()
+
+
+class JsdCrossEntropyLoss(nn.Layer):
+    """Cross-entropy of the clean views + alpha x Jensen-Shannon divergence of all views (AugMix, arXiv 1912.02781).
+
+    Args:
+        splits: int >= 2, views of each picture.
+        alpha: weight of the divergence.
+        smoothing: of the labels in the cross-entropy; the publication has 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, splits=3, alpha=12.0, smoothing=0.1):
+        super().__init__()
+        if splits < 2:
+            raise ValueError(f'the Jensen-Shannon divergence compares at least 2 views, got {splits}')
+        self.splits, self.alpha = splits, alpha
+        self.cross_entropy = LabelSmoothingCrossEntropyLoss(smoothing)
+
+    def forward(self, logits, labels):
+        """logits [splits x N, K], the clean views first, labels [N] int64 -> mean over the batch, float32 scalar."""
+        with paddle.amp.auto_cast(enable=False):
+            log_probs = _log_softmax(logits).reshape([self.splits, -1, logits.shape[1]])
+            log_mixture = paddle.logsumexp(log_probs, axis=0, keepdim=True) - math.log(self.splits)
+            divergence = (log_probs.exp() * (log_probs - log_mixture)).sum(axis=-1).mean()
+            return self.cross_entropy(logits[:labels.shape[0]], labels) + self.alpha * divergence
+
+
+class AsymmetricLoss(nn.Layer):
+    """Asymmetric loss for several labels per picture (arXiv 2009.14119).
+
+    Focusing parameters of their own for positive and negative classes, and a probability margin below which
+    negatives do not count. The gradient flows through the focusing weights, as published.
+
+    Args:
+        gamma_neg, gamma_pos: focusing parameters >= 0.
+        clip: the margin, in [0, 1).
+        smoothing: float s in [0, 1), of labels; the publication has 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, gamma_neg=4.0, gamma_pos=0.0, clip=0.05, smoothing=0.0):
+        super().__init__()
+        _check_smoothing(smoothing)
+        _check_focusing(gamma_neg, gamma_pos)
+        if not 0 <= clip < 1:
+            raise ValueError(f'the probability margin must be in [0, 1), got {clip}')
+        self.gamma_neg, self.gamma_pos, self.clip, self.smoothing = gamma_neg, gamma_pos, clip, smoothing
+
+    def forward(self, logits, targets):
+        """logits [N, K], targets [N, K] or labels [N] int64 -> sum over classes, mean over batch, float32 scalar."""
+        with paddle.amp.auto_cast(enable=False):
+            logits = logits.astype('float32')
+            targets = _distributions(targets, logits.shape[1], self.smoothing)
+            log_negative = F.log_sigmoid(-logits)
+            positive = (self.gamma_pos * log_negative).exp() * F.log_sigmoid(logits)
+            focus = _power(F.sigmoid(logits) - self.clip, self.gamma_neg)
+            if self.clip:  # log(1 - max(p - clip, 0)); without a margin the argument may underflow
+                log_negative = (F.sigmoid(-logits) + self.clip).clip(max=1).log()
+            return -(targets * positive + (1 - targets) * focus * log_negative).sum(axis=-1).mean()
+
+
+class AsymmetricSingleLabelLoss(nn.Layer):
+    """Asymmetric loss for one label per picture, after a softmax (authors' code of arXiv 2009.14119).
+
+    With p the softmax, the label's term is (1 - p)^gamma_pos log p and that of every other class p^gamma_neg log p;
+    the terms are weighed by the smoothed label.
+
+    Args:
+        gamma_neg, gamma_pos: focusing parameters >= 0.
+        smoothing: float s in [0, 1); with 0 the other classes have no weight.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, gamma_neg=4.0, gamma_pos=0.0, smoothing=0.1):
+        super().__init__()
+        _check_smoothing(smoothing)
+        _check_focusing(gamma_neg, gamma_pos)
+        self.gamma_neg, self.gamma_pos, self.smoothing = gamma_neg, gamma_pos, smoothing
+
+    def forward(self, logits, labels):
+        """logits [N, K], labels [N] int64 -> mean over the batch, float32 scalar."""
+        with paddle.amp.auto_cast(enable=False):
+            log_probs = _log_softmax(logits)
+            one_hot = F.one_hot(labels, logits.shape[1])
+            focus = (one_hot * _power(-log_probs.expm1(), self.gamma_pos)
+                     + (1 - one_hot) * (self.gamma_neg * log_probs).exp())
+            targets = _distributions(labels, logits.shape[1], self.smoothing)
+            return -(targets * focus * log_probs).sum(axis=-1).mean()
+
+
+def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_threshold=0.0, jsd_alpha=12.0,
+               gamma_neg=4.0, gamma_pos=0.0, clip=0.05):
+    """The loss of a recipe, by the names of TRAIN.LOSS.
+
+    'auto' is cross-entropy: with the targets of mixup (which smooths them itself), else with smoothed labels.
+    """
+    if name == 'auto':
+        name = 'soft_target' if mixup else 'label_smoothing'
+    if name == 'soft_target':
         return SoftTargetCrossEntropyLoss()
-    return LabelSmoothingCrossEntropyLoss(smoothing) if smoothing else CrossEntropyLoss()
+    if name == 'label_smoothing':
+        return LabelSmoothingCrossEntropyLoss(smoothing) if smoothing else CrossEntropyLoss()
+    if name == 'bce':
+        return BinaryCrossEntropyLoss(smoothing, bce_threshold)
+    if name == 'jsd':
+        return JsdCrossEntropyLoss(aug_splits, jsd_alpha, smoothing)
+    if name == 'asymmetric':
+        return AsymmetricLoss(gamma_neg, gamma_pos, clip, smoothing)
+    if name == 'asymmetric_single':
+        return AsymmetricSingleLabelLoss(gamma_neg, gamma_pos, smoothing)
+    raise ValueError(f'unknown loss {name!r}')

@@ -87,25 +87,27 @@ class _Graph:
                          strides=layer._stride, pads=[layer.weight.shape[-1] // 2] * 4, group=layer._groups)
 
     def norm(self, x, layer):
-        if isinstance(layer, nn.Identity):
+        if layer is None or isinstance(layer, nn.Identity):
             return x
         return self.node('BatchNormalization', [x, *self.parameters(layer, 'weight', 'bias', '_mean', '_variance')],
                          epsilon=layer._epsilon)
 
     def conv_bn(self, x, layer):
         x = self.norm(self.conv(x, layer.conv), layer.norm)
-        return self.relu(x) if layer.relu else x
+        return {'': lambda x: x, 'relu': self.relu, 'gelu': self.gelu}[layer.activation](x)
 
     def large_kernel(self, x, layer):
         if layer.merged:
-            return self.conv(x, layer.large_kernel_reparam)
+            return self.relu(self.conv(x, layer.large_kernel_reparam))
         y = self.conv_bn(x, layer.large_kernel_origin)
-        return y if layer.small_kernel_conv is None else self.add(y, self.conv_bn(x, layer.small_kernel_conv))
+        if layer.small_kernel_conv is not None:
+            y = self.add(y, self.conv_bn(x, layer.small_kernel_conv))
+        return self.relu(y)
 
     def rep_lk_branch(self, x, block):
         x = self.conv_bn(self.norm(x, block.pre_large_kernel_bn), block.pw_conv_1)
-        return self.conv_bn(self.relu(self.large_kernel(x, block.large_kernel)), block.pw_conv_2)
+        return self.conv_bn(self.large_kernel(x, block.large_kernel), block.pw_conv_2)
 
     def ffn_branch(self, x, block):
         x = self.conv_bn(self.norm(x, block.pre_ffn_bn), block.pw_conv_1)
-        return self.conv_bn(self.gelu(x), block.pw_conv_2)
+        return self.conv_bn(x, block.pw_conv_2)

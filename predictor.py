@@ -26,12 +26,12 @@ import utils
 from certificate import dygraph_program
 from config import get_config
 from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
-from engine import build_model
 from errors import UserError
 from fuse import fuse
 from large_kernel import extension
 from launcher import ROOT, settings_file
 from programs import load_paddle_program, save_paddle_program
+from run import build_model
 from run_folder import CONFIG, best_checkpoint, find_classes
 from zoo import ZOO
 

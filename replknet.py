@@ -16,7 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import DepthwiseConv2D
+from large_kernel import DepthwiseConv2D, conv_block
 
 MIN_SIZE = 32  # pixels a side: the network's total stride
 
@@ -32,17 +32,17 @@ def _batch_norm(channels):
 
 
 class ConvBN(nn.Layer):
-    """Convolution without bias, batch norm and, with `relu`, a ReLU; padded so that stride 1 keeps the size.
+    """Convolution without bias, batch norm and an activation; padded so that stride 1 keeps the size.
 
     Args:
         in_channels, out_channels: equal for a depthwise convolution.
         kernel_size: odd.
         stride: 1 or 2.
         depthwise: one filter per channel instead of a dense convolution.
-        relu: apply ReLU at the end.
+        activation: 'relu', 'gelu' or ''.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, depthwise=False, relu=False):
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, depthwise=False, activation=''):
         super().__init__()
         if depthwise:
             self.conv = DepthwiseConv2D(in_channels, kernel_size, stride,
@@ -51,12 +51,16 @@ class ConvBN(nn.Layer):
             self.conv = nn.Conv2D(in_channels, out_channels, kernel_size, stride, kernel_size // 2,
                                   weight_attr=_uniform(in_channels * kernel_size ** 2), bias_attr=False)
         self.norm = _batch_norm(out_channels)
-        self.relu = relu
+        self.activation = activation
 
-    def forward(self, x):
-        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        x = self.norm(self.conv(x))
-        return F.relu(x) if self.relu else x
+    def forward(self, x, pre_norm=None, residual=None):
+        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)].
+
+        Args:
+            pre_norm: batch norm to apply to x first.
+            residual: to be added at the end, like the result.
+        """
+        return conv_block(x, self.conv, self.norm, self.activation, pre_norm, residual)
 
 
 class DropPath(nn.Layer):
@@ -76,7 +80,7 @@ class DropPath(nn.Layer):
 
 
 class ReparamLargeKernelConv(nn.Layer):
-    """Large depthwise convolution with a parallel small one; the two merge into one with a bias (section 3.3).
+    """Large depthwise convolution with a parallel small one, and a ReLU; the two merge into one (section 3.3).
 
     Args:
         channels: input and output channels.
@@ -99,9 +103,9 @@ class ReparamLargeKernelConv(nn.Layer):
     def forward(self, x):
         """[N, channels, H, W] -> the same shape."""
         if self.merged:
-            return self.large_kernel_reparam(x)
+            return conv_block(x, self.large_kernel_reparam, activation='relu')
         y = self.large_kernel_origin(x)
-        return y if self.small_kernel_conv is None else y + self.small_kernel_conv(x)
+        return F.relu(y if self.small_kernel_conv is None else y + self.small_kernel_conv(x))
 
     def merge(self):
         """Replaces the branches by one depthwise convolution with a bias that computes their eval-mode sum."""
@@ -158,16 +162,15 @@ class RepLKBlock(nn.Layer):
     def __init__(self, channels, dw_channels, large_kernel, small_kernel, drop_path, merged=False):
         super().__init__()
         self.pre_large_kernel_bn = _batch_norm(channels)
-        self.pw_conv_1 = ConvBN(channels, dw_channels, 1, relu=True)
+        self.pw_conv_1 = ConvBN(channels, dw_channels, 1, activation='relu')
         self.large_kernel = ReparamLargeKernelConv(dw_channels, large_kernel, small_kernel, merged)
         self.pw_conv_2 = ConvBN(dw_channels, channels, 1)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
         """[N, channels, H, W] -> the same shape."""
-        y = self.pw_conv_1(self.pre_large_kernel_bn(x))
-        y = F.relu(self.large_kernel(y))
-        return x + self.drop_path(self.pw_conv_2(y))
+        y = self.large_kernel(self.pw_conv_1(x, self.pre_large_kernel_bn))
+        return x + self.drop_path(self.pw_conv_2(y)) if self.training else self.pw_conv_2(y, residual=x)
 
 
 class ConvFFN(nn.Layer):
@@ -176,14 +179,14 @@ class ConvFFN(nn.Layer):
     def __init__(self, channels, hidden_channels, drop_path):
         super().__init__()
         self.pre_ffn_bn = _batch_norm(channels)
-        self.pw_conv_1 = ConvBN(channels, hidden_channels, 1)
+        self.pw_conv_1 = ConvBN(channels, hidden_channels, 1, activation='gelu')
         self.pw_conv_2 = ConvBN(hidden_channels, channels, 1)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
         """[N, channels, H, W] -> the same shape."""
-        y = F.gelu(self.pw_conv_1(self.pre_ffn_bn(x)))
-        return x + self.drop_path(self.pw_conv_2(y))
+        y = self.pw_conv_1(x, self.pre_ffn_bn)
+        return x + self.drop_path(self.pw_conv_2(y)) if self.training else self.pw_conv_2(y, residual=x)
 
 
 class RepLKNetStage(nn.Layer):
@@ -273,10 +276,10 @@ class RepLKNet(nn.Layer):
 
         width = channels[0]
         self.stem = nn.LayerList([
-            ConvBN(in_channels, width, 3, stride=2, relu=True),
-            ConvBN(width, width, 3, depthwise=True, relu=True),
-            ConvBN(width, width, 1, relu=True),
-            ConvBN(width, width, 3, stride=2, depthwise=True, relu=True)])
+            ConvBN(in_channels, width, 3, stride=2, activation='relu'),
+            ConvBN(width, width, 3, depthwise=True, activation='relu'),
+            ConvBN(width, width, 1, activation='relu'),
+            ConvBN(width, width, 3, stride=2, depthwise=True, activation='relu')])
         rates = iter(np.linspace(0, drop_path, sum(layers)).tolist())
         self.stages = nn.LayerList([
             RepLKNetStage(channels[s], large_kernel_sizes[s], small_kernel or 0, dw_ratio, ffn_ratio,
@@ -285,8 +288,8 @@ class RepLKNet(nn.Layer):
                           merged, recompute)
             for s in range(stages)])
         self.transitions = nn.LayerList([
-            nn.LayerList([ConvBN(channels[s], channels[s + 1], 1, relu=True),
-                          ConvBN(channels[s + 1], channels[s + 1], 3, stride=2, depthwise=True, relu=True)])
+            nn.LayerList([ConvBN(channels[s], channels[s + 1], 1, activation='relu'),
+                          ConvBN(channels[s + 1], channels[s + 1], 3, stride=2, depthwise=True, activation='relu')])
             for s in range(stages - 1)])
         self.num_classes = num_classes
         if num_classes is not None:

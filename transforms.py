@@ -5,18 +5,16 @@ in 0..1). Every random draw comes from the `numpy.random.Generator` that is pass
 whichever process computes it.
 
 The evaluation protocols are those of the RepLKNet code (arXiv 2203.06717). The training recipe is timm's, which that
-code uses: RandomResizedCrop, flips, RandAugment (arXiv 1909.13719) or colour jitter, normalisation, random erasing
-(arXiv 1708.04896).
+code uses: RandomResizedCrop, flips, RandAugment or another policy of auto_augment.py, or colour jitter, normalisation,
+random erasing (arXiv 1708.04896).
 """
 import math
-import re
 from functools import partial
-from typing import Callable, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 
-from errors import UserError
+from auto_augment import build_auto_augment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -92,7 +90,7 @@ def normalize(image, mean, std):
 
 def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.0, color_jitter=0.4,
                     auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel',
-                    re_count=1, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                    re_count=1, views=1, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Random transform of training.
 
     Args:
@@ -100,13 +98,16 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
         scale, ratio: (low, high) of RandomResizedCrop, share of the picture's area and width / height.
         hflip, vflip: probability of a horizontal and of a vertical flip.
         color_jitter: strength of brightness, contrast and saturation jitter; used only without `auto_augment`.
-        auto_augment: RandAugment string such as 'rand-m9-mstd0.5-inc1' (see `RandAugment`), '' for none.
-        interpolation: of the crop and of RandAugment's geometric operations.
+        auto_augment: policy such as 'rand-m9-mstd0.5-inc1', see auto_augment.py; '' for none.
+        interpolation: of the crop and of the policy's geometric operations.
         re_prob, re_mode, re_count: random erasing, see `random_erasing`.
-        mean, std: three floats each; RandAugment fills uncovered pixels with the mean.
+        views: above 1 the result is this many views of the same crop, the first one only cropped and flipped (AugMix,
+            arXiv 1912.02781).
+        mean, std: three floats each; the policy fills uncovered pixels with the mean.
 
     Returns:
-        callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size].
+        callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size], or, with several views,
+        [views, 3, image_size, image_size].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -124,20 +125,31 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
         raise ValueError(f'unknown random erasing mode {re_mode!r}: use one of {", ".join(ERASING_MODES)}')
     if re_count < 1:
         raise ValueError(f're_count must be at least 1, got {re_count}')
+    if views < 1:
+        raise ValueError(f'views must be at least 1, got {views}')
     fill = tuple(min(255, round(255 * m)) for m in mean)
-    augment = RandAugment(auto_augment, fill=fill, interpolation=interpolation) if auto_augment else None
+    augment = None
+    if auto_augment:
+        augment = build_auto_augment(auto_augment, fill=fill, resample=INTERPOLATIONS[interpolation])
+    augment_sample = partial(_augment_sample, color_jitter=color_jitter, augment=augment, re_prob=re_prob,
+                             re_mode=re_mode, re_count=re_count, mean=mean, std=std)
     return partial(_train_sample, image_size=image_size, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
-                   color_jitter=color_jitter, augment=augment, interpolation=interpolation, re_prob=re_prob,
-                   re_mode=re_mode, re_count=re_count, mean=mean, std=std)
+                   interpolation=interpolation, augment_sample=augment_sample, views=views, mean=mean, std=std)
 
 
-def _train_sample(image, rng, *, image_size, scale, ratio, hflip, vflip, color_jitter, augment, interpolation,
-                  re_prob, re_mode, re_count, mean, std):
+def _train_sample(image, rng, *, image_size, scale, ratio, hflip, vflip, interpolation, augment_sample, views, mean,
+                  std):
     image = random_resized_crop(image, image_size, rng, scale=scale, ratio=ratio, interpolation=interpolation)
     if rng.random() < hflip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
     if rng.random() < vflip:
         image = image.transpose(Image.FLIP_TOP_BOTTOM)
+    if views == 1:
+        return augment_sample(image, rng)
+    return np.stack([normalize(image, mean, std)] + [augment_sample(image, rng) for _ in range(views - 1)])
+
+
+def _augment_sample(image, rng, *, color_jitter, augment, re_prob, re_mode, re_count, mean, std):
     if augment is not None:
         image = augment(image, rng)
     elif color_jitter:
@@ -198,159 +210,6 @@ def random_erasing(pixels, rng, *, mode='pixel', count=1, area=(0.02, 1 / 3), as
                 value = 0.0 if shape is None else rng.standard_normal(shape, dtype=np.float32)
                 pixels[:, top:top + h, left:left + w] = value
                 break
-
-
-class _Op(NamedTuple):
-    argument: Callable  # (level in 0..1, rng) -> the operation's argument
-    apply: Callable     # (image, argument, fill, resample) -> image
-
-
-def _either_sign(value, rng):
-    return -value if rng.random() < 0.5 else value
-
-
-def _affine(image, matrix, fill, resample):
-    return image.transform(image.size, Image.AFFINE, matrix, resample, fillcolor=fill)
-
-
-def _solarize_add(image, addend, *_):
-    table = [min(255, value + addend) if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
-
-
-def _enhancement(enhancer):
-    def apply(image, factor, *_):
-        return enhancer(image).enhance(factor)
-    return apply
-
-
-def _no_argument(level, rng):
-    return None
-
-
-def _factor(level, rng):
-    return 0.1 + 1.8 * level
-
-
-def _factor_increasing(level, rng):
-    return max(0.1, 1 + _either_sign(0.9 * level, rng))
-
-
-def _posterize(image, bits, *_):
-    # ImageOps.posterize refuses 0 bits, which the strongest magnitude asks for
-    mask = 256 - 2 ** (8 - min(bits, 8))
-    return image.point([value & mask for value in range(256)] * 3)
-
-
-def _solarize(image, threshold, *_):
-    return ImageOps.solarize(image, threshold)
-
-
-# Operations and their arguments as defined by timm's RandAugment, level = magnitude / 10.
-_OPS = {
-    'AutoContrast': _Op(_no_argument, lambda image, *_: ImageOps.autocontrast(image)),
-    'Equalize': _Op(_no_argument, lambda image, *_: ImageOps.equalize(image)),
-    'Invert': _Op(_no_argument, lambda image, *_: ImageOps.invert(image)),
-    'Rotate': _Op(lambda level, rng: _either_sign(30 * level, rng),
-                  lambda image, degrees, fill, resample: image.rotate(degrees, resample, fillcolor=fill)),
-    'Posterize': _Op(lambda level, rng: int(4 * level), _posterize),
-    'PosterizeIncreasing': _Op(lambda level, rng: max(0, 4 - int(4 * level)), _posterize),
-    'Solarize': _Op(lambda level, rng: int(256 * level), _solarize),
-    'SolarizeIncreasing': _Op(lambda level, rng: 256 - int(256 * level), _solarize),
-    'SolarizeAdd': _Op(lambda level, rng: int(110 * level), _solarize_add),
-    'Color': _Op(_factor, _enhancement(ImageEnhance.Color)),
-    'ColorIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Color)),
-    'Contrast': _Op(_factor, _enhancement(ImageEnhance.Contrast)),
-    'ContrastIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Contrast)),
-    'Brightness': _Op(_factor, _enhancement(ImageEnhance.Brightness)),
-    'BrightnessIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Brightness)),
-    'Sharpness': _Op(_factor, _enhancement(ImageEnhance.Sharpness)),
-    'SharpnessIncreasing': _Op(_factor_increasing, _enhancement(ImageEnhance.Sharpness)),
-    'ShearX': _Op(lambda level, rng: _either_sign(0.3 * level, rng),
-                  lambda image, shear, *style: _affine(image, (1, shear, 0, 0, 1, 0), *style)),
-    'ShearY': _Op(lambda level, rng: _either_sign(0.3 * level, rng),
-                  lambda image, shear, *style: _affine(image, (1, 0, 0, shear, 1, 0), *style)),
-    'TranslateXRel': _Op(lambda level, rng: _either_sign(0.45 * level, rng),
-                         lambda image, share, *style: _affine(image, (1, 0, share * image.width, 0, 1, 0), *style)),
-    'TranslateYRel': _Op(lambda level, rng: _either_sign(0.45 * level, rng),
-                         lambda image, share, *style: _affine(image, (1, 0, 0, 0, 1, share * image.height), *style)),
-}
-
-# The operation set, with the probabilities of weight set 0 ('w0').
-_RAND_AUGMENT_WEIGHTS = {
-    'AutoContrast': 0.025, 'Equalize': 0.005, 'Invert': 0.0, 'Rotate': 0.3, 'Posterize': 0.0, 'Solarize': 0.005,
-    'SolarizeAdd': 0.005, 'Color': 0.025, 'Contrast': 0.005, 'Brightness': 0.005, 'Sharpness': 0.025, 'ShearX': 0.2,
-    'ShearY': 0.2, 'TranslateXRel': 0.1, 'TranslateYRel': 0.1,
-}
-
-
-class RandAugment:
-    """RandAugment from a timm-style string: a name ('rand' or 'randaug') and settings joined by dashes, in any order.
-
-    mM: magnitude (10); nN: operations per picture (2); mstdS: standard deviation of a normal draw around the magnitude
-    (0; above 100 the magnitude is uniform in 0..M); mmaxX: upper bound of the drawn magnitude (10); inc1: operations
-    that grow stronger with the magnitude; pP: probability of each chosen operation (0.5); w0: weighted choice without
-    replacement in place of a uniform one with replacement.
-
-    Args:
-        spec: the string, for example 'rand-m9-mstd0.5-inc1'.
-        fill: (r, g, b) of pixels that a geometric operation uncovers.
-        interpolation: of the geometric operations.
-
-    Raises:
-        UserError: the string is malformed.
-    """
-
-    def __init__(self, spec, *, fill=(128, 128, 128), interpolation='bicubic'):
-        settings = _parse_rand_augment(spec)
-        self.magnitude, self.noise, self.max_magnitude = settings['m'], settings['mstd'], settings['mmax']
-        self.count, self.prob = int(settings['n']), settings['p']
-        self.fill, self.resample = fill, INTERPOLATIONS[interpolation]
-        self.names = [f'{name}Increasing' if settings['inc'] and f'{name}Increasing' in _OPS else name
-                      for name in _RAND_AUGMENT_WEIGHTS]
-        self.weights = None
-        if settings['w'] is not None:
-            weights = np.array(list(_RAND_AUGMENT_WEIGHTS.values()))
-            self.weights = weights / weights.sum()
-
-    def __call__(self, image, rng):
-        """RGB picture -> RGB picture of the same size."""
-        chosen = rng.choice(len(self.names), self.count, replace=self.weights is None, p=self.weights)
-        for index in chosen:
-            if rng.random() < self.prob:
-                op = _OPS[self.names[index]]
-                image = op.apply(image, op.argument(self.draw_magnitude(rng) / 10, rng), self.fill, self.resample)
-        return image
-
-    def draw_magnitude(self, rng):
-        if self.noise > 100:
-            magnitude = rng.uniform(0, self.magnitude)
-        elif self.noise > 0:
-            magnitude = rng.normal(self.magnitude, self.noise)
-        else:
-            magnitude = self.magnitude
-        return min(max(magnitude, 0.0), self.max_magnitude)
-
-
-def _parse_rand_augment(spec):
-    settings = {'m': 10.0, 'n': 2.0, 'mstd': 0.0, 'mmax': 10.0, 'inc': 0.0, 'p': 0.5, 'w': None}
-    name, *parts = spec.split('-')
-    if name not in ('rand', 'randaug'):
-        raise UserError(f'auto augment string {spec!r}: must start with rand or randaug, as in rand-m9-mstd0.5-inc1')
-    for part in parts:
-        match = re.fullmatch(r'([a-z]+)(\d+\.?\d*)', part)
-        if not match or match[1] not in settings:
-            raise UserError(f'auto augment string {spec!r}: {part!r} is no setting, use a number after one of '
-                             f'{", ".join(settings)}')
-        settings[match[1]] = float(match[2])
-    for key, allowed, what in (('n', settings['n'] >= 1 and settings['n'] % 1 == 0, 'a whole number above 0'),
-                               ('inc', settings['inc'] in (0, 1), '0 or 1'),
-                               ('p', settings['p'] <= 1, 'at most 1'),
-                               ('w', settings['w'] in (None, 0), '0'),
-                               ('n', settings['w'] is None or settings['n'] <= 13, 'at most 13 with w0')):
-        if not allowed:
-            raise UserError(f'auto augment string {spec!r}: {key} must be {what}')
-    return settings
 
 
 def _check_common(image_size, interpolation, mean, std):

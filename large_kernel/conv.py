@@ -13,7 +13,7 @@ VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
 IMPLEMENTATIONS = ('auto', 'custom', 'fft', 'native')
 MAX_KERNEL = 63
 FFT_FROM = 7  # kernel size from which the FFT is taken without measuring, when a program is traced
-_DTYPES = ('float32', 'float16', 'bfloat16')
+DTYPES = ('float32', 'float16', 'bfloat16')
 
 
 def conv_native(x, weight, bias, stride):
@@ -63,8 +63,8 @@ def _check(x, weight, bias, stride):
         raise ValueError(f'depthwise_conv2d needs a non-empty input: {shapes}')
     if stride not in (1, 2):
         raise ValueError(f'depthwise_conv2d needs stride 1 or 2, not {stride}: {shapes}')
-    if _dtype_name(x) not in _DTYPES:
-        raise ValueError(f'depthwise_conv2d takes {", ".join(_DTYPES)}, not {_dtype_name(x)}: {shapes}')
+    if _dtype_name(x) not in DTYPES:
+        raise ValueError(f'depthwise_conv2d takes {", ".join(DTYPES)}, not {_dtype_name(x)}: {shapes}')
 
 
 _warned = False
@@ -83,20 +83,30 @@ def _custom_serves(x):
     return reason is None
 
 
-def select(x, weight, stride):
-    """Name of the implementation that will run: LARGE_KERNEL_CONV_IMPL, or for `auto` the C++ operator on the CPU,
-    and where that cannot be had the faster of fft and native, measured once for each shape."""
-    name = os.environ.get(VARIABLE) or 'auto'
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f'{VARIABLE}={name}: expected one of {", ".join(IMPLEMENTATIONS)}')
+def runs_custom(x):
+    """Whether the C++ operator computes the convolutions of x: LARGE_KERNEL_CONV_IMPL says so, or `auto` on the CPU."""
+    name = _implementation()
     if name == 'custom':
         reason = 'it runs on the CPU only' if not _on_cpu(x) else extension.reason_unavailable()
         if reason:
             raise RuntimeError(f'{VARIABLE}=custom: {reason}')
-    if name != 'auto':
-        return name
-    if _custom_serves(x):
+    return name == 'custom' or name == 'auto' and _custom_serves(x)
+
+
+def _implementation():
+    name = os.environ.get(VARIABLE) or 'auto'
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'{VARIABLE}={name}: expected one of {", ".join(IMPLEMENTATIONS)}')
+    return name
+
+
+def select(x, weight, stride):
+    """Name of the implementation that will run: LARGE_KERNEL_CONV_IMPL, or for `auto` the C++ operator on the CPU,
+    and where that cannot be had the faster of fft and native, measured once for each shape."""
+    if runs_custom(x):
         return 'custom'
+    if _implementation() != 'auto':
+        return _implementation()
     if not paddle.in_dynamic_mode():
         return 'fft' if weight.shape[-1] >= FFT_FROM and -1 not in x.shape[2:] else 'native'
     training = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)

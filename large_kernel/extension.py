@@ -189,15 +189,27 @@ def reason_unavailable():
 
 
 def run(x, weight, bias, stride, input_grad, weight_grad):
-    """The operator itself: arguments as in `depthwise_conv2d`, all of one dtype, on the CPU."""
-    name = 'large_kernel_conv' if bias is None else 'large_kernel_conv_bias'
-    inputs = {'X': x, 'Filter': weight} if bias is None else {'X': x, 'Filter': weight, 'Bias': bias}
-    if paddle.in_dynamic_mode() or not isinstance(x, paddle.static.Variable):
+    """The depthwise operator itself: arguments as in `depthwise_conv2d`, all of one dtype, on the CPU."""
+    name, inputs = 'large_kernel_conv', {'X': x, 'Filter': weight}
+    if bias is not None:
+        name, inputs['Bias'] = 'large_kernel_conv_bias', bias
+    return _call(name, inputs, {'stride': stride, 'input_grad': input_grad, 'weight_grad': weight_grad})
+
+
+def run_fused(x, weight, bias, residual, in_norm, out_norm, stride, activation, in_epsilon, out_epsilon):
+    """The operator of `fused.conv_block`; the norms are lists of weight, bias, mean and variance."""
+    return _call('fused_conv', {'X': x, 'Filter': weight, 'Bias': bias, 'Residual': residual, 'InNorm': in_norm,
+                                'OutNorm': out_norm},
+                 {'stride': stride, 'activation': activation, 'in_epsilon': in_epsilon, 'out_epsilon': out_epsilon})
+
+
+def _call(name, inputs, attributes):
+    if paddle.in_dynamic_mode() or not isinstance(inputs['X'], paddle.static.Variable):
         operators = paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager
-        return operators._run_custom_op(name, *inputs.values(), stride, input_grad, weight_grad)[0]
+        return operators._run_custom_op(name, *inputs.values(), *attributes.values())[0]
     from paddle.base.layer_helper import LayerHelper  # Paddle 2.6 traces into a program of operators
     helper = LayerHelper(name)
-    y = helper.create_variable_for_type_inference(dtype=x.dtype)
-    helper.append_op(type=name, inputs=inputs, outputs={'Out': y},
-                     attrs={'stride': stride, 'input_grad': input_grad, 'weight_grad': weight_grad})
+    y = helper.create_variable_for_type_inference(dtype=inputs['X'].dtype)
+    helper.append_op(type=name, inputs={k: v for k, v in inputs.items() if v is not None}, outputs={'Out': y},
+                     attrs=attributes)
     return y

@@ -1,9 +1,12 @@
 """Settings: where they come from, which wins, and what is refused."""
+import re
 from pathlib import Path
 
 import pytest
 
+from auto_augment import build_auto_augment
 from config import ConfigError, config_text, get_arguments, get_config
+from losses import build_loss
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -49,6 +52,18 @@ def test_evaluation_protocol_of_the_published_checkpoints(name, size, protocol, 
         size, protocol, crop_pct, mean)
 
 
+def documented_settings():
+    text = (CONFIGS.parent / 'docs/augmentation.md').read_text() + (CONFIGS.parent / 'README.md').read_text()
+    return re.findall(r'(?:^\| `|-opts )((?:TRAIN\.[A-Z_.]+ [^ `]+ ?)+)`', text, re.M)
+
+
+@pytest.mark.parametrize('opts', documented_settings())
+def test_documented_losses_and_augmentations_are_accepted(opts):
+    train = get_config(CONFIGS / 'replknet_31b.yaml', opts.split()).TRAIN
+    build_auto_augment(train.AUTO_AUGMENT)
+    build_loss(train.LOSS, mixup=train.MIXUP_PROB > 0, aug_splits=train.AUG_SPLITS)
+
+
 def test_later_sources_win(tmp_path):
     write(tmp_path, 'base.yaml', 'SEED: 1\nTRAIN: {NUM_EPOCHS: 7, BASE_LR: 1.0e-3}\nDATA: {BATCH_SIZE: 5}\n')
     path = write(tmp_path, 'child.yaml', 'BASE: base.yaml\nSEED: 2\nTRAIN:\n  WARMUP_EPOCHS: 3\n')
@@ -74,6 +89,17 @@ def test_written_settings_are_read_back(tmp_path):
     ('MODEL: {SMALL_KERNEL: 15}', 'MODEL.SMALL_KERNEL is 15, larger than'),
     ('MODEL: {SMALL_KERNEL: 4}', 'MODEL.SMALL_KERNEL is 4; it is odd'),
     ('TRAIN: {MIXUP_ALPHA: 0, CUTMIX_ALPHA: 0}', 'set TRAIN.MIXUP_PROB to 0'),
+    ('TRAIN: {LOSS: focal}', 'choose from auto, soft_target, label_smoothing, bce, jsd, asymmetric'),
+    ('TRAIN: {LOSS: soft_target, MIXUP_PROB: 0}', 'TRAIN.LOSS is soft_target, for the targets of mixup'),
+    ('TRAIN: {LOSS: asymmetric_single}', 'for one label per picture; set TRAIN.MIXUP_PROB to 0'),
+    ('TRAIN: {LOSS: jsd, AUG_SPLITS: 3}', 'for one label per picture; set TRAIN.MIXUP_PROB to 0'),
+    ('TRAIN: {LOSS: jsd, MIXUP_PROB: 0}', 'set TRAIN.AUG_SPLITS to 3, it is 0'),
+    ('TRAIN: {LOSS: jsd, MIXUP_PROB: 0, AUG_SPLITS: 1}', 'set TRAIN.AUG_SPLITS to 3, it is 1'),
+    ('TRAIN: {AUG_SPLITS: 3}', 'TRAIN.AUG_SPLITS is 3, for TRAIN.LOSS jsd; with auto use TRAIN.REPEATED_AUG'),
+    ('TRAIN: {LOSS: jsd, MIXUP_PROB: 0, AUG_SPLITS: 3, AUTO_AUGMENT: "", COLOR_JITTER: 0, RANDOM_ERASE_PROB: 0}',
+     'TRAIN.AUG_SPLITS asks for augmented views'),
+    ('TRAIN: {BCE_THRESHOLD: 1.0}', 'TRAIN.BCE_THRESHOLD is 1.0'),
+    ('TRAIN: {REPEATED_AUG: -1}', 'TRAIN.REPEATED_AUG is -1'),
     ('SEED: ten', "SEED takes a whole number, not 'ten'"),
     ('DATA: {IMAGE_SIZE: 224.0}', 'DATA.IMAGE_SIZE takes a whole number'),
     ('DATA: 3', 'DATA is a group of keys'),

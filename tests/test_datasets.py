@@ -206,6 +206,47 @@ def test_training_resumes_inside_an_epoch():
     assert list(sampler) == whole
 
 
+@pytest.mark.parametrize('world', [1, 2, 3])
+@pytest.mark.parametrize('repeats', [2, 3, 5])
+@pytest.mark.parametrize('size', [12, 29, 100])
+def test_repeated_augmentation_deals_the_copies_of_an_image_to_different_processes(size, repeats, world):
+    batch = 12 // world
+    samplers = [TrainBatchSampler(size, batch, rank, world, seed=5, repeats=repeats) for rank in range(world)]
+    alone = TrainBatchSampler(size, 12, seed=5, repeats=repeats)
+    for epoch in (0, 4):
+        for sampler in [*samplers, alone]:
+            sampler.set_epoch(epoch)
+        parts = [list(sampler) for sampler in samplers]
+        assert {len(part) for part in parts} == {len(alone)} == {size // 12}, 'an epoch is as long as without'
+        keys = [key for part in parts for keys in part for key in keys]
+        assert len(set(keys)) == len(keys) == size // 12 * 12 and all(len(keys) == batch for p in parts for keys in p)
+        copies = {}
+        for rank, part in enumerate(parts):
+            for number, index, copy in (key for keys in part for key in keys):
+                assert number == epoch and type(index) is int and 0 <= index < size
+                copies.setdefault(index, []).append((copy, rank))
+        complete = [sorted(each) for each in copies.values() if len(each) == repeats]
+        assert len(copies) - len(complete) <= 1 and len(copies) == -(-len(keys) // repeats)
+        for each in complete:
+            assert [copy for copy, _ in each] == list(range(repeats))
+            ranks = Counter(rank for _, rank in each)
+            assert len(ranks) == min(repeats, world) and max(ranks.values()) - min(ranks.values()) <= 1
+        assert [sorted(key for part in parts for key in part[number]) for number in range(size // 12)] == [
+            sorted(keys) for keys in alone], 'the same global batches'
+        samplers[0].set_epoch(epoch, start_batch=1)
+        assert list(samplers[0]) == parts[0][1:]
+    for same in (0, 1):
+        assert list(TrainBatchSampler(size, 12, seed=5, repeats=same)) == list(TrainBatchSampler(size, 12, seed=5))
+
+
+def test_repeated_augmentation_shows_every_image_about_equally_often_over_the_epochs():
+    sampler, seen = TrainBatchSampler(30, 5, repeats=3), Counter()
+    for epoch in range(600):
+        sampler.set_epoch(epoch)
+        seen.update(index for keys in sampler for _, index, _ in keys)
+    assert sum(seen.values()) == 600 * 30 and min(seen.values()) > 450 and max(seen.values()) < 750
+
+
 def test_every_image_is_left_out_about_equally_often():
     sampler, seen = TrainBatchSampler(10, 3), Counter()
     for epoch in range(300):
@@ -254,18 +295,47 @@ def test_training_batches_depend_on_seed_epoch_and_image_only(config):
     assert epoch_of(get_dataloader(config, get_dataset(config, 'train'), 'train'), 1) != first
 
 
-def test_an_image_is_augmented_alike_in_any_number_of_processes(config):
+def images_by_key(config, epoch):
+    """The pixels of each key over the loaders of one and two processes, the latter with workers."""
     dataset = get_dataset(config, 'train')
     images = {}
     for world in (1, 2):
-        config.DATA.BATCH_SIZE = 4 // world
+        config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = 4 // world, world - 1
         for rank in range(world):
             loader = get_dataloader(config, dataset, 'train', rank, world)
-            loader.set_epoch(1)
+            loader.set_epoch(epoch)
             for keys, (batch, _) in zip(loader.batch_sampler, loader):
-                for key, image in zip(keys, batch.numpy()):
+                batch = batch.numpy().reshape(-1, len(keys), 3, 32, 32)
+                for key, image in zip(keys, batch.swapaxes(0, 1)):
                     images.setdefault(key, set()).add(image.tobytes())
+    return images
+
+
+@pytest.mark.parametrize('views', [0, 3])
+def test_an_image_is_augmented_alike_in_any_number_of_processes(config, views):
+    config.TRAIN.AUG_SPLITS = views
+    images = images_by_key(config, 1)
     assert len(images) == 12 and all(len(variants) == 1 for variants in images.values())
+
+
+def test_copies_of_an_image_differ_and_depend_on_seed_epoch_image_and_copy_only(config):
+    config.TRAIN.REPEATED_AUG, config.TRAIN.RANDOM_ERASE_PROB = 3, 1.0
+    images, other = images_by_key(config, 1), images_by_key(config, 2)
+    assert len(images) == 12 and all(len(variants) == 1 for variants in images.values())
+    assert len(set.union(*images.values(), *other.values())) == 24, 'each copy in each epoch is another picture'
+
+
+def test_views_are_laid_out_one_after_the_other(config):
+    config.TRAIN.AUG_SPLITS, config.TRAIN.HFLIP = 3, 0.0
+    dataset = get_dataset(config, 'train')
+    loader = get_dataloader(config, dataset, 'train')
+    loader.set_epoch(1)
+    for keys, (images, labels) in zip(loader.batch_sampler, loader):
+        assert list(images.shape) == [12, 3, 32, 32] and list(labels.shape) == [4]
+        assert labels.tolist() == [index % 3 for _, index in keys]
+        assert numbers(images[:4]) == [index for _, index in keys], 'the clean views come first'
+        for position, key in enumerate(keys):
+            assert np.array_equal(images.numpy()[position::4], dataset[key][0])
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -311,6 +381,11 @@ def test_batches_go_through_pipes_where_shared_memory_is_short(config, monkeypat
     loader = get_dataloader(config, dataset, 'val')
     assert not loader.use_shared_memory and '/dev/shm' in caplog.text
     assert [numbers(images) for images, _ in loader] == [[0, 1, 2], [3, 4, 5], [6]]
+    dataset = get_dataset(config, 'train')
+    monkeypatch.setattr(datasets, '_free_shared_memory', lambda: 4 * 4 * 4 * 3 * 32 * 32)
+    assert get_dataloader(config, dataset, 'train').use_shared_memory
+    config.TRAIN.AUG_SPLITS = 2
+    assert not get_dataloader(config, dataset, 'train').use_shared_memory, 'each view takes its share'
 
 
 def test_protocol_and_transform_follow_the_config(config):
@@ -322,7 +397,9 @@ def test_protocol_and_transform_follow_the_config(config):
     keywords = datasets.get_transform(config, 'val').keywords
     assert keywords['protocol'] == 'crop' and keywords['crop_pct'] == 0.875
     keywords = datasets.get_transform(config, 'train').keywords
-    assert keywords['image_size'] == 384 and keywords['augment'].magnitude == 9 and keywords['re_mode'] == 'pixel'
+    assert keywords['image_size'] == 384 and keywords['views'] == 1
+    keywords = keywords['augment_sample'].keywords
+    assert keywords['augment'].magnitude == 9 and keywords['re_mode'] == 'pixel'
 
 
 def test_unknown_dataset_and_mode(config):

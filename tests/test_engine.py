@@ -11,6 +11,7 @@ from config import get_config
 from ema import ModelEMA
 from engine import MAX_SKIPPED_STEPS, Amp, accuracy_line, evaluate, train_one_epoch
 from errors import TrainingStopped
+from losses import JsdCrossEntropyLoss
 from optim import build_optimizer, parameter_groups
 
 CPU = Amp(get_config(), 'cpu')
@@ -27,10 +28,10 @@ def batches(sizes, classes=3, seed=0):
              paddle.to_tensor(rng.integers(0, classes, n))) for n in sizes]
 
 
-def train(model, loader, lr=0.1, optimizer=None, **kwargs):
+def train(model, loader, lr=0.1, optimizer=None, criterion=None, **kwargs):
     optimizer = optimizer or build_optimizer('sgd', parameter_groups(model, 0.0))
     kwargs = {'epoch': 1, 'first_step': 0, 'lr_at': lambda step: lr, 'amp': CPU, **kwargs}
-    return train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, **kwargs)
+    return train_one_epoch(model, loader, criterion or nn.CrossEntropyLoss(), optimizer, **kwargs)
 
 
 @pytest.mark.parametrize(('sizes', 'accum'), [([2] * 6, 3), ([2] * 5, 2), ([2] * 7, 4), ([2], 4)])
@@ -43,6 +44,16 @@ def test_accumulated_gradients_are_those_of_the_joined_batch(sizes, accum):
     assert metrics['steps'] == len(groups) == math.ceil(len(sizes) / accum)
     for a, b in zip(accumulated.parameters(), joined.parameters()):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+
+
+def test_views_of_an_image_count_once():
+    rng = np.random.default_rng(0)
+    loader = [(paddle.to_tensor(rng.standard_normal((3 * n, 3, 2, 2), 'float32')), paddle.to_tensor([0] * n))
+              for n in (4, 4, 1)]
+    model, loss = linear(), JsdCrossEntropyLoss(3)
+    expected = sum(float(loss(model(x), y)) * len(y) for x, y in loader) / 9
+    metrics = train(model, loader, lr=0.0, criterion=loss)
+    assert metrics['images'] == 9 and metrics['loss'] == pytest.approx(expected, rel=1e-6)
 
 
 def test_learning_rate_is_set_per_optimizer_step():

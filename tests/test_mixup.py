@@ -5,6 +5,8 @@ import pytest
 
 from mixup import MODES, Mixup
 
+stats = pytest.importorskip('scipy.stats', reason='it has the distributions; scikit-learn brings it')
+
 
 def batch_of(n, classes, height=12, width=10):
     generator = np.random.default_rng(n)
@@ -89,13 +91,35 @@ def test_cutmix_without_correction_keeps_the_drawn_weight():
     assert max(differences) < 0.04, 'no box is larger than 1 - lam, rounding aside'
 
 
-def test_mixup_weights_follow_their_beta_distribution():
-    images = np.zeros((2, 1, 1, 1), np.float32)
-    for alpha in (0.8, 0.2):
-        lam = [mix(Mixup(alpha, 0, label_smoothing=0, num_classes=2), images, np.array([0, 1]), seed)[1][0, 0]
-               for seed in range(600)]
-        assert np.mean(lam) == pytest.approx(0.5, abs=0.06)
-        assert np.var(lam) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
+def kolmogorov_smirnov(values, cdf):
+    """Largest distance of the distribution functions x sqrt(n); above 2.2 once in 10,000 samples of any size."""
+    return stats.kstest(values, cdf).statistic * np.sqrt(len(values))
+
+
+@pytest.mark.parametrize('alpha', [0.2, 0.8, 1.0])
+@pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
+def test_weights_follow_their_beta_distribution(kind, alpha):
+    """The first half of the batch is of class 0, its partners of class 1: targets are the weights."""
+    n = 3000
+    images, labels = np.zeros((n, 1, 1, 1), np.float32), np.arange(n) // (n // 2)
+    alphas = (alpha, 0) if kind == 'mixup' else (0, alpha)
+    _, targets = mix(Mixup(*alphas, mode='elem', correct_lam=False, label_smoothing=0, num_classes=2), images, labels)
+    assert kolmogorov_smirnov(targets[np.arange(n), labels], stats.beta(alpha, alpha).cdf) < 2.2
+
+
+def test_cutmix_boxes_have_the_drawn_area_and_a_uniform_centre():
+    """arXiv 1905.04899: the box has the share 1 - lam of the picture, its centre is uniform, the border clips it."""
+    n, size = 3000, 200
+    _, columns, lam = Mixup(0, 1.0, mode='elem', correct_lam=False)._draw(n, size, size, np.random.default_rng(0))
+    columns = columns[:, 0, 0].astype(bool)
+    left, right = columns.argmax(1), size - columns[:, ::-1].argmax(1)
+    side = size * np.sqrt(1 - lam[:, 0])
+    inside = columns.any(1) & (left > 0) & (right < size)
+    np.testing.assert_allclose((right - left)[inside], side[inside], atol=2)
+    assert kolmogorov_smirnov((left + right)[inside & (side < 40)] / 2, stats.uniform(20, 160).cdf) < 2.2
+    clipped = columns.any(1) & ~inside & (side > 4)
+    expected = np.minimum(side, size) / size  # chance that a centre is within half a side of either border
+    assert abs(clipped.sum() - expected[side > 4].sum()) < 5 * np.sqrt(n) / 2
 
 
 @pytest.mark.parametrize('mode', MODES)

@@ -272,6 +272,19 @@ def test_training_without_mixup_and_with_the_other_options(run_script, list_data
     assert len(LINE.findall(done.stdout)) == 1 and not (tmp_path / 'run/best_ema.pdparams').exists()
 
 
+@pytest.mark.parametrize(('count', 'opts'), [
+    (2, 'TRAIN.LOSS jsd TRAIN.MIXUP_PROB 0 TRAIN.AUG_SPLITS 3 TRAIN.AUTO_AUGMENT augmix-m3-w3 TRAIN.REPEATED_AUG 3'),
+    (1, 'TRAIN.LOSS bce TRAIN.BCE_THRESHOLD 0.2 TRAIN.AUTO_AUGMENT original-mstd0.5 TRAIN.REPEATED_AUG 2'),
+])
+def test_training_with_other_losses_and_augmentations(run_script, list_dataset, tiny_yaml, tmp_path, count, opts):
+    done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
+                      '-device=cpu', '-nprocs', count, '-opts', *opts.split(), 'TRAIN.NUM_EPOCHS', '1')
+    assert done.returncode == 0, done.stderr
+    trained, *evaluated = map(json.loads, (tmp_path / 'run/metrics.jsonl').read_text().splitlines())
+    assert trained['images'] == 12 and 0 < trained['loss'] < 10
+    assert [record['images'] for record in evaluated] == [11, 11]
+
+
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGKILL'])
 def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tmp_path, name):
     process = subprocess.Popen(

@@ -26,13 +26,13 @@ void with_constants(const Shape& s, F f) {
 }
 
 template <class T>
-void forward(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
+void forward(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
   if (is_large(s)) {
-    correlate_large(x, weight, bias, s, Order::kForward, y);
+    correlate_large(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_packed(s)) {
-    with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, bias, s, y); });
+    with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
   } else {
-    forward_rows(x, weight, bias, s, y);
+    forward_rows(x, weight, epilogue, s, y);
   }
 }
 
@@ -40,7 +40,7 @@ void forward(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
 template <class T>
 void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   if (is_large(s)) {
-    if (dx) correlate_large(dy, weight, static_cast<const T*>(nullptr), s, Order::kInputGradient, dx);
+    if (dx) correlate_large(dy, weight, Epilogue{}, s, Order::kInputGradient, dx);
     if (dweight) weight_gradient_large(x, dy, s, dweight, dbias);
   } else if (is_packed(s)) {
     with_constants(s, [&](auto k, auto stride) {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "vector.h"
+#include "epilogue.h"
 
 namespace dwconv {
 
@@ -67,12 +67,12 @@ template <int W, int... J>
 DW_INLINE void put(Vec (&sum)[W], Vec* out, std::integer_sequence<int, J...>) { ((out[J] = sum[J]), ...); }
 
 template <int W>
-__attribute__((noinline)) void run(Rows rows, int length, int first, int last, const Vec* init, Vec* out) {
+__attribute__((noinline)) void run(Rows rows, int length, int first, int last, Vec* out) {
   constexpr auto all = std::make_integer_sequence<int, W>{};
   constexpr auto edge = std::make_integer_sequence<int, W - 1>{};
   const int full = std::min(last, length) - std::max(first, W - 1);
   Vec sum[W];
-  fill(sum, *init, all);
+  fill(sum, Vec{}, all);
   for (int i = rows.count; i > 0; --i) {
     const Vec* stream = rows.stream;
     const Vec* table = rows.table + (length - 1 - first);
@@ -86,7 +86,7 @@ __attribute__((noinline)) void run(Rows rows, int length, int first, int last, c
   put(sum, out, all);
 }
 
-using Run = void (*)(Rows, int, int, int, const Vec*, Vec*);
+using Run = void (*)(Rows, int, int, int, Vec*);
 
 template <int... W>
 inline Run select_run(int width, std::integer_sequence<int, W...>) {
@@ -108,8 +108,7 @@ DW_INLINE void for_each_run(int width, int limit, F f) {
 
 // Rows [begin, end) of the output of one block of channels. `in` starts at input row `in_begin`; `table` is [K][K] with
 // each row reversed; `out` receives (end - begin) rows.
-inline void correlate(const Vec* in, int in_begin, const Shape& s, const Vec* table, const Vec* bias, int begin, int end,
-                      Vec* out) {
+inline void correlate(const Vec* in, int in_begin, const Shape& s, const Vec* table, int begin, int end, Vec* out) {
   const int k = s.kernel, pad = k / 2;
   for_each_run(s.width, k, [&](int x0, int x1) {
     const Run run = select_run(x1 - x0);
@@ -118,7 +117,7 @@ inline void correlate(const Vec* in, int in_begin, const Shape& s, const Vec* ta
       const int top = std::max(0, y - pad), bottom = std::min(s.height, y + pad + 1);
       const Rows rows = {in + (std::ptrdiff_t)(top - in_begin) * s.width + (x0 - pad + first), 1, s.width,
                          table + (std::ptrdiff_t)(top - y + pad) * k, k, bottom - top};
-      run(rows, k, first, last, bias, out + (std::ptrdiff_t)(y - begin) * s.width + x0);
+      run(rows, k, first, last, out + (std::ptrdiff_t)(y - begin) * s.width + x0);
     }
   });
 }
@@ -144,9 +143,9 @@ inline int parts(std::ptrdiff_t tasks, int limit) {
   return (int)std::min<std::ptrdiff_t>((wanted + tasks - 1) / tasks, limit);
 }
 
-// x [N, C, H, W] -> y [N, C, H, W]; bias [C] or null.
+// x [N, C, H, W] -> y [N, C, H, W].
 template <class T>
-void correlate_large(const T* x, const T* weight, const T* bias, const Shape& s, Order order, T* y) {
+void correlate_large(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int area = s.kernel * s.kernel, pad = s.kernel / 2;
   const int strip = std::min(s.height, std::max(1, 512 / s.width));  // rows of output that stay in the first-level cache
@@ -171,13 +170,14 @@ void correlate_large(const T* x, const T* weight, const T* bias, const Shape& s,
         pack_weights(weight + (std::ptrdiff_t)block * kLanes * area, s.kernel, lanes, order, table);
         packed = block;
       }
-      const Vec shift = bias ? load_lanes(bias + block * kLanes, lanes) : Vec{};
       pack(x + offset + (std::ptrdiff_t)in_begin * s.width, plane, lanes, (in_end - in_begin) * s.width, in);
-      for (int row = begin; row < end; row += strip) {
-        const int stop = std::min(end, row + strip);
-        correlate(in, in_begin, s, table, &shift, row, stop, out);
-        unpack(out, (stop - row) * s.width, y + offset + (std::ptrdiff_t)row * s.width, plane, lanes);
-      }
+      epilogue.with_channels(block * kLanes, lanes, [&](auto finish) {
+        for (int row = begin; row < end; row += strip) {
+          const int stop = std::min(end, row + strip);
+          correlate(in, in_begin, s, table, row, stop, out);
+          unpack(out, (stop - row) * s.width, y + offset + (std::ptrdiff_t)row * s.width, plane, lanes, finish);
+        }
+      });
     }
   }
 }
@@ -186,7 +186,6 @@ void correlate_large(const T* x, const T* weight, const T* bias, const Shape& s,
 inline void weight_gradient_rows(const Vec* x, const Vec* dy, const Shape& s, int begin, int end, Vec* sum) {
   const int k = s.kernel, pad = k / 2;
   const int reach = std::min(pad, s.width - 1);  // taps further out only meet padding
-  const Vec zero = {};
   for_each_run(2 * reach + 1, s.width, [&](int k0, int k1) {
     const Run run = select_run(k1 - k0);
     const int first = std::max(0, reach - k0), last = s.width - k0 + reach;
@@ -195,7 +194,7 @@ inline void weight_gradient_rows(const Vec* x, const Vec* dy, const Shape& s, in
       const Rows rows = {dy + (std::ptrdiff_t)top * s.width + (last - 1 - first), -1, s.width,
                          x + (std::ptrdiff_t)(top + ky - pad) * s.width, s.width, bottom - top};
       Vec part[kMaxRun];
-      run(rows, s.width, first, std::min(last, s.width - 1 + k1 - k0), &zero, part);
+      run(rows, s.width, first, std::min(last, s.width - 1 + k1 - k0), part);
       Vec* out = sum + (std::ptrdiff_t)(ky - begin) * k + (pad - reach + k0);
       for (int i = 0; i < k1 - k0; i++) out[i] += part[i];
     }

@@ -1,7 +1,10 @@
-// The Paddle operators `large_kernel_conv` and `large_kernel_conv_bias` with their gradients, on the CPU.
+// The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients, and
+// `fused_conv`, depthwise or 1x1 with what stands around it, for inference.
+#include <string>
 #include <vector>
 
 #include "depthwise.h"
+#include "pointwise.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/core/dense_tensor.h"
@@ -55,15 +58,100 @@ const T* read(const Tensor& t) { return static_cast<const T*>(t.data()); }
 template <class T>
 T* written(Tensor& t) { return static_cast<T*>(t.data()); }
 
+// `count` values as float32.
+std::vector<float> floats(const Tensor& t, std::int64_t count, const char* name) {
+  PD_CHECK(t.numel() == count, "large_kernel: ", name, " has ", t.numel(), " values for ", count, " channels");
+  std::vector<float> values(count);
+  dispatch(t, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = read<T>(t);
+    for (std::int64_t i = 0; i < count; i++) values[i] = dwconv::to_float(from + i);
+  });
+  return values;
+}
+
 Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
   const Tensor x = plain(input);
   const dwconv::Shape s = check(x, weight, stride);
   Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
+  const std::vector<float> shift = bias ? floats(*bias, s.channels, "bias") : std::vector<float>();
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    dwconv::forward(read<T>(x), read<T>(weight), bias ? read<T>(*bias) : nullptr, s, written<T>(y));
+    dwconv::forward(read<T>(x), read<T>(weight), {nullptr, bias ? shift.data() : nullptr}, s, written<T>(y));
   });
   return y;
+}
+
+using OptionalTensor = paddle::optional<Tensor>;
+using OptionalTensors = paddle::optional<std::vector<Tensor>>;
+
+// Batch norm with running statistics as scale and shift; `norm` holds weight, bias, mean and variance.
+struct Affine {
+  std::vector<float> scale, shift;
+
+  Affine(const OptionalTensors& norm, float epsilon, std::int64_t channels) {
+    if (!norm || norm->empty()) return;
+    PD_CHECK(norm->size() == 4, "fused_conv: a norm is weight, bias, mean and variance, not ", norm->size(), " tensors");
+    scale = floats((*norm)[0], channels, "norm weight");
+    shift = floats((*norm)[1], channels, "norm bias");
+    const auto mean = floats((*norm)[2], channels, "norm mean"), variance = floats((*norm)[3], channels, "norm variance");
+    for (std::int64_t c = 0; c < channels; c++) {
+      scale[c] /= std::sqrt(variance[c] + epsilon);
+      shift[c] -= mean[c] * scale[c];
+    }
+  }
+  const float* scale_or_null() const { return scale.empty() ? nullptr : scale.data(); }
+  const float* shift_or_null() const { return shift.empty() ? nullptr : shift.data(); }
+};
+
+dwconv::Activation activation_of(const std::string& name) {
+  if (name == "relu") return dwconv::Activation::kRelu;
+  if (name == "gelu") return dwconv::Activation::kGelu;
+  PD_CHECK(name.empty(), "fused_conv: activation ", name, "; it knows relu and gelu");
+  return dwconv::Activation::kNone;
+}
+
+// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional; input norm and residual of a 1x1 only.
+std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& residual, const OptionalTensors& in_norm,
+                              const OptionalTensors& out_norm, int stride, const std::string& activation,
+                              float in_epsilon, float out_epsilon) {
+  const Tensor x = plain(input);
+  const auto &in = x.shape(), &w = weight.shape();
+  PD_CHECK(in.size() == 4 && w.size() == 4, "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K]");
+  const bool pointwise = w[2] == 1 && w[3] == 1 && w[1] == in[1] && stride == 1;
+  PD_CHECK(pointwise || (!residual && (!in_norm || in_norm->empty())),
+           "fused_conv: input norm and residual are for 1x1 convolutions");
+  const Affine before(in_norm, in_epsilon, in[1]);
+  Affine after(out_norm, out_epsilon, w[0]);
+  if (bias) {
+    const auto b = floats(*bias, w[0], "bias");
+    after.shift.resize(w[0]);
+    for (std::int64_t c = 0; c < w[0]; c++) after.shift[c] += b[c] * (after.scale.empty() ? 1.f : after.scale[c]);
+  }
+  const dwconv::Epilogue epilogue = {after.scale_or_null(), after.shift_or_null(), activation_of(activation)};
+  if (!pointwise) {
+    const dwconv::Shape s = check(x, weight, stride);
+    Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
+    dispatch(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      dwconv::forward(read<T>(x), read<T>(weight), epilogue, s, written<T>(y));
+    });
+    return {y};
+  }
+  const Tensor added = residual ? plain(*residual) : Tensor();
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(),
+           "fused_conv needs input and weight of the same dtype on the CPU");
+  Tensor y = paddle::experimental::empty({in[0], w[0], in[2], in[3]}, x.dtype(), x.place());
+  PD_CHECK(!residual || (added.shape() == y.shape() && added.dtype() == x.dtype()),
+           "fused_conv needs a residual of the shape and dtype of the result");
+  const dwconv::PointwiseShape s = {(int)in[0], (int)in[1], (int)w[0], (int)(in[2] * in[3])};
+  dispatch(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    dwconv::pointwise(read<T>(x), read<T>(weight), before.scale_or_null(), before.shift_or_null(), epilogue,
+                      residual ? read<T>(added) : nullptr, s, written<T>(y));
+  });
+  return {y};
 }
 
 // A gradient that nobody asked for comes back as zeros.
@@ -114,6 +202,20 @@ std::vector<Dims> InferShapeBias(const Dims& x, const Dims&, const Dims&, int st
   return {out_shape(x, stride)};
 }
 std::vector<DataType> InferDtype(const DataType& x, const DataType&) { return {x}; }
+
+using OptionalDims = paddle::optional<Dims>;
+using OptionalDimsList = paddle::optional<std::vector<Dims>>;
+std::vector<Dims> FusedShape(const Dims& x, const Dims& weight, const OptionalDims&, const OptionalDims&,
+                             const OptionalDimsList&, const OptionalDimsList&, int stride, const std::string&, float, float) {
+  Dims y = out_shape(x, stride);
+  y[1] = weight[0];
+  return {y};
+}
+std::vector<DataType> FusedDtype(const DataType& x, const DataType&, const paddle::optional<DataType>&,
+                                 const paddle::optional<DataType>&, const paddle::optional<std::vector<DataType>>&,
+                                 const paddle::optional<std::vector<DataType>>&) {
+  return {x};
+}
 std::vector<DataType> InferDtypeBias(const DataType& x, const DataType&, const DataType&) { return {x}; }
 
 }  // namespace
@@ -145,3 +247,12 @@ PD_BUILD_GRAD_OP(large_kernel_conv_bias)
     .Outputs({paddle::Grad("X"), paddle::Grad("Filter"), paddle::Grad("Bias")})
     .Attrs({"stride: int", "input_grad: bool", "weight_grad: bool"})
     .SetKernelFn(PD_KERNEL(BackwardBias));
+
+PD_BUILD_OP(fused_conv)
+    .Inputs({"X", "Filter", paddle::Optional("Bias"), paddle::Optional("Residual"), paddle::Optional(paddle::Vec("InNorm")),
+             paddle::Optional(paddle::Vec("OutNorm"))})
+    .Outputs({"Out"})
+    .Attrs({"stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float"})
+    .SetKernelFn(PD_KERNEL(FusedConv))
+    .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));

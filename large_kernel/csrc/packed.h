@@ -9,10 +9,10 @@ constexpr int kPackedRun = 7;  // outputs computed together: the network's maps 
 
 // R outputs of a row: in points to the first output's window, whose taps are those of `taps`.
 template <int KY, int KX, int S, int R>
-DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec init, Vec* out, int out_step) {
+DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec* out, int out_step) {
   Vec sum[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) sum[r] = init;
+  for (int r = 0; r < R; r++) sum[r] = Vec{};
 #pragma GCC unroll 8
   for (int y = 0; y < KY; y++) {
 #pragma GCC unroll 32
@@ -30,12 +30,12 @@ DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps,
 
 // A row of `width` outputs, written `out_step` apart.
 template <int KY, int KX, int S>
-void packed_row(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec init, int width, Vec* out, int out_step) {
+void packed_row(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, int width, Vec* out, int out_step) {
   int x = 0;
   for (; x + kPackedRun <= width; x += kPackedRun) {
-    packed_run<KY, KX, S, kPackedRun>(in + x * S, pitch, taps, init, out + x * out_step, out_step);
+    packed_run<KY, KX, S, kPackedRun>(in + x * S, pitch, taps, out + x * out_step, out_step);
   }
-  for (; x < width; x++) packed_run<KY, KX, S, 1>(in + x * S, pitch, taps, init, out + x * out_step, out_step);
+  for (; x < width; x++) packed_run<KY, KX, S, 1>(in + x * S, pitch, taps, out + x * out_step, out_step);
 }
 
 // One thread's planes of a block: bordered input, bordered output gradient, and one without a border.
@@ -71,7 +71,7 @@ inline bool all_finite(const Vec* p, int count) {
 }
 
 template <int K, int S, class T>
-void forward_packed(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
+void forward_packed(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
 #pragma omp parallel
   {
@@ -83,18 +83,20 @@ void forward_packed(const T* x, const T* weight, const T* bias, const Shape& s, 
       pack(weight + first * K * K, K * K, lanes, K * K, w.weight);
       if (!all_finite(w.weight, K * K)) {
         for (int c = 0; c < lanes; c++) {
-          exact_forward(x + (plane + c) * in, weight + (first + c) * K * K, bias ? to_float(bias + first + c) : 0.f, s,
-                        y + (plane + c) * out);
+          exact_forward(x + (plane + c) * in, weight + (first + c) * K * K, epilogue.scale ? epilogue.scale[first + c] : 1.f,
+                        epilogue.shift ? epilogue.shift[first + c] : 0.f, s, y + (plane + c) * out);
+          epilogue.activate_plane(out, y + (plane + c) * out);
         }
         continue;
       }
-      const Vec shift = bias ? load_lanes(bias + first, lanes) : Vec{};
       pack_bordered(x + plane * in, in, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
       for (int row = 0; row < s.out_height(); row++) {
-        packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, shift, s.out_width(),
+        packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, s.out_width(),
                             w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
       }
-      unpack(w.plane, (int)out, y + plane * out, out, lanes);
+      epilogue.with_channels((int)first, lanes, [&](auto finish) {
+        unpack(w.plane, (int)out, y + plane * out, out, lanes, finish);
+      });
     }
   }
 }
@@ -107,7 +109,7 @@ void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w) {
   const int y0 = (PY + S * pad - pad) % S, x0 = (PX + S * pad - pad) % S;  // the first pixels of this phase
   for (int y = y0; y < s.height; y += S) {
     const int a = (y + pad) / S, b = (x0 + pad) / S;
-    packed_row<ny, nx, 1>(w.dy + (a + K + 1 - ny) * w.dy_pitch + (b + K + 1 - nx), w.dy_pitch, taps, Vec{},
+    packed_row<ny, nx, 1>(w.dy + (a + K + 1 - ny) * w.dy_pitch + (b + K + 1 - nx), w.dy_pitch, taps,
                           (s.width - x0 + S - 1) / S, w.plane + (std::ptrdiff_t)y * s.width + x0, S);
   }
 }

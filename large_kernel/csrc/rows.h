@@ -189,12 +189,12 @@ inline bool all_finite(const float* p, int count) {
 }
 
 template <class T>
-void exact_forward(const T* x, const T* weight, float bias, const Shape& s, T* y) {
+void exact_forward(const T* x, const T* weight, float scale, float shift, const Shape& s, T* y) {
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.out_height() * s.out_width();
   Scratch exact(pixels + kLanes);
   float* sum = exact.floats();
-  std::fill(sum, sum + pixels, bias);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += to_float(x + i) * to_float(weight + tap); });
+  std::fill(sum, sum + pixels, shift);
+  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += to_float(x + i) * (scale * to_float(weight + tap)); });
   write_row(sum, (int)pixels, y, y + pixels);
 }
 
@@ -352,16 +352,16 @@ DW_INLINE float sum_lanes(Vec v) {
 
 // Whether all are finite; if not, zeros of a border must not be multiplied with them.
 template <class T>
-bool read_weights(const T* weight, int area, Workspace& w) {
+bool read_weights(const T* weight, int area, float scale, Workspace& w) {
   for (int i = 0; i < area; i++) {
-    w.row[i] = to_float(weight + i);
+    w.row[i] = scale * to_float(weight + i);
     w.weight[i] = splat(w.row[i]);
   }
   return all_finite(w.row, area);
 }
 
 template <class T>
-void forward_rows(const T* x, const T* weight, const T* bias, const Shape& s, T* y) {
+void forward_rows(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel;
 #pragma omp parallel
@@ -370,12 +370,14 @@ void forward_rows(const T* x, const T* weight, const T* bias, const Shape& s, T*
 #pragma omp for schedule(static)
     for (std::ptrdiff_t plane = 0; plane < (std::ptrdiff_t)s.batch * s.channels; plane++) {
       const std::ptrdiff_t channel = plane % s.channels;
-      const float shift = bias ? to_float(bias + channel) : 0.f;
-      if (read_weights(weight + channel * area, area, w)) {
+      const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f;
+      const float shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
+      if (read_weights(weight + channel * area, area, scale, w)) {
         forward_plane(x + plane * in, shift, s, w, y + plane * out);
       } else {
-        exact_forward(x + plane * in, weight + channel * area, shift, s, y + plane * out);
+        exact_forward(x + plane * in, weight + channel * area, scale, shift, s, y + plane * out);
       }
+      epilogue.activate_plane(out, y + plane * out);
     }
   }
 }
@@ -390,7 +392,7 @@ void backward_rows(const T* x, const T* weight, const T* dy, const Shape& s, T* 
     Workspace w(s);
 #pragma omp for schedule(static)
     for (std::ptrdiff_t channel = 0; channel < s.channels; channel++) {
-      const bool finite = read_weights(weight + channel * area, area, w);
+      const bool finite = read_weights(weight + channel * area, area, 1.f, w);
       std::fill(w.weight_sum, w.weight_sum + area, Vec{});
       float bias_sum = 0;
       for (int image = 0; image < s.batch; image++) {

@@ -178,10 +178,10 @@ DW_INLINE void for_each_window(int count, Full full, Part part) {
   if (i < count) full(count - kLanes);
 }
 
-// `channels` <= kLanes planes of `count` elements -> [count] vectors. Lanes without a channel repeat the last one: what is
-// computed in them is that channel's result once more, so unpack may write it again.
+// `channels` <= kLanes planes of `count` elements -> [count] vectors, `step` apart. Lanes without a channel repeat
+// the last one: what is computed in them is that channel's result once more, so unpack may write it again.
 template <class T>
-inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out) {
+inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out, int step = 1) {
   const T* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
   for_each_window(
@@ -192,13 +192,13 @@ inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int
         for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
         transpose(rows);
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++) out[i + j] = rows[j];
+        for (int j = 0; j < kLanes; j++) out[(i + j) * step] = rows[j];
       },
       [&] {
         Vec rows[kLanes];
         for (int c = 0; c < kLanes; c++) rows[c] = load_part(plane[c], count);
         transpose(rows);
-        for (int j = 0; j < count; j++) out[j] = rows[j];
+        for (int j = 0; j < count; j++) out[j * step] = rows[j];
       });
 }
 
@@ -210,26 +210,38 @@ DW_INLINE Vec load_lanes(const T* p, int channels) {
   return v;
 }
 
-// The inverse of pack.
-template <class T>
-inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_stride, int channels) {
+struct Identity {
+  DW_INLINE Vec operator()(Vec v) const { return v; }
+};
+
+// The inverse of pack. Writes finish(vector), which may differ by channel, plus `added`, planes like the result.
+template <class T, class F = Identity>
+inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_stride, int channels, F finish = {},
+                   const T* added = nullptr) {
   T* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
+  const std::ptrdiff_t to_added = added ? added - planes : 0;
   for_each_window(
       count,
       [&](int i) {
         Vec rows[kLanes];
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++) rows[j] = in[i + j];
+        for (int j = 0; j < kLanes; j++) rows[j] = finish(in[i + j]);
         transpose(rows);
+        if (added) {
+#pragma GCC unroll 16
+          for (int c = 0; c < kLanes; c++) rows[c] += load(plane[c] + to_added + i);
+        }
 #pragma GCC unroll 16
         for (int c = 0; c < kLanes; c++) store(plane[c] + i, rows[c]);
       },
       [&] {
         Vec rows[kLanes] = {};
-        for (int j = 0; j < count; j++) rows[j] = in[j];
+        for (int j = 0; j < count; j++) rows[j] = finish(in[j]);
         transpose(rows);
-        for (int c = 0; c < channels; c++) store_part(plane[c], rows[c], count);
+        for (int c = 0; c < channels; c++) {
+          store_part(plane[c], added ? rows[c] + load_part(plane[c] + to_added, count) : rows[c], count);
+        }
       });
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "depthwise.h"
+#include "pointwise.h"
 
 using dwconv::Shape;
 
@@ -53,7 +54,9 @@ bool run(const Shape& s, double rounding, std::mt19937& random) {
   Buffer<T> x(planes * in), weight(s.channels * area), bias(s.channels), y(planes * out), dy(planes * out);
   Buffer<T> dx(planes * in), dweight(s.channels * area), dbias(s.channels);
   x.draw(random), weight.draw(random), bias.draw(random), dy.draw(random);
-  dwconv::forward(x.data.get(), weight.data.get(), bias.data.get(), s, y.data.get());
+  std::vector<float> shift(s.channels);
+  for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
+  dwconv::forward(x.data.get(), weight.data.get(), {nullptr, shift.data()}, s, y.data.get());
   dwconv::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(), dbias.data.get());
 
   Reference ry(y.size), rdx(dx.size), rdweight(dweight.size), rdbias(dbias.size);
@@ -82,6 +85,33 @@ bool run(const Shape& s, double rounding, std::mt19937& random) {
   return true;
 }
 
+template <class T>
+bool run_pointwise(const dwconv::PointwiseShape& s, double rounding, std::mt19937& random) {
+  const std::size_t in = (std::size_t)s.in_channels * s.pixels, out = (std::size_t)s.out_channels * s.pixels;
+  Buffer<T> x(s.batch * in), weight((std::size_t)s.out_channels * s.in_channels), added(s.batch * out), y(s.batch * out);
+  Buffer<float> in_scale(s.in_channels), in_shift(s.in_channels), scale(s.out_channels), shift(s.out_channels);
+  x.draw(random), weight.draw(random), added.draw(random);
+  in_scale.draw(random), in_shift.draw(random), scale.draw(random), shift.draw(random);
+  dwconv::pointwise(x.data.get(), weight.data.get(), in_scale.data.get(), in_shift.data.get(),
+                    {scale.data.get(), shift.data.get()}, added.data.get(), s, y.data.get());
+  Reference want(y.size);
+  for (int image = 0; image < s.batch; image++) {
+    for (int o = 0; o < s.out_channels; o++) {
+      for (int p = 0; p < s.pixels; p++) {
+        const std::size_t i = image * out + (std::size_t)o * s.pixels + p;
+        want.add(i, shift.at(o)), want.add(i, added.at(i));
+        for (int k = 0; k < s.in_channels; k++) {
+          const double w = weight.at((std::size_t)o * s.in_channels + k) * scale.at(o);
+          want.add(i, w * in_shift.at(k)), want.add(i, w * in_scale.at(k) * x.at(image * in + (std::size_t)k * s.pixels + p));
+        }
+      }
+    }
+  }
+  const double error = worst(y, want, rounding);
+  if (error > 8) std::printf("1x1 [%d, %d -> %d, %d]: error %g\n", s.batch, s.in_channels, s.out_channels, s.pixels, error);
+  return error <= 8;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -104,6 +134,15 @@ int main(int argc, char** argv) {
   }
   for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2}}) {
     bad += !run<float>(s, 0, random), count++;
+  }
+  const int depths[] = {1, 3, 8, 16, 17, 70, 511, 512, 513, 1030};
+  for (int depth : depths) {
+    for (int i = 0; i < shapes; i++, count++) {
+      const dwconv::PointwiseShape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(120), i == 1 ? 1 : 1 + pick(i == 2 ? 600 : 60)};
+      bad += !run_pointwise<float>(s, 0, random);
+      if (i % 3 == 0) bad += !run_pointwise<dwconv::bfloat16>(s, 1.0 / 256, random);
+      if (i % 3 == 1) bad += !run_pointwise<dwconv::float16>(s, 1.0 / 2048, random);
+    }
   }
   std::printf("%d shapes, %d failures, %d lanes\n", count, bad, dwconv::kLanes);
   return bad ? 1 : 0;

@@ -1,0 +1,58 @@
+// What follows a convolution, applied to its result on the way to memory: y = activation(scale * conv + shift).
+#pragma once
+#include <algorithm>
+
+#include "vector.h"
+
+namespace dwconv {
+
+enum class Activation { kNone, kRelu, kGelu };
+
+// erf to 3.3e-7, relative: an odd polynomial over an even one, fitted on [-4, 4]; beyond it erf is 1 in float.
+DW_INLINE Vec erf(Vec x) {
+  const Vec u = x * x;
+  const Vec p = x * (1.12837914f + u * (0.193547267f + u * (0.0531020469f + u * (0.00388344286f +
+                u * (0.000284568879f + u * 1.98677434e-06f)))));
+  const Vec q = 1.f + u * (0.504859354f + u * (0.115350921f + u * (0.015207446f + u * (0.00118559667f +
+                u * 3.74202498e-05f))));
+  const Vec one = splat(1.f);
+  return x >= 4.f ? one : x <= -4.f ? -one : p / q;
+}
+
+template <Activation A>
+DW_INLINE Vec activate(Vec v) {
+  if constexpr (A == Activation::kRelu) return v < 0.f ? Vec{} : v;  // NaN stays
+  if constexpr (A == Activation::kGelu) return 0.5f * v * (1.f + erf(v * 0.70710678f));
+  return v;
+}
+
+struct Epilogue {
+  const float *scale = nullptr, *shift = nullptr;  // per output channel; null: 1 and 0
+  Activation activation = Activation::kNone;
+
+  // Calls f(a function of a vector of `lanes` channels from `channel` on).
+  template <class F>
+  DW_INLINE void with_channels(int channel, int lanes, F f) const {
+    const Vec s = scale ? load_lanes(scale + channel, lanes) : splat(1.f);
+    const Vec t = shift ? load_lanes(shift + channel, lanes) : Vec{};
+    switch (activation) {
+      case Activation::kNone: return f([s, t](Vec v) { return v * s + t; });
+      case Activation::kRelu: return f([s, t](Vec v) { return activate<Activation::kRelu>(v * s + t); });
+      case Activation::kGelu: return f([s, t](Vec v) { return activate<Activation::kGelu>(v * s + t); });
+    }
+  }
+
+  // The activation alone, in place.
+  template <class T>
+  void activate_plane(std::ptrdiff_t pixels, T* plane) const {
+    if (activation == Activation::kNone) return;
+    Epilogue{nullptr, nullptr, activation}.with_channels(0, 1, [&](auto finish) {
+      for (std::ptrdiff_t i = 0; i < pixels; i += kLanes) {
+        const int count = (int)std::min<std::ptrdiff_t>(kLanes, pixels - i);
+        store_part(plane + i, finish(load_part(plane + i, count)), count);
+      }
+    });
+  }
+};
+
+}  // namespace dwconv

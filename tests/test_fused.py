@@ -1,0 +1,185 @@
+"""A convolution with the norms, activation and residual around it in one operator, against plain layers and float64."""
+import math
+
+import numpy as np
+import pytest
+
+from large_kernel import DepthwiseConv2D, conv_block, extension
+from large_kernel.fused import can_fuse
+from replknet import ConvBN, RepLKNet
+
+import paddle  # isort: skip
+from paddle import nn  # isort: skip
+
+pytestmark = pytest.mark.skipif(extension.reason_unavailable() is not None,
+                                reason=f'no C++ operator: {extension.reason_unavailable()}')
+EPS = np.finfo('float32').eps
+
+
+@pytest.fixture(autouse=True)
+def without_gradients(monkeypatch):
+    monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL', raising=False)
+    paddle.seed(3)
+    with paddle.no_grad():
+        yield
+
+
+def norm(channels):
+    layer = nn.BatchNorm2D(channels)
+    layer.weight.set_value(paddle.randn([channels]))
+    layer.bias.set_value(paddle.randn([channels]))
+    layer._mean.set_value(paddle.randn([channels]))
+    layer._variance.set_value(paddle.rand([channels]) + 0.1)
+    layer.eval()
+    return layer
+
+
+def affine(layer):
+    """Scale and shift of a norm in eval mode, float64 [1, C, 1, 1]."""
+    w, b, mean, variance = (t.numpy().astype('float64')[None, :, None, None] for t in
+                            (layer.weight, layer.bias, layer._mean, layer._variance))
+    scale = w / np.sqrt(variance + layer._epsilon)
+    return scale, b - mean * scale
+
+
+ACTIVATIONS = {'': lambda x: x, 'relu': lambda x: np.maximum(x, 0),
+               'gelu': lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))}
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+@pytest.mark.parametrize('around', [False, True])
+@pytest.mark.parametrize('batch, inputs, outputs, height, width', [
+    (1, 1, 1, 1, 1), (2, 3, 5, 1, 7), (1, 16, 48, 7, 7), (3, 17, 31, 5, 3), (1, 600, 70, 4, 9), (2, 8, 129, 20, 31)])
+def test_pointwise_against_float64(batch, inputs, outputs, height, width, around, activation):
+    conv = nn.Conv2D(inputs, outputs, 1)
+    x, residual = paddle.randn([batch, inputs, height, width]), paddle.randn([batch, outputs, height, width])
+    before, after = norm(inputs), norm(outputs)
+    conv.eval()
+    weight, bias, data = (t.numpy().astype('float64') for t in (conv.weight, conv.bias, x))
+    a, b = affine(before) if around else (1, 0)
+    c, d = affine(after) if around else (1, 0)
+
+    def product(x, w):
+        return np.einsum('nihw,oi->nohw', x, w[:, :, 0, 0])
+
+    want = ACTIVATIONS[activation](c * (product(a * data + b, weight) + bias[None, :, None, None]) + d)
+    scale = np.abs(c) * (product(np.abs(a * data) + np.abs(b), np.abs(weight)) + np.abs(bias[None, :, None, None]))
+    if around:
+        got = conv_block(x, conv, after, activation, before, residual)
+        want = want + residual.numpy()
+    else:
+        got = conv_block(x, conv, activation=activation)
+    assert (np.abs(got.numpy() - want) <= 8 * EPS * (scale + np.abs(d) + np.abs(want) + 1)).all()
+
+
+@pytest.mark.parametrize('kernel, stride, channels', [
+    (3, 1, 16), (3, 2, 9), (5, 1, 3), (5, 2, 40), (9, 1, 17), (9, 2, 4)])
+@pytest.mark.parametrize('dtype, rounding', [('float32', 0), ('bfloat16', 2**-8), ('float16', 2**-11)])
+def test_depthwise_with_norm_and_relu_is_the_layers_one_by_one(kernel, stride, channels, dtype, rounding):
+    conv, after = DepthwiseConv2D(channels, kernel, stride), norm(channels)
+    x = paddle.randn([2, channels, 12, 11]).astype(dtype)
+    for parameter in (conv.weight, conv.bias):  # values that the dtype holds exactly
+        parameter.set_value(parameter.astype(dtype).astype('float32'))
+    want = nn.functional.relu(after(conv(x.astype('float32')))).numpy()
+    got = conv_block(x, conv, after, 'relu')
+    assert got.dtype == x.dtype
+    assert np.abs(got.astype('float32').numpy() - want).max() <= (rounding + 16 * EPS) * np.abs(want).max() + 1e-4 * (
+        rounding == 0)
+
+
+def test_gelu_over_its_whole_range():
+    conv = nn.Conv2D(1, 1, 1, bias_attr=False)
+    conv.weight.set_value(paddle.ones([1, 1, 1, 1]))
+    conv.eval()
+    x = np.concatenate([np.linspace(-9, 9, 20001), [-1e30, -30, -1e-20, 0, 1e-20, 30, 1e30]]).astype('float32')
+    got = conv_block(paddle.to_tensor(x.reshape(1, 1, 1, -1)), conv, activation='gelu').numpy().ravel()
+    want = ACTIVATIONS['gelu'](x.astype('float64'))
+    assert (np.abs(got - want) <= 4 * EPS * np.abs(x)).all()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_reach_their_pixel_only(value):
+    conv = nn.Conv2D(20, 24, 1)
+    conv.eval()
+    x = paddle.randn([2, 20, 5, 5])
+    x[1, 3, 2, 4] = value
+    got, want = conv_block(x, conv, activation='relu').numpy(), conv(x).numpy()
+    bad = ~np.isfinite(got)
+    assert not bad[0].any() and not np.delete(bad[1].reshape(24, 25), 14, 1).any()
+    np.testing.assert_array_equal(got[1, :, 2, 4], np.where(want[1, :, 2, 4] < 0, 0, want[1, :, 2, 4]))
+
+
+def test_other_layers_are_left_to_be_called():
+    conv, after = nn.Conv2D(4, 4, 1), norm(4)
+    conv.eval()
+    x = paddle.randn([1, 4, 3, 3])
+    assert can_fuse(x, conv, after)
+    after.train()
+    assert not can_fuse(x, conv, after)
+    after.eval()
+    hook = after.register_forward_post_hook(lambda *_: None)
+    assert not can_fuse(x, conv, after)
+    hook.remove()
+    with paddle.enable_grad():
+        assert not can_fuse(x, conv, after)
+        for parameter in (*conv.parameters(), *after.parameters()):
+            parameter.stop_gradient = True
+        assert can_fuse(x, conv, after)
+        x.stop_gradient = False
+        assert not can_fuse(x, conv, after)
+
+
+@pytest.mark.parametrize('name', ['fft', 'native'])
+def test_other_implementations_call_the_layers(monkeypatch, name):
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', name)
+    assert not can_fuse(paddle.randn([1, 4, 3, 3]), nn.Conv2D(4, 4, 1))
+    conv, after, x = nn.Conv2D(4, 4, 1), norm(4), paddle.randn([1, 4, 3, 3])
+    np.testing.assert_array_equal(conv_block(x, conv, after, 'gelu', residual=x).numpy(),
+                                  (x + nn.functional.gelu(after(conv(x)))).numpy())
+
+
+def test_wrong_shapes_are_errors():
+    conv = nn.Conv2D(4, 6, 1)
+    x = paddle.randn([1, 4, 3, 3])
+    for arguments in ({'residual': x}, {'norm': norm(5)}, {'pre_norm': norm(6)}):
+        with pytest.raises((RuntimeError, ValueError, OSError)):
+            conv_block(x, conv, **arguments)
+    with pytest.raises((RuntimeError, ValueError, OSError)):
+        conv_block(paddle.randn([1, 5, 3, 3]), conv)
+
+
+@pytest.mark.parametrize('merged', [False, True])
+def test_network_computes_the_same_with_and_without(merged, monkeypatch, tmp_path):
+    model = RepLKNet([9, 7, 5, 3], [1, 1, 2, 1], [12, 16, 20, 24], small_kernel=3, num_classes=5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(('_variance', 'norm.weight')):
+            parameter.set_value(paddle.rand(parameter.shape) + 0.5)
+        elif name.endswith(('_mean', 'norm.bias')):
+            parameter.set_value(paddle.randn(parameter.shape) * 0.1)
+    model.eval()
+    if merged:
+        model.structural_reparam()
+    x = paddle.randn([2, 3, 64, 52])
+    calls = []
+    real = extension.run_fused
+    monkeypatch.setattr(extension, 'run_fused', lambda *a: calls.append(1) or real(*a))
+    fused = model(x).numpy()
+    assert len(calls) == 2 * 5 + 2 * 5 + (5 if merged else 10) + 3 + 6
+    with paddle.enable_grad():
+        plain = model(x).numpy()
+    np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
+
+    paddle.jit.save(paddle.jit.to_static(model, input_spec=[paddle.static.InputSpec([None, 3, 64, 52])],
+                                         full_graph=True), str(tmp_path / 'model'))
+    program = paddle.jit.load(str(tmp_path / 'model'))
+    np.testing.assert_allclose(program(x).numpy(), fused, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
+
+
+def test_conv_bn_trains_as_before():
+    with paddle.enable_grad():
+        layer = ConvBN(4, 6, 1, activation='gelu')
+        x = paddle.randn([2, 4, 5, 5])
+        x.stop_gradient = False
+        (layer(x) ** 2).sum().backward()
+        assert float(layer.conv.weight.grad.abs().sum()) > 0
+        assert float(layer.norm._mean.abs().sum()) > 0
