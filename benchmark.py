@@ -64,13 +64,13 @@ def images_of(case):
 
 @contextlib.contextmanager
 def marked(kinds):
-    """Adds the kind of each convolution that a model computes here to `kinds`; Paddle's profiler sees the fused ones."""
+    """Adds the kind of each convolution that a model computes here to `kinds`, and marks fused ones for a profile."""
     from unittest import mock
 
     from paddle.profiler import RecordEvent
 
     import replknet
-    from large_kernel import can_fuse, conv_block
+    from large_kernel.fused import can_fuse, conv_block
 
     def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None):
         kernel, depthwise = conv.weight.shape[-1], conv.weight.shape[1] == 1 < conv.weight.shape[0]
