@@ -70,7 +70,8 @@ class Predictor:
         batch_size: pictures that the model computes at once.
         topk: classes told for each picture; at most all.
         features: tell the pooled features as well.
-        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto'.
+        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto', the faster one:
+            dygraph, but for exports and where the C++ operator cannot be had.
         workers: decoding threads; None for one per core, at most 16.
     Attributes:
         origin: the weights or the program; `names`: of all classes; `device` and `backend`: which were chosen.
@@ -88,9 +89,13 @@ class Predictor:
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
-        # Of the processor time of 31B's fused form in dygraph, Paddle Inference takes 0.84 at 224 pixels, batch 1, and
-        # 0.65 at batch 8 (two threads of an AMD EPYC); with Paddle's own depthwise convolutions 0.91 and 0.62.
-        self.backend = backend if backend != 'auto' else 'inference' if self.device == 'cpu' else 'dygraph'
+        # Processor time of the fused 31B at 224 pixels, two threads of an AMD EPYC, batch 1 and 8: dygraph with the
+        # operator 0.35 and 2.92 s, Paddle Inference with it 0.34 and 3.04 s, with oneDNN's depthwise convolutions 0.33
+        # and 2.82 s after 4 s of preparation. Without the operator dygraph is several times slower.
+        if backend == 'auto':
+            slow = self.device == 'cpu' and extension.reason_unavailable() is not None
+            backend = 'inference' if exported or slow else 'dygraph'
+        self.backend = backend
         if self.backend == 'inference' and self.device != 'cpu':
             raise UserError(f'{model}: Paddle Inference runs on the CPU here, not on {self.device}: -device=cpu')
         paddle.set_device(self.device)
