@@ -91,8 +91,8 @@ def test_a_run_is_exported_and_its_programs_run_in_a_fresh_process(
         assert f'{name} ' in done.stdout
     assert certificate['after']['parameters'] < certificate['before']['parameters'] == model.num_parameters()
     assert get_config(folder / 'config.yaml').MODEL.NUM_CLASSES == 4
-    assert b'large_kernel_conv' in Path(program_file(f'{folder}/model')).read_bytes()
-    assert b'large_kernel_conv' not in Path(program_file(f'{folder}/model_native')).read_bytes()
+    assert b'fused_conv' in Path(program_file(f'{folder}/model')).read_bytes()
+    assert b'fused_conv' not in Path(program_file(f'{folder}/model_native')).read_bytes()
 
     same = build_replknet(config)
     load_weights(same, half, 'half')
