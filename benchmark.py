@@ -4,8 +4,8 @@
         -backend=dygraph,inference -threads=1,2 -output=31b.json
 
 Every combination runs in a fresh process, one after the other, on made-up images. The shares of time come from Paddle's
-profiler, over three more calls, on layers and operators: an activation that Paddle Inference has fused into a
-convolution counts there, and `other` is everything between the operators too.
+profiler, over three more calls, on layers and operators: what is computed along with a convolution, such as its norm or
+activation, counts there, and `other` is everything between the operators too.
 """
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ BACKENDS = ('dygraph', 'inference')
 KINDS = ('pointwise', 'large depthwise', 'small depthwise', 'dense conv', 'norm', 'activation', 'other')
 LARGE_FROM = 7  # kernel size
 PROFILED_CALLS = 3
+FUSED = 'fused convolution'  # in the profile
 PERCENTILES = (50, 90, 99)
 
 
@@ -61,55 +62,56 @@ def images_of(case):
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def convolution_kinds(model, images):
-    """The kind of each convolution that the model computes, in their order."""
-    import paddle
-    from paddle import nn
-    kinds, hooks = [], []
+@contextlib.contextmanager
+def marked(kinds):
+    """Adds the kind of each convolution that a model computes here to `kinds`, and marks fused ones for a profile."""
+    from unittest import mock
 
-    def note(layer, *_):
-        kernel = layer.weight.shape[-1]
-        if layer.weight.shape[1] == 1 and layer.weight.shape[0] > 1:
+    from paddle.profiler import RecordEvent
+
+    import replknet
+    from large_kernel.fused import can_fuse, conv_block
+
+    def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None):
+        kernel, depthwise = conv.weight.shape[-1], conv.weight.shape[1] == 1 < conv.weight.shape[0]
+        if depthwise:
             kinds.append('large depthwise' if kernel >= LARGE_FROM else 'small depthwise')
         else:
             kinds.append('pointwise' if kernel == 1 else 'dense conv')
+        with RecordEvent(FUSED) if can_fuse(x, conv, norm, pre_norm, residual) else contextlib.nullcontext():
+            return conv_block(x, conv, norm, activation, pre_norm, residual)
 
-    for layer in model.sublayers():
-        if isinstance(layer, nn.Conv2D):
-            hooks.append(layer.register_forward_post_hook(note))
-    with paddle.no_grad():
-        model(paddle.to_tensor(images))
-    for hook in hooks:
-        hook.remove()
-    return kinds
+    with mock.patch.object(replknet, 'conv_block', marking):
+        yield
 
 
-def time_shares(run, kinds):
+def time_shares(run, kinds=None):
     """Share of the time by KINDS, {} where Paddle's profiler does not tell.
 
     Args:
         run: function to profile.
-        kinds: of its convolutions, in their order.
+        kinds: of its convolutions, in their order; None where `marked` can tell, in dygraph.
     """
+    found = []
     from paddle.profiler import Profiler, ProfilerTarget
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'trace.json')
         try:
-            with Profiler(targets=[ProfilerTarget.CPU], on_trace_ready=lambda profiler: profiler.export(path)):
+            with marked(found), Profiler(targets=[ProfilerTarget.CPU],
+                                         on_trace_ready=lambda profiler: profiler.export(path)):
                 for _ in range(PROFILED_CALLS):
                     run()
         except OSError:  # Paddle 2.6 for GPUs, where there is no driver
             return {}
         with open(path) as file:
             events = json.load(file)['traceEvents']
-    total, end, convolutions, shares = 0.0, 0.0, iter(kinds * PROFILED_CALLS), dict.fromkeys(KINDS, 0.0)
+    total, end, convolutions, shares = 0.0, 0.0, iter(found or kinds * PROFILED_CALLS), dict.fromkeys(KINDS, 0.0)
     for event in sorted((e for e in events if e.get('ph') == 'X'), key=lambda e: float(e['ts'])):
         name, start, duration = event['name'].split('[')[0].lower(), float(event['ts']), float(event['dur'])
         if event['cat'] == 'ProfileStep':
             total += duration
-        # those inside another are left out; Paddle has no event for a custom operator in dygraph, but for its layer
-        if start + duration <= end or not (event['cat'] == 'Operator' or
-                               event['cat'] == 'Forward' and name in ('conv2d', 'depthwiseconv2d')):
+        # those inside another are left out; in dygraph a custom operator has no event, but its layer or its mark
+        if start + duration <= end or not (event['cat'] == 'Operator' or name in (FUSED, 'conv2d', 'depthwiseconv2d')):
             continue
         end = start + duration
         if 'conv' in name:
@@ -133,9 +135,13 @@ def child(folder, export):
         if export:
             model = build(case)
             import paddle
-            spec = paddle.static.InputSpec([None, *images.shape[1:]], 'float32')
-            paddle.jit.save(model, path, input_spec=[spec])
-            return list, {'kinds': convolution_kinds(model, images[:1])}
+
+            from programs import save_paddle_program
+            save_paddle_program(model, path, images.shape[2:])
+            kinds = []
+            with marked(kinds), paddle.no_grad():
+                model(paddle.to_tensor(images[:1]))
+            return list, {'kinds': kinds}
         if case['backend'] == 'inference':
             harness.import_paddle(case['threads'])
             from large_kernel import extension
@@ -146,7 +152,7 @@ def child(folder, export):
         else:
             model = build(case)
             from certificate import dygraph_program
-            program, kinds = dygraph_program(model), convolution_kinds(model, images[:1])
+            program, kinds = dygraph_program(model), None
         import paddle
         harness.forget_peak_memory()
         program(images)  # the first call prepares

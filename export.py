@@ -10,7 +10,6 @@ the tolerance ends with status 1 and leaves nothing. docs/export.md says how to 
 """
 import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
-import contextlib
 import copy
 import json
 import os
@@ -32,11 +31,10 @@ from run import build_model
 from errors import ArgumentParser, UserError
 from fuse import fuse
 from large_kernel import load_operator
-from large_kernel.conv import VARIABLE
 from large_kernel.extension import BuildError
 from launcher import exit_status, settings_file
 from onnx_graph import write_onnx
-from programs import load_onnx_program, load_paddle_program
+from programs import load_onnx_program, load_paddle_program, save_paddle_program
 from run_folder import best_checkpoint, find_classes
 
 FORMS = ('fused', 'merged', 'training')
@@ -239,12 +237,7 @@ def _refuse_over(tolerance, measured):
 def _programs(twin, formats, size, threads):
     """(name, function that writes it to a path, function that loads it, what it needs to run) of each program."""
     def save(implementation):
-        spec = paddle.static.InputSpec([None, 3, *(size or (None, None))], 'float32', 'images')
-
-        def write(path):
-            with _implementation(implementation):
-                paddle.jit.save(twin, path, input_spec=[spec])
-        return write
+        return lambda path: save_paddle_program(twin, path, size, implementation)
 
     if 'paddle' in formats:
         def load(path):
@@ -258,20 +251,6 @@ def _programs(twin, formats, size, threads):
     if 'onnx' in formats:
         yield ('model.onnx', lambda path: write_onnx(twin, path, size), lambda path: load_onnx_program(path, threads),
                'standard operators of ONNX')
-
-
-@contextlib.contextmanager
-def _implementation(name):
-    """Depthwise convolutions of traced programs by this implementation."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
 
 
 def _costs(model, config, one):

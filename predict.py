@@ -27,12 +27,11 @@ from engine import accuracy_line
 from errors import ArgumentParser, UserError
 from files import atomic_file
 from launcher import exit_status
-from predictor import BACKENDS, Prediction, Predictor, is_export
+from predictor import BACKENDS, Prediction, Predictor
 from utils import logger
 
 __all__ = ['Prediction', 'Predictor']
 
-FEW = 64  # pictures; for fewer, preparing Paddle Inference (seconds) costs more than it saves
 OUTPUTS = ('.csv', '.jsonl')
 
 
@@ -152,9 +151,8 @@ def main():
     args = arguments_of()
     paths, labels = find_pictures(args.pictures)
     logger.setLevel('WARNING')
-    few = args.backend == 'auto' and len(paths) < FEW and not is_export(args.model)
-    predictor = Predictor(args.model, args.cfg, args.device, args.batch_size, args.topk, args.features,
-                          'dygraph' if few else args.backend, args.num_workers)
+    predictor = Predictor(args.model, args.cfg, args.device, args.batch_size, args.topk, args.features, args.backend,
+                          args.num_workers)
     print(f'weights of {predictor.origin}, {predictor.backend}', file=sys.stderr)
     for path, label in zip(paths, labels):
         if label >= len(predictor.names):

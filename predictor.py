@@ -30,7 +30,7 @@ from errors import UserError
 from fuse import fuse
 from large_kernel import extension
 from launcher import ROOT, settings_file
-from programs import load_paddle_program
+from programs import load_paddle_program, save_paddle_program
 from run import build_model
 from run_folder import CONFIG, best_checkpoint, find_classes
 from zoo import ZOO
@@ -70,7 +70,8 @@ class Predictor:
         batch_size: pictures that the model computes at once.
         topk: classes told for each picture; at most all.
         features: tell the pooled features as well.
-        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto'.
+        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto', the faster one:
+            dygraph, but for exports and where the C++ operator cannot be had.
         workers: decoding threads; None for one per core, at most 16.
     Attributes:
         origin: the weights or the program; `names`: of all classes; `device` and `backend`: which were chosen.
@@ -88,9 +89,13 @@ class Predictor:
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
-        # On two cores Paddle Inference took 0.8 of the time of the fused model in dygraph at 224 pixels, batch 1, and
-        # 0.7 at batch 8 (`python benchmark.py`).
-        self.backend = backend if backend != 'auto' else 'inference' if self.device == 'cpu' else 'dygraph'
+        # Processor time of the fused 31B at 224 pixels, two threads of an AMD EPYC, batch 1 and 8: dygraph with the
+        # operator 0.35 and 2.92 s, Paddle Inference with it 0.34 and 3.04 s, with oneDNN's depthwise convolutions 0.33
+        # and 2.82 s after 4 s of preparation. Without the operator dygraph is several times slower.
+        if backend == 'auto':
+            slow = self.device == 'cpu' and extension.reason_unavailable() is not None
+            backend = 'inference' if exported or slow else 'dygraph'
+        self.backend = backend
         if self.backend == 'inference' and self.device != 'cpu':
             raise UserError(f'{model}: Paddle Inference runs on the CPU here, not on {self.device}: -device=cpu')
         paddle.set_device(self.device)
@@ -101,7 +106,7 @@ class Predictor:
     def _load_weights(self, model, cfg, features):
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
-        self._prepare(config, os.path.dirname(self.origin) or '.')
+        self._prepare(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
         if features:  # the final norm, which the fused form has lost, is part of them
             network.structural_reparam()
             network = _WithFeatures(network)
@@ -112,7 +117,7 @@ class Predictor:
             return
         with tempfile.TemporaryDirectory() as folder:
             path, size = os.path.join(folder, 'model'), config.DATA.IMAGE_SIZE
-            paddle.jit.save(network, path, input_spec=[paddle.static.InputSpec([None, 3, size, size], 'float32')])
+            save_paddle_program(network, path, (size, size))
             self._compute = load_paddle_program(path, paddle_env.set_threads())
 
     def _load_export(self, folder, cfg, features):

@@ -4,7 +4,11 @@ import ctypes
 import os
 import sys
 
+import paddle
+
 from errors import UserError
+from large_kernel import extension
+from large_kernel.conv import VARIABLE
 
 
 def program_file(prefix):
@@ -13,6 +17,27 @@ def program_file(prefix):
         if os.path.isfile(prefix + suffix):
             return prefix + suffix
     raise FileNotFoundError(f'{prefix}.json: no such program')
+
+
+def save_paddle_program(layer, prefix, size=None, implementation=None):
+    """Traces an eval-mode layer for images [N, 3, H, W] into `prefix`.json or .pdmodel and `prefix`.pdiparams.
+
+    Args:
+        size: (H, W) pixels; None leaves both free.
+        implementation: of the depthwise convolutions: 'custom', the large-kernel operator, or 'native'; None for what
+            LARGE_KERNEL_CONV_IMPL says, and for its 'auto' for the operator where it can be had.
+    """
+    before = os.environ.get(VARIABLE)
+    if implementation is None and before in (None, '', 'auto'):
+        implementation = 'native' if extension.reason_unavailable() else 'custom'
+    os.environ[VARIABLE] = implementation or before
+    try:
+        spec = paddle.static.InputSpec([None, 3, *(size or (None, None))], 'float32', 'images')
+        paddle.jit.save(layer, prefix, input_spec=[spec])
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def load_paddle_program(prefix, threads=1):

@@ -15,6 +15,7 @@ from contact_sheets import MARGIN, RIGHT, SIDE, UNKNOWN, WRONG, ContactSheets
 from datasets import read_class_names
 from errors import UserError
 from export import export
+from large_kernel import extension
 from launcher import exit_status
 from predict import Prediction, Predictor
 from predictor import IMAGENET
@@ -242,3 +243,12 @@ def test_contact_sheets_mark_right_and_wrong(pictures, tmp_path):
     frames = [sheet.getpixel((index * (SIDE + 2 * MARGIN) + MARGIN - 2, MARGIN + 40)) for index in range(4)]
     assert frames == [RIGHT, WRONG, UNKNOWN, UNKNOWN]
     assert sheet.width > 5 * Image.open(tmp_path / 'sheets/sheet_0002.png').width
+
+
+@pytest.mark.parametrize(('model', 'missing', 'expected'), [
+    ('run', None, 'dygraph'), ('run', 'no compiler', 'inference'), ('exported', None, 'inference')])
+def test_the_faster_backend_is_taken(request, monkeypatch, pictures, model, missing, expected):
+    monkeypatch.setattr(extension, 'reason_unavailable', lambda: missing)
+    predictor = Predictor(str(request.getfixturevalue(model)), device='cpu')
+    assert predictor.backend == expected
+    assert predictor(f'{pictures}/rgb.png')[0].error is None
