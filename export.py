@@ -27,7 +27,6 @@ import utils
 from certificate import compare_groups, compare_logits, dygraph_program, latency_ms, multiply_accumulates
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
-from run import build_model
 from errors import ArgumentParser, UserError
 from fuse import fuse
 from large_kernel import load_operator
@@ -35,6 +34,7 @@ from large_kernel.extension import BuildError
 from launcher import exit_status, settings_file
 from onnx_graph import write_onnx
 from programs import load_onnx_program, load_paddle_program, save_paddle_program
+from run import build_model
 from run_folder import best_checkpoint, find_classes
 
 FORMS = ('fused', 'merged', 'training')
