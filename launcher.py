@@ -30,6 +30,13 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 _REPORTED = 'REPLKNET_ERROR_REPORTED'
 
 
+def settings_file(weights):
+    """The settings of a name of the zoo, or those beside a checkpoint of a run; None where there are none."""
+    if weights in ZOO:
+        return os.path.join(ROOT, ZOO[weights].config)
+    return config_beside(weights) if weights else None
+
+
 def read_settings(description, argv=None):
     """Frozen settings and the kind of device from the command line.
 
@@ -37,9 +44,7 @@ def read_settings(description, argv=None):
     -pretrained names.
     """
     args = get_arguments(description, argv)
-    cfg, start = args.cfg, args.flags['resume'] or args.flags['pretrained']
-    if not cfg and start:
-        cfg = os.path.join(ROOT, ZOO[start].config) if start in ZOO else config_beside(start)
+    cfg = args.cfg or settings_file(args.flags['resume'] or args.flags['pretrained'])
     if not cfg:
         raise UserError('-cfg is missing: name a file of settings, such as -cfg=./configs/replknet_31b.yaml')
     config = get_config(cfg, args.opts, args.flags)
@@ -59,11 +64,11 @@ def exit_status(function, *args):
 
     Of several processes that fail only the first one reports: the others mostly fail for want of it.
     Returns:
-        0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 130 (interrupted).
+        what it returned, else 0; 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 130
+        (interrupted).
     """
     try:
-        function(*args)
-        return 0
+        return function(*args) or 0
     except (UserError, FileNotFoundError) as error:
         status, message = 2, str(error)
     except TrainingStopped as error:

@@ -40,7 +40,7 @@ def run(config, device):
     """
     amp = Amp(config, device)
     folder = RunFolder(config) if utils.is_main() and config.SAVE else None
-    model, state = _build_model(config)
+    model, state = build_model(config)
     val_set = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     if config.EVAL:
         if folder is not None:
@@ -155,7 +155,7 @@ def _evaluate(config, model, val_set, amp, name):
     return metrics
 
 
-def _build_model(config):
+def build_model(config):
     """The model with the weights asked for, and the state to resume from or None.
 
     Merged weights build the merged form.

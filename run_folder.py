@@ -1,6 +1,8 @@
 """The folder of a run: its settings, logs and checkpoints. Only rank 0 has one."""
 import contextlib
+import json
 import os
+import shutil
 import time
 
 import utils
@@ -14,6 +16,7 @@ from utils import logger
 LAST = 'last.pdparams'
 BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # by the weights whose accuracy is the best
 CONFIG, LOG = 'config.yaml', 'log.txt'
+CLASSES = 'classes.txt'  # the data folder's, where it has one
 
 
 def resolve_resume(path):
@@ -25,6 +28,31 @@ def config_beside(path):
     """The settings file that lies beside a checkpoint of a run, or None."""
     found = os.path.join(os.path.dirname(resolve_resume(path)), CONFIG)
     return found if os.path.isfile(found) else None
+
+
+def best_checkpoint(folder):
+    """The checkpoint of a run folder whose evaluation was the best, its last one where there was none.
+
+    Raises:
+        UserError: the folder holds no checkpoint.
+    """
+    accuracy, metrics = {}, os.path.join(folder, METRICS)
+    if os.path.isfile(metrics):
+        with open(metrics, encoding='utf-8') as file:
+            for record in map(json.loads, file):
+                if record['event'] == 'eval' and record.get('weights') in BEST:
+                    name = BEST[record['weights']]
+                    accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
+    for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise UserError(f'{folder}: no checkpoint; a run folder holds {", ".join([*BEST.values(), LAST])}')
+
+
+def find_classes(*folders):
+    """The first file with the names of the classes that there is in the folders, or None."""
+    found = (os.path.join(folder, CLASSES) for folder in folders if folder)
+    return next(filter(os.path.isfile, found), None)
 
 
 def _continued(config):
@@ -79,6 +107,9 @@ class RunFolder:
                 self._refuse_if_taken()
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
+            classes = find_classes(self.config.DATA.DATA_PATH)
+            if classes and not find_classes(self.path):
+                shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None

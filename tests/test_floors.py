@@ -9,15 +9,17 @@ FLOORS = [
     {'errors', 'files', 'paddle_env', 'recipes', 'config', 'utils'},
     {'auto_augment', 'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers',
      'schedules', 'ema', 'safe_load', 'checkpoint', 'monitor'},
-    {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits'},
-    {'engine', 'doctor', 'checkup'},
+    {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits', 'fuse', 'onnx_graph', 'programs',
+     'certificate', 'contact_sheets'},
+    {'engine', 'doctor', 'checkup', 'dense', 'hubconf'},
     {'run'},
     {'launcher'},
-    {'main_single_gpu', 'main_multi_gpu'},
+    {'main_single_gpu', 'main_multi_gpu', 'export', 'predictor'},
+    {'predict', 'benchmark'},
 ]
 NEIGHBOURS = {('config', 'errors'), ('config', 'recipes'), ('utils', 'errors'), ('replknet', 'large_kernel'),
               ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup'),
-              ('transforms', 'auto_augment'), ('loss_scaler', 'optim')}
+              ('transforms', 'auto_augment'), ('loss_scaler', 'optim'), ('contact_sheets', 'datasets')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
