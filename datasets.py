@@ -1,6 +1,7 @@
 """ImageNet-style list datasets: decoding, samplers and loaders.
 
 A data folder holds `train_list.txt` and `val_list.txt` with one 'relative/path label' per line; paths may hold spaces.
+It may hold `classes.txt` with the name of each class, class 0 first, which predictions show.
 
 Every random draw is a function of (seed, epoch, image) or of (seed, epoch), never of a worker or a process.
 """
@@ -35,25 +36,89 @@ class DataError(UserError):
 
 
 def decode_image(path):
-    """Reads a picture as RGB, whatever its mode; alpha is dropped and EXIF orientation ignored, as in the reference.
+    """Reads a picture as RGB, see `to_rgb`; EXIF orientation is ignored, as in the reference.
 
     Raises:
         DataError: there is no such file, or it cannot be decoded.
     """
     try:
         with open(path, 'rb') as file:
-            image = Image.open(file)
-            image.info.pop('transparency', None)  # goes with the alpha channel; Pillow would warn
-            if image.mode.startswith('I'):
-                # 16-bit grey: Pillow's own conversion would clip at 255
-                high_byte = np.asarray(image, dtype=np.int64) >> 8
-                image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
-            return image.convert('RGB')
+            return to_rgb(Image.open(file))
     except FileNotFoundError:
         raise DataError(f'{path}: no such picture') from None
     except Exception as error:  # Pillow raises many kinds for corrupt files
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise DataError(f'{path}: cannot read the picture: {reason}') from error
+
+
+def to_rgb(image):
+    """A Pillow image of any mode as RGB; alpha is dropped."""
+    image.info.pop('transparency', None)  # goes with the alpha channel; Pillow would warn
+    if image.mode.startswith('I'):
+        # 16-bit grey: Pillow's own conversion would clip at 255
+        high_byte = np.asarray(image, dtype=np.int64) >> 8
+        image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
+    return image.convert('RGB')
+
+
+def read_list(path, num_classes=None, unlabelled=False):
+    """Paths and labels of a list file of 'relative/path label' lines.
+
+    Args:
+        path: of the list.
+        num_classes: labels must be in [0, num_classes); None for any.
+        unlabelled: lines may lack the label.
+
+    Returns:
+        bytes array and int64 array, one element per line; -1 where there is no label.
+
+    Raises:
+        FileNotFoundError: there is no such list.
+        DataError: a line is blank or malformed, or its label out of range.
+    """
+    try:
+        file = open(path, 'rb')
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must hold train_list.txt '
+                                'and val_list.txt') from None
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
+    paths, labels = [], []
+    with file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        for number, line in enumerate(file, 1):
+            picture, label = line.strip(), -1
+            fields = picture.rsplit(None, 1)
+            if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
+                picture, label = fields[0], int(fields[1])
+                if label < 0 or (num_classes is not None and label >= num_classes):
+                    limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
+                    raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
+            elif not (unlabelled and picture):
+                text = line.decode(errors='replace').strip()[:80]
+                raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
+            paths.append(picture)
+            labels.append(label)
+    if not paths:
+        raise DataError(f'{path}: the list is empty')
+    return np.array(paths), np.array(labels, dtype=np.int64)
+
+
+def read_class_names(path):
+    """The names of the classes in a text file, one a line, class 0 first.
+
+    Raises:
+        DataError: a line is blank, or it is no text.
+    """
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            names = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'{path}: cannot be read: {error}') from None
+    if not all(names):
+        raise DataError(f'{path}:{names.index("") + 1}: is blank; each line names a class, the first one class 0')
+    return names
 
 
 class ImageNet2012Dataset(paddle.io.Dataset):
@@ -82,38 +147,11 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         self.root, self.transform, self.train, self.seed = root, transform, train, seed
         self.list_file = os.path.join(root, list_file)
         # arrays, not lists of objects: workers that touch reference counts would copy the memory they share
-        self._paths, self.labels = self._read_list(num_classes)
+        self._paths, self.labels = read_list(self.list_file, num_classes)
         if len(self) <= CHECK_FILES_UP_TO:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
                     raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such picture')
-
-    def _read_list(self, num_classes):
-        try:
-            file = open(self.list_file, 'rb')
-        except FileNotFoundError:
-            raise FileNotFoundError(f'{self.list_file}: no such list file; the data folder (-data_path) must hold '
-                                    'train_list.txt and val_list.txt') from None
-        except OSError as error:
-            raise DataError(f'{self.list_file}: cannot be read: {error.strerror}') from None
-        paths, labels = [], []
-        with file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            for number, line in enumerate(file, 1):
-                fields = line.strip().rsplit(None, 1)
-                if len(fields) != 2 or not re.fullmatch(rb'-?\d+', fields[1]):
-                    text = line.decode(errors='replace').strip()[:80]
-                    raise DataError(f"{self.list_file}:{number}: expected 'relative/path label', got {text!r}")
-                path, label = fields[0], int(fields[1])
-                if label < 0 or (num_classes is not None and label >= num_classes):
-                    limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
-                    raise DataError(f'{self.list_file}:{number}: label {label} is out of range{limit}')
-                paths.append(path)
-                labels.append(label)
-        if not paths:
-            raise DataError(f'{self.list_file}: the list is empty')
-        return np.array(paths), np.array(labels, dtype=np.int64)
 
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self._paths[index]))

@@ -1,6 +1,5 @@
 """One pass over the data: `train_one_epoch` and `evaluate`; both return a dict of metrics."""
 import contextlib
-import io
 import math
 import os
 import time
@@ -12,7 +11,8 @@ from tqdm import tqdm
 
 import utils
 from errors import TrainingStopped
-from optim import clip_gradients
+from loss_scaler import LossScaler
+from optim import clip_gradients, gradient_norm, set_weight_decay
 from utils import logger
 
 # one run's random draws: a stream each, so that no two ever share their numbers
@@ -31,6 +31,7 @@ class Amp:
     def __init__(self, config, device):
         self.enabled = config.AMP and device != 'cpu'
         self.level, self.dtype = config.AMP_LEVEL, config.AMP_DTYPE
+        self.loss_scale, self.loss_scale_steps = config.AMP_LOSS_SCALE, config.AMP_LOSS_SCALE_STEPS
         if config.AMP and not self.enabled:
             utils.log_once('-amp: Paddle has no mixed precision on the CPU; computing in float32')
 
@@ -49,14 +50,13 @@ class Amp:
     def scaler(self):
         """Dynamic loss scaling for float16, None where it is not needed."""
         if self.enabled and self.dtype == 'float16':
-            return paddle.amp.GradScaler(init_loss_scaling=65536.0, incr_every_n_steps=2000,
-                                         decr_every_n_nan_or_inf=1)
+            return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
 
 
 def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, lr_at, amp, scaler=None, ema=None,
-                    mixup=None, accum_iter=1, grad_clip=0.0, seed=0, report_freq=20, total_steps=None, sums=None,
-                    votes=list, after_step=None):
+                    mixup=None, accum_iter=1, grad_clip=0.0, grad_clip_mode='norm', weight_decay_at=None, seed=0,
+                    report_freq=20, total_steps=None, on_report=None, sums=None, votes=list, after_step=None):
     """Trains for one pass over `loader`, or for what is left of it.
 
     Args:
@@ -70,10 +70,13 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         amp, scaler, ema, mixup: see `Amp`, `ModelEMA`, `Mixup`.
         accum_iter: micro-batches per optimizer step; the last group may be shorter and its mean is taken over what
             it has.
-        grad_clip: global norm of the gradients of a step; 0 for none.
+        grad_clip, grad_clip_mode: see `optim.clip_gradients`; 0 for none.
+        weight_decay_at: weight decay as a function of the optimizer step; None leaves the optimizer's.
         seed: of the draws of mixup and drop path.
         report_freq: optimizer steps between progress lines.
         total_steps: optimizer steps of the whole run, for the ETA.
+        on_report: callable(step, epoch (a fraction), loss, lr, grad_norm (before clipping), images_per_s, and
+            loss_scale with a scaler), called every `report_freq` steps and after the last one.
         sums: what the steps of this pass add up to so far, see `epoch_sums`; brought up to date after every step.
         votes: callable() -> numbers that are summed over the ranks with every step, and go to `after_step`.
         after_step: callable(*votes), called after every step.
@@ -99,6 +102,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             utils.seed_paddle(seed, STREAM_PADDLE, step, rank)
             lr = lr_at(step)
             optimizer.set_lr(lr)
+            if weight_decay_at is not None:
+                set_weight_decay(optimizer, weight_decay_at(step))
         last_of_group = index % accum_iter == group_size - 1
         if mixup is not None:
             images, labels = mixup(images, labels, utils.random_generator(seed, STREAM_MIXUP, epoch, index, rank))
@@ -127,7 +132,10 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             raise TrainingStopped(f'step {step} (epoch {epoch}): the loss is not finite on rank {", ".join(ranks)}, '
                                   f'lr {lr:.3g}, {_broken_gradients(_unwrap(model))}; lower TRAIN.BASE_LR, set '
                                   'TRAIN.GRAD_CLIP, or look at the data')
-        if _optimizer_step(optimizer, parameters, scaler, grad_clip):
+        done = step - first_step + 1
+        reporting = on_report is not None and (done % report_freq == 0 or done == steps)
+        applied, norm = _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, measure=reporting)
+        if applied:
             sums['skipped_in_a_row'] = 0
             sums['loss'] += total
             sums['loss_images'] += count
@@ -143,12 +151,15 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         group_loss, group_images = paddle.zeros([]), 0
         step += 1
         progress.step(count, loss=total / count, lr=lr)
-        sums.update(steps=step - first_step, lr=lr, images=progress.images, waited=progress.waited,
-                    seconds=progress.seconds())
+        sums.update(steps=done, lr=lr, images=progress.images, waited=progress.waited, seconds=progress.seconds())
+        if reporting:
+            on_report(step=step, epoch=epoch - 1 + done / steps, loss=total / count, lr=lr, grad_norm=float(norm),
+                      images_per_s=progress.images / sums['seconds'],
+                      **({} if scaler is None else {'loss_scale': scaler.value}))
         if after_step is not None:
             after_step(*agreed)
     progress.close()
-    seconds = max(sums['seconds'], 1e-9)
+    seconds = max(sums['seconds'], 1e-9)  # 0 where nothing was left to do
     return {'loss': sums['loss'] / sums['loss_images'] if sums['loss_images'] else math.nan, 'lr': sums['lr'],
             'steps': steps, 'skipped': sums['skipped'], 'images': int(sums['images']),
             'images_per_s': sums['images'] / seconds, 'data_wait': sums['waited'] / seconds, 'seconds': seconds}
@@ -180,20 +191,26 @@ def _broken_gradients(model):
         for part, names in parts.items())
 
 
-def _optimizer_step(optimizer, parameters, scaler, grad_clip):
-    """Clips and applies the gradients; False when loss scaling dropped the step."""
+def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, measure):
+    """Clips and applies the gradients.
+
+    Returns:
+        False when loss scaling dropped the step; the norm of the gradients, with `measure` or where they are clipped.
+    """
     if scaler is not None:
-        scaler.unscale_(optimizer)
+        scaler.unscale(parameters)
+    norm = None
     if grad_clip:
-        clip_gradients(parameters, grad_clip)
-    if scaler is None:
+        norm = clip_gradients(parameters, grad_clip, grad_clip_mode)
+    elif measure or scaler is not None:
+        norm = gradient_norm(parameters)
+    finite = True
+    if scaler is not None:  # the gradients, and so this, are the same on every rank
+        finite = math.isfinite(norm)
+        scaler.update(finite)
+    if finite:
         optimizer.step()
-        return True
-    overflow = bool(scaler._found_inf)  # set by unscale_; the gradients, and so this, are the same on every rank
-    with contextlib.redirect_stdout(io.StringIO()):  # Paddle prints each overflow
-        scaler.step(optimizer)
-        scaler.update()
-    return not overflow
+    return finite, norm
 
 
 @paddle.no_grad()
@@ -319,8 +336,8 @@ class _Progress:
         return now - self.reported > REPORT_SECONDS
 
     def seconds(self):
-        """Since the start, the time between a stop and its resumption left out."""
-        return time.perf_counter() - self.start
+        """Since the start, above 0; the time between a stop and its resumption left out."""
+        return max(time.perf_counter() - self.start, 1e-9)
 
     def close(self):
         """Ends the bar."""

@@ -15,6 +15,7 @@ import paddle_env
 import paddle  # isort: skip
 import paddle.distributed as dist  # isort: skip
 
+import doctor
 import utils
 from config import get_arguments, get_config
 from errors import Interrupted, TrainingStopped, UserError
@@ -30,6 +31,13 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 _REPORTED = 'REPLKNET_ERROR_REPORTED'
 
 
+def settings_file(weights):
+    """The settings of a name of the zoo, or those beside a checkpoint of a run; None where there are none."""
+    if weights in ZOO:
+        return os.path.join(ROOT, ZOO[weights].config)
+    return config_beside(weights) if weights else None
+
+
 def read_settings(description, argv=None):
     """Frozen settings and the kind of device from the command line.
 
@@ -38,9 +46,7 @@ def read_settings(description, argv=None):
     """
     args = get_arguments(description, argv)
     resume = args.flags['resume'] if args.flags['resume'] != 'auto' else args.flags['output']
-    cfg, start = args.cfg, resume or args.flags['pretrained']
-    if not cfg and start:
-        cfg = os.path.join(ROOT, ZOO[start].config) if start in ZOO else config_beside(start)
+    cfg = args.cfg or settings_file(resume or args.flags['pretrained'])
     if not cfg:
         raise UserError('-cfg is missing: name a file of settings, such as -cfg=./configs/replknet_31b.yaml')
     config = get_config(cfg, args.opts, args.flags)
@@ -49,7 +55,7 @@ def read_settings(description, argv=None):
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
     choose_folder(config)  # refuses another run's folder before any process starts
     config.freeze()
-    return config, utils.resolve_device(config.DEVICE)
+    return config, doctor.planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
 
 
 def exit_status(function, *args):
@@ -57,11 +63,11 @@ def exit_status(function, *args):
 
     Of several processes that fail only the first one reports: the others mostly fail for want of it.
     Returns:
-        0, 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the signal that ended it.
+        what it returned, else 0; 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the
+        signal that ended it.
     """
     try:
-        function(*args)
-        return 0
+        return function(*args) or 0
     except (UserError, FileNotFoundError) as error:
         status, message = 2, str(error)
     except TrainingStopped as error:
@@ -88,8 +94,12 @@ def _first_to_report():
 
 def run_in_this_process(config, device):
     """One process of a run; of several when Paddle's launcher or `run_in_processes` has started it."""
-    launched = int(os.environ.get('PADDLE_TRAINERS_NUM', '1')) > 1
-    if launched:
+    processes = int(os.environ.get('PADDLE_TRAINERS_NUM', '1'))
+    if config.DRY_RUN:
+        if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
+            print(doctor.report(config, device, processes))
+        return
+    if processes > 1:
         os.environ.setdefault('FLAGS_stop_check_timeout', str(24 * 3600))  # seconds one process may wait for another
         if device == 'cpu':
             os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'  # Paddle would take nccl where there are GPUs
@@ -107,6 +117,9 @@ def run_in_this_process(config, device):
 def run_in_processes(config, device):
     """Starts the processes of a run on this machine and waits for them; returns the exit status."""
     count = config.NPROCS or (2 if device == 'cpu' else utils.device_count(device))
+    if config.DRY_RUN:
+        print(doctor.report(config, device, max(1, count)))
+        return 0
     if device != 'cpu' and count > utils.device_count(device):
         raise UserError(f'-nprocs={count}: there are {utils.device_count(device)} {device} devices here')
     if count == 1:
@@ -171,6 +184,5 @@ def run_multi(description):
     """The same with one process per device."""
     settings = read_settings(description)
     if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher has started this process
-        run_in_this_process(*settings)
-    else:
-        sys.exit(run_in_processes(*settings))
+        return run_in_this_process(*settings)
+    return run_in_processes(*settings)

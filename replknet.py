@@ -132,14 +132,22 @@ def _merged_conv(channels, kernel_size):
                            bias_attr=_uniform(kernel_size ** 2))
 
 
+def batch_norm_affine(norm):
+    """(scale, shift) of an eval-mode batch norm, float64 arrays: it computes scale * x + shift."""
+    gamma, beta, mean, variance = (as_float64(t) for t in (norm.weight, norm.bias, norm._mean, norm._variance))
+    scale = gamma / np.sqrt(variance + norm._epsilon)
+    return scale, beta - mean * scale
+
+
 def _fold_batch_norm(conv_bn):
     """Weight and bias, in float64, of the convolution that equals the eval-mode convolution and norm."""
-    conv, norm = conv_bn.conv, conv_bn.norm
-    gamma, beta, mean, variance, weight = (
-        t.astype('float32').numpy().astype('float64')
-        for t in (norm.weight, norm.bias, norm._mean, norm._variance, conv.weight))
-    scale = gamma / np.sqrt(variance + norm._epsilon)
-    return weight * scale[:, None, None, None], beta - mean * scale
+    scale, shift = batch_norm_affine(conv_bn.norm)
+    return as_float64(conv_bn.conv.weight) * scale[:, None, None, None], shift
+
+
+def as_float64(tensor):
+    """A parameter of any precision as a float64 array; numpy has no bfloat16."""
+    return tensor.astype('float32').numpy().astype('float64')
 
 
 class RepLKBlock(nn.Layer):
@@ -320,7 +328,11 @@ class RepLKNet(nn.Layer):
                     for s in self.out_indices]
         if self.num_classes is None:
             return features[-1]
-        return self.head(self.norm(features[-1]).mean([2, 3]))
+        return self.head(self.pool(features[-1]))
+
+    def pool(self, x):
+        """The last stage's feature map [N, C, H, W] -> what the head takes, [N, C]."""
+        return self.norm(x).mean([2, 3])
 
     def num_parameters(self):
         """Trained parameters; running statistics, which Paddle keeps among the parameters, are not counted."""
@@ -332,6 +344,7 @@ class RepLKNet(nn.Layer):
             if isinstance(layer, ReparamLargeKernelConv):
                 layer.merge()
 
+    @paddle.jit.not_to_static  # traced as it is: translated to a graph, sizes would become tensors
     def _check_input(self, x):
         channels = self.stem[0].conv.weight.shape[1]
         # a traced program has -1 for sizes that are free

@@ -13,10 +13,12 @@ from engine import Amp, accuracy_line, average_statistics, duration, evaluate, t
 from errors import TrainingStopped, UserError
 from losses import build_loss
 from mixup import Mixup
-from optim import build_optimizer, learning_rate, parameter_groups
+from monitor import curves_line
+from optim import build_optimizer, parameter_groups
 from replknet import build_replknet
 from run_folder import RunFolder, read_resumed
 from run_state import RunState, refuse_other_run
+from schedules import build_schedule, build_weight_decay
 from stopping import stop
 from utils import logger
 from zoo import pretrained_weights
@@ -41,7 +43,7 @@ def run(config, device):
     folder = RunFolder(config) if utils.is_main() and config.SAVE else None
     if folder is not None and folder.own:
         folder.lock()
-    model, resumed, state = _build_model(config)
+    model, resumed = build_model(config)
     val_set = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     if config.EVAL:
         if folder is not None:
@@ -50,21 +52,17 @@ def run(config, device):
         if folder is not None:
             folder.record(event='eval', **metrics)
         return metrics
-    return _train(config, device, amp, folder, model, resumed, state, val_set)
+    return _train(config, device, amp, folder, model, resumed, val_set)
 
 
-def _train(config, device, amp, folder, model, resumed, state, val_set):
+def _train(config, device, amp, folder, model, resumed, val_set):
     train = config.TRAIN
     world = utils.world_size()
     train_set = get_dataset(config, 'train')
     train_loader = get_dataloader(config, train_set, 'train', utils.rank(), world)
     steps_per_epoch = math.ceil(len(train_loader) / train.ACCUM_ITER)
-    total_steps = steps_per_epoch * train.NUM_EPOCHS
+    lr_at = build_schedule(config, steps_per_epoch, world)
     global_batch = config.DATA.BATCH_SIZE * train.ACCUM_ITER * world
-    scale = global_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
-    lr_at = partial(learning_rate, base_lr=train.BASE_LR * scale, start_lr=train.WARMUP_START_LR * scale,
-                    end_lr=train.END_LR * scale, warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch),
-                    total_steps=total_steps)
 
     sync_bn = train.SYNC_BN and device == 'gpu' and world > 1
     if sync_bn:
@@ -76,8 +74,9 @@ def _train(config, device, amp, folder, model, resumed, state, val_set):
     scaler = amp.scaler()
     run_state = RunState(config, model, ema, optimizer, scaler, steps_per_epoch, global_batch,
                          own_statistics=world > 1 and not sync_bn)
+    path, state = resumed or (None, None)
     if state is not None:
-        run_state.restore(state, resumed)
+        run_state.restore(state, path)
     if len(set(utils.all_gather_values(run_state.step))) > 1:
         raise UserError(f'{config.SAVE}: the processes see different checkpoints; several '
                         'machines need a folder that all of them share')
@@ -98,14 +97,14 @@ def _train(config, device, amp, folder, model, resumed, state, val_set):
     logger.info(f'{config.MODEL.NAME}: {model.num_parameters():,} parameters, {config.DATA.IMAGE_SIZE} pixels')
     logger.info(f'{len(train_set)} training images, global batch {global_batch} = {config.DATA.BATCH_SIZE} x '
                 f'{world} processes x {train.ACCUM_ITER} accumulated, {steps_per_epoch} steps per epoch, '
-                f'{total_steps} in all, peak lr {train.BASE_LR * scale:.4g}')
+                f'{lr_at.total_steps} in all, peak lr {lr_at.base_lr:.4g}')
     if train.RECIPE_BATCH_SIZE and global_batch != train.RECIPE_BATCH_SIZE and not train.LINEAR_SCALED_LR:
         logger.warning(f'global batch {global_batch} is not the {train.RECIPE_BATCH_SIZE} that TRAIN.BASE_LR '
                        f'{train.BASE_LR:g} is for: change TRAIN.ACCUM_ITER, or scale the rate with '
                        f'-opts TRAIN.LINEAR_SCALED_LR {train.RECIPE_BATCH_SIZE}')
     if folder is not None:
         folder.claim(state['metrics_bytes'] if folder.own and state is not None else 0)
-    del state
+    del state, resumed  # as large as the model, its average and the optimizer together
 
     def votes():
         due = folder is not None and config.SAVE_MINUTES and (
@@ -131,16 +130,18 @@ def _train(config, device, amp, folder, model, resumed, state, val_set):
                 trained = train_one_epoch(
                     wrapped, train_loader, criterion, optimizer, epoch=epoch,
                     first_step=run_state.epochs * steps_per_epoch, lr_at=lr_at, amp=amp, scaler=scaler, ema=ema,
-                    mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, seed=config.SEED,
-                    report_freq=config.REPORT_FREQ, total_steps=total_steps, sums=run_state.sums, votes=votes,
-                    after_step=after_step)
+                    mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
+                    grad_clip_mode=train.GRAD_CLIP_MODE, weight_decay_at=build_weight_decay(config, lr_at.total_steps),
+                    seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps,
+                    on_report=None if folder is None else partial(folder.record, event='step'), sums=run_state.sums,
+                    votes=votes, after_step=after_step)
                 logger.info(f"epoch {epoch}/{train.NUM_EPOCHS} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "
                             f"images/s {trained['images_per_s']:.1f} data wait {100 * trained['data_wait']:.0f}% "
                             f"time {duration(trained['seconds'])} eta "
                             f"{duration(trained['seconds'] * (train.NUM_EPOCHS - epoch))}"
                             + (f" skipped {trained['skipped']}" if trained['skipped'] else ''))
                 if folder is not None:
-                    folder.record(event='train', epoch=epoch, step=run_state.step, **trained)
+                    folder.record(event='train', epoch=epoch, step=run_state.step, processes=world, **trained)
                 if not sync_bn:
                     average_statistics(model)
                     if ema is not None:
@@ -166,6 +167,8 @@ def _train(config, device, amp, folder, model, resumed, state, val_set):
             utils.barrier()
     if folder is not None:
         folder.summary(run_state.best, run_state.numbered)
+        if config.CURVES:
+            logger.info(curves_line(folder.path))
         if folder.unsaved:
             raise TrainingStopped(f'the run is over, but its end could not be saved: {folder.unsaved}')
     return {'last': metrics, 'best': run_state.best}
@@ -190,8 +193,8 @@ def _evaluate(config, model, val_set, amp, name):
     return metrics
 
 
-def _build_model(config):
-    """The model with the weights asked for, and the checkpoint to resume from, file and state, or None.
+def build_model(config):
+    """The model with the weights asked for, and the checkpoint to resume from, (file, state), or None.
 
     Merged weights build the merged form.
     """
@@ -216,4 +219,4 @@ def _build_model(config):
         if dropped:
             logger.info(f"its head of {len(weights['head.bias'])} classes is dropped; the head of "
                         f'{config.MODEL.NUM_CLASSES} classes starts afresh')
-    return model, origin, state
+    return model, (origin, state) if state is not None else None

@@ -2,7 +2,9 @@
 import contextlib
 import errno
 import glob
+import json
 import os
+import shutil
 import time
 
 import utils
@@ -10,6 +12,7 @@ from checkpoint import read_run_checkpoint, save_checkpoint
 from config import config_changes, config_text
 from errors import UserError
 from files import atomic_file, remove_leftovers
+from monitor import METRICS, VisualDL
 from safe_load import CheckpointError
 from utils import logger
 
@@ -21,7 +24,8 @@ except ImportError:  # not on Windows: nothing keeps a second process out there
 LAST, PREVIOUS = 'last.pdparams', 'previous.pdparams'
 BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # weights only, of the best accuracy
 NUMBERED = 'epoch_{:04d}.pdparams'
-CONFIG, LOG, METRICS = 'config.yaml', 'log.txt', 'metrics.jsonl'
+CONFIG, LOG = 'config.yaml', 'log.txt'
+CLASSES = 'classes.txt'  # the data folder's, where it has one
 LOCK_SECONDS = 15  # the processes of a run that was killed are gone by then
 
 
@@ -36,6 +40,31 @@ def config_beside(path):
     """The settings file that lies beside a checkpoint of a run, or None."""
     found = os.path.join(run_of(path) or os.path.dirname(path), CONFIG)
     return found if os.path.isfile(found) else None
+
+
+def best_checkpoint(folder):
+    """The checkpoint of a run folder whose evaluation was the best, its last one where there was none.
+
+    Raises:
+        UserError: the folder holds no checkpoint.
+    """
+    accuracy, metrics = {}, os.path.join(folder, METRICS)
+    if os.path.isfile(metrics):
+        with open(metrics, encoding='utf-8') as file:
+            for record in map(json.loads, file):
+                if record['event'] == 'eval' and record.get('weights') in BEST:
+                    name = BEST[record['weights']]
+                    accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
+    for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise UserError(f'{folder}: no checkpoint; a run folder holds {", ".join([*BEST.values(), LAST])}')
+
+
+def find_classes(*folders):
+    """The first file with the names of the classes that there is in the folders, or None."""
+    found = (os.path.join(folder, CLASSES) for folder in folders if folder)
+    return next(filter(os.path.isfile, found), None)
 
 
 def _checkpoints(folder):
@@ -141,6 +170,9 @@ class RunFolder:
         continued = '' if config.EVAL else run_of(config.MODEL.RESUME)
         self.own = bool(continued) and os.path.realpath(self.path) == os.path.realpath(continued)
         self._refuse_if_taken()
+        self._scalars = None
+        if config.VISUALDL:
+            VisualDL.check()
 
     def _refuse_if_taken(self):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
@@ -194,18 +226,26 @@ class RunFolder:
             utils.truncate_lines(os.path.join(self.path, METRICS), metrics_bytes)
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
+            classes = find_classes(self.config.DATA.DATA_PATH)
+            if classes and not find_classes(self.path):
+                shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+        if self.config.VISUALDL and not self.config.EVAL:
+            self._scalars = VisualDL(self.path)
         logger.info(f'run folder {self.path}')
 
     def record(self, **values):
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl, and its numbers to VisualDL: see monitor.py."""
         path = os.path.join(self.path, METRICS)
         try:
             utils.append_json_line(path, {'time': round(time.time(), 3), **values})
         except OSError as error:
             logger.error(f'{path}: a line is lost: {error.strerror}')
+        if self._scalars is not None:
+            self._scalars.add(values)
+
 
     def save_last(self, state):
         """Saves the state to resume from, after what could not be saved before; the one before stays as previous."""
@@ -237,14 +277,17 @@ class RunFolder:
         key = max(accuracies, key=accuracies.get, default='model')
         numbered[name] = {'epoch': epoch, 'acc1': accuracies.get(key), 'weights': key}
         kept = numbered_to_keep(numbered, self.config.SAVE_FREQ, self.config.SAVE_LATEST_K, self.config.SAVE_TOP_K)
+        dropped = set(numbered) - set(kept)
+        for n in dropped:  # before it is saved: the same comes out where files are gone already, as after a stop here
+            del numbered[n]
         if name in kept:
             self._save(state, name, key)
         sizes = {n: self._size(n) for n in kept}
         spare = self.config.SAVE_MAX_GB * 1e9 - 2 * self._size(LAST) - sum(map(self._size, BEST.values()))
         while self.config.SAVE_MAX_GB and kept and sum(sizes[n] for n in kept) > spare:
-            kept.pop()
-        for n in set(numbered) - {n for n in kept if sizes[n] or n in self._owed}:
-            del numbered[n]
+            del numbered[kept[-1]]
+            dropped.add(kept.pop())
+        for n in dropped:
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(self.path, n))
 

@@ -3,7 +3,6 @@ import math
 import os
 
 import numpy as np
-import paddle
 
 import checkpoint
 import utils
@@ -67,8 +66,7 @@ class RunState:
         for key, rows in statistics.items():  # where one set is wanted, it is the mean of all ranks'
             state[key].update({name: array.mean(axis=0) for name, array in rows.items()})
         if self.scaler is not None:
-            state['scaler'] = {k: np.asarray(v) if isinstance(v, paddle.Tensor) else v
-                               for k, v in self.scaler.state_dict().items()}
+            state['scaler'] = self.scaler.state_dict()
         return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model), 'statistics': statistics,
                 'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums), 'best': dict(self.best),
                 'numbered': self.numbered, 'config': config_text(self.config), 'global_batch': self.global_batch,
@@ -87,8 +85,7 @@ class RunState:
             checkpoint.load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
         checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path)
         if self.scaler is not None and 'scaler' in state:  # else it was trained on a device without
-            self.scaler.load_state_dict({k: paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
-                                         for k, v in state['scaler'].items()})
+            self.scaler.load_state_dict(state['scaler'])
         self.epochs, self.sums, self.best = state['epoch'], dict(state['sums']), dict(state['best'])
         self.numbered = {name: entry for name, entry in state['numbered'].items()
                          if os.path.exists(os.path.join(self.config.SAVE, name))}

@@ -7,6 +7,7 @@ official file under its own name, or as `replknet_31b_1k_224.pth`; these are con
 """
 import logging
 import os
+import re
 from dataclasses import dataclass
 from typing import Optional
 
@@ -15,7 +16,6 @@ from port_weights.names import to_paddle_names
 from safe_load import find_weights, read_checkpoint
 
 logger = logging.getLogger('replknet')
-
 _DRIVE = 'https://drive.google.com/file/d/{}/view?usp=sharing'
 _BAIDU = 'https://pan.baidu.com/s/{}'
 
@@ -144,6 +144,26 @@ def pretrained_weights(name_or_path, weights_dir='./weights'):
     path = resolve_weights(name_or_path, weights_dir)
     weights, key = find_weights(read_checkpoint(path), path=path)
     return to_paddle_names(weights, path), f'{path} ({key})' if key else path
+
+
+def load_pretrained(model, name_or_path, weights_dir='./weights'):
+    """Loads weights into a RepLKNet whatever its head.
+
+    A head of another class count and the norms of feature maps keep their initial values; a model without a head
+    takes the rest.
+    Returns:
+        names of the model's tensors that keep their initial values.
+    Raises:
+        UserError, FileNotFoundError: see `pretrained_weights` and `checkpoint.load_weights`.
+    """
+    from checkpoint import load_weights  # the table of the zoo is there without Paddle
+    weights, origin = pretrained_weights(name_or_path, weights_dir)
+    own = model.state_dict()
+    if model.num_classes is None:
+        weights = {name: array for name, array in weights.items() if not name.startswith(('norm.', 'head.'))}
+    fresh = [name for name in own if name not in weights and re.match(r'stages\.\d+\.norm\.', name)]
+    weights.update({name: own[name].numpy() for name in fresh})
+    return fresh + load_weights(model, weights, origin, drop_head=True)
 
 
 def table():

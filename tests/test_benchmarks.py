@@ -2,11 +2,20 @@
 import csv
 import importlib.util
 import itertools
+import json
 import re
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import paddle
 import pytest
+
+import benchmark
+from certificate import dygraph_program
+from replknet import RepLKNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import bench_dwconv  # noqa: E402
@@ -68,6 +77,44 @@ def test_models(run_script, tiny_yaml, tmp_path):
         assert int(row['peak_mb']) > 50
 
 
+def test_a_model_in_a_form_and_its_backends(run_script, tiny_yaml, tmp_path):
+    done = run_script('benchmark.py', f'-model={tiny_yaml}', '-image_size=64', '-batch_size=2', '-form=fused',
+                      '-threads=1', '-budget=0.1', '-patience=0', f'-output={tmp_path}/b.json', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'differ' not in done.stderr and 'left out' not in done.stderr, done.stderr
+    results = json.loads((tmp_path / 'b.json').read_text())
+    assert results['model'] == str(tiny_yaml) and results['threads'].startswith('1,') and results['paddle']
+    assert [r['backend'] for r in results['results']] == ['dygraph', 'inference']
+    for row in results['results']:
+        assert 0 < row['p50_ms'] <= row['p90_ms'] <= row['p99_ms'] and row['calls'] >= 3 and row['peak_mb'] > 50
+        assert 2000 / row['p99_ms'] <= row['images_per_s']
+        assert not row['shares'] or sum(row['shares'].values()) == pytest.approx(1, abs=1e-3)
+    assert len(re.findall(r'^\| fused +\| (?:dygraph|inference) ', done.stdout, re.M)) == 4
+
+
+@pytest.mark.skipif(paddle.version.full_version < '3', reason='its profiler needs a GPU driver')
+def test_time_is_shared_out_to_the_kinds_of_layers(monkeypatch):
+    model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
+    model.eval()
+    images, kinds = np.zeros((1, 3, 64, 64), np.float32), []
+    with benchmark.marked(kinds):
+        model(paddle.to_tensor(images))
+    # stem, stages (two pointwise around the depthwise ones, two in the FFN), transitions; two kernels of 5 are small
+    assert Counter(kinds) == {'dense conv': 1, 'pointwise': 1 + 4 * 4 + 3, 'small depthwise': 2 + 4 + 2 + 3,
+                              'large depthwise': 2}
+    assert kinds[:7] == ['dense conv', 'small depthwise', 'pointwise', 'small depthwise', 'pointwise',
+                         'large depthwise', 'small depthwise']
+    run = dygraph_program(model)
+    run(images)
+    slow = model.stages[0].blocks[0].large_kernel.large_kernel_origin.conv
+    slow.register_forward_post_hook(lambda *_: None)  # its parts are computed and counted one by one
+    monkeypatch.setattr(slow, 'forward', lambda x, forward=slow.forward: time.sleep(0.2) or forward(x))
+    shares = benchmark.time_shares(lambda: run(images))
+    assert set(shares) == set(benchmark.KINDS) and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert min(shares.values()) > 0 and shares['large depthwise'] == max(shares.values())
+    assert benchmark.time_shares(lambda: np.tanh(images), kinds) == {}  # other convolutions than those
+
+
 @pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='it draws the pictures')
 def test_report_fills_its_sections_and_leaves_the_rest(run_script, tmp_path):
     results, page = tmp_path / 'model.csv', tmp_path / 'page.md'
@@ -117,7 +164,9 @@ def test_mistakes_in_the_file_of_shapes(run_script, tmp_path, line, words):
     ('bench_dwconv.py', '-shapes=nowhere.txt', 'nowhere.txt'),
     ('bench_model.py', '-suites=speed', '"speed" is none of inference, training'),
     ('bench_model.py', '-cfg=nowhere.yaml', 'nowhere.yaml'),
-    ('report.py', 'nowhere.csv', 'nowhere')])
+    ('report.py', 'nowhere.csv', 'nowhere'),
+    ('../benchmark.py', '-form=folded', '"folded" is none of training, merged, fused'),
+    ('../benchmark.py', '-threads=0', '-threads')])
 def test_mistakes_in_the_flags(run_script, script, flag, words):
     done = run_script(f'benchmarks/{script}', flag)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr

@@ -1,0 +1,82 @@
+"""Pictures in rows with a line about each, drawn by Pillow."""
+import os
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from datasets import DataError, decode_image
+from errors import UserError
+
+COLUMNS, ROWS = 6, 5
+SIDE, MARGIN, LINE = 160, 10, 16  # pixels: of a picture, around it, height of a line of text
+RIGHT, WRONG, UNKNOWN = (20, 150, 60), (205, 40, 40), (170, 170, 170)
+
+
+class ContactSheets:
+    """Writes `sheet_0001.png`, ... into a folder, 30 pictures each; use it in a `with` block.
+
+    Raises:
+        UserError: the folder cannot be made, or holds something.
+    """
+
+    def __init__(self, folder):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            taken = os.listdir(folder)
+        except OSError as error:
+            raise UserError(f'-save_images={folder}: {error.strerror}; name a folder') from None
+        if taken:
+            raise UserError(f'-save_images={folder}: is not empty; choose another folder, or empty this one')
+        self._folder, self._tiles, self._count = folder, [], 0
+        self._font = ImageFont.load_default()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._tiles:
+            self._write()
+
+    def add(self, prediction, truth=None, truth_name=None):
+        """Adds the picture of a `Prediction`, with its class and, in red, the one that it should have been.
+
+        Args:
+            truth: number of the true class, None where it is not known; `truth_name`: its name.
+        """
+        if prediction.error:
+            lines, frame = ['cannot be read'], UNKNOWN
+        else:
+            lines = [f'{prediction.names[0]} {prediction.scores[0]:.1%}']
+            frame = UNKNOWN if truth is None else RIGHT if prediction.classes[0] == truth else WRONG
+            if frame == WRONG:
+                lines.append(f'is {truth_name}')
+        self._tiles.append((prediction.picture, [os.path.basename(prediction.picture), *lines], frame))
+        if len(self._tiles) == COLUMNS * ROWS:
+            self._write()
+
+    def _write(self):
+        rows = -(-len(self._tiles) // COLUMNS)
+        width, height = SIDE + 2 * MARGIN, SIDE + 2 * MARGIN + 3 * LINE
+        sheet = Image.new('RGB', (min(COLUMNS, len(self._tiles)) * width, rows * height), 'white')
+        draw = ImageDraw.Draw(sheet)
+        for index, (path, lines, frame) in enumerate(self._tiles):
+            left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
+            try:
+                picture = ImageOps.contain(decode_image(path), (SIDE, SIDE))
+                sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
+            except DataError:
+                pass  # its line says so
+            draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)
+            for line, text in enumerate(lines):
+                colour = 'black' if line == 0 or frame == UNKNOWN else frame
+                draw.text((left, top + SIDE + 6 + line * LINE), self._fit(text), fill=colour, font=self._font)
+        self._count += 1
+        sheet.save(os.path.join(self._folder, f'sheet_{self._count:04d}.png'))
+        self._tiles = []
+
+    def _fit(self, text):
+        text = text.encode('utf-8', 'replace').decode()  # a file name may hold any bytes
+        if self._font.getlength(text) <= SIDE:
+            return text
+        while self._font.getlength(text + '...') > SIDE:
+            text = text[:-1]
+        return text + '...'

@@ -1,0 +1,78 @@
+"""The fused twin of a RepLKNet: the same eval-mode function without a batch norm.
+
+    fused = fuse(model)        # a new model, float32; `model` stays as it is
+    logits = fused(images)
+
+A norm after a convolution goes into its weight and bias; one before a 1x1 convolution scales the weight's input
+channels and its shift, carried through the weight, joins the bias; the final one goes into the head, as average pooling
+is linear. (A norm before a padded convolution could not be folded: padding is zero, not the shift.)
+"""
+import copy
+
+import paddle
+from paddle import nn
+
+from large_kernel import DepthwiseConv2D
+from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
+
+
+def fuse(model):
+    """A model in eval mode that computes what `model` computes in eval mode, without a batch norm.
+
+    Folds in float64 and rounds to float32 once. The names of the parameters stay; the norms are gone. The norm
+    of an intermediate feature map cannot be folded, because the next stage takes the map without it: it becomes
+    a 1x1 depthwise convolution.
+
+    Args:
+        model: a RepLKNet, merged or not, with weights of any precision and BatchNorm2D or SyncBatchNorm layers.
+    Returns:
+        RepLKNet, merged, float32.
+    """
+    fused = copy.deepcopy(model)
+    fused.eval()
+    fused.to(dtype='float32')
+    fused.structural_reparam()
+    for block in fused.sublayers():
+        if isinstance(block, RepLKBlock):
+            _fold(block.pw_conv_1, before=block.pre_large_kernel_bn)
+            block.pre_large_kernel_bn = None
+        elif isinstance(block, ConvFFN):
+            _fold(block.pw_conv_1, before=block.pre_ffn_bn)
+            block.pre_ffn_bn = None
+    for conv_bn in fused.sublayers():
+        if isinstance(conv_bn, ConvBN) and conv_bn.norm is not None:
+            _fold(conv_bn)
+    for stage in fused.stages:
+        if hasattr(stage, 'norm'):
+            stage.norm = _affine_conv(*batch_norm_affine(stage.norm))
+    if fused.num_classes is not None:
+        scale, shift = batch_norm_affine(fused.norm)
+        weight = as_float64(fused.head.weight)  # [in, out]
+        _set(fused.head, weight * scale[:, None], as_float64(fused.head.bias) + shift @ weight)
+        fused.norm = nn.Identity()
+    return fused
+
+
+def _fold(conv_bn, before=None):
+    """Folds the norm behind a convolution, and the one before it if it is a 1x1, into its weight and bias."""
+    weight = as_float64(conv_bn.conv.weight)
+    scale, bias = batch_norm_affine(conv_bn.norm)
+    weight = weight * scale[:, None, None, None]
+    if before is not None:
+        scale, shift = batch_norm_affine(before)
+        bias = bias + weight[:, :, 0, 0] @ shift
+        weight = weight * scale[:, None, None]
+    conv_bn.conv.bias = conv_bn.conv.create_parameter([len(bias)], is_bias=True)
+    _set(conv_bn.conv, weight, bias)
+    conv_bn.norm = None
+
+
+def _affine_conv(scale, shift):
+    conv = DepthwiseConv2D(len(scale), 1)
+    _set(conv, scale[:, None, None, None], shift)
+    return conv
+
+
+def _set(layer, weight, bias):
+    layer.weight.set_value(paddle.to_tensor(weight, dtype='float32'))
+    layer.bias.set_value(paddle.to_tensor(bias, dtype='float32'))
