@@ -2,7 +2,6 @@
 import contextlib
 import errno
 import glob
-import json
 import os
 import shutil
 import time
@@ -12,7 +11,7 @@ from checkpoint import read_run_checkpoint, save_checkpoint
 from config import config_changes, config_text
 from errors import UserError
 from files import atomic_file, remove_leftovers
-from monitor import METRICS, VisualDL
+from monitor import METRICS, VisualDL, read_metrics
 from safe_load import CheckpointError
 from utils import logger
 
@@ -48,13 +47,12 @@ def best_checkpoint(folder):
     Raises:
         UserError: the folder holds no checkpoint.
     """
-    accuracy, metrics = {}, os.path.join(folder, METRICS)
-    if os.path.isfile(metrics):
-        with open(metrics, encoding='utf-8') as file:
-            for record in map(json.loads, file):
-                if record['event'] == 'eval' and record.get('weights') in BEST:
-                    name = BEST[record['weights']]
-                    accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
+    accuracy = {}
+    if os.path.isfile(os.path.join(folder, METRICS)):
+        for record in read_metrics(folder):
+            if record['event'] == 'eval' and record.get('weights') in BEST:
+                name = BEST[record['weights']]
+                accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
     for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
