@@ -4,11 +4,7 @@ import ctypes
 import os
 import sys
 
-import paddle
-
 from errors import UserError
-from large_kernel import extension
-from large_kernel.conv import VARIABLE
 
 
 def program_file(prefix):
@@ -27,6 +23,10 @@ def save_paddle_program(layer, prefix, size=None, implementation=None):
         implementation: of the depthwise convolutions: 'custom', the large-kernel operator, or 'native'; None for what
             LARGE_KERNEL_CONV_IMPL says, and for its 'auto' for the operator where it can be had.
     """
+    import paddle
+
+    from large_kernel import extension  # running a program of standard operators needs nothing of it
+    from large_kernel.conv import VARIABLE
     before = os.environ.get(VARIABLE)
     if implementation is None and before in (None, '', 'auto'):
         implementation = 'native' if extension.reason_unavailable() else 'custom'

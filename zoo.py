@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Optional
 
-from checkpoint import load_weights
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
 from safe_load import find_weights, read_checkpoint
@@ -157,6 +156,7 @@ def load_pretrained(model, name_or_path, weights_dir='./weights'):
     Raises:
         UserError, FileNotFoundError: see `pretrained_weights` and `checkpoint.load_weights`.
     """
+    from checkpoint import load_weights  # the table of the zoo is there without Paddle
     weights, origin = pretrained_weights(name_or_path, weights_dir)
     own = model.state_dict()
     if model.num_classes is None:
