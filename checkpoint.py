@@ -113,14 +113,14 @@ def load_optimizer_arrays(optimizer, model, state, origin):
         raise UserError(f'{origin}: the optimizer state has parameters that the model has not: '
                         f'{", ".join(unknown[:8])}')
     flat, masters = {}, {}
-    for name, kinds in state['accumulators'].items():
-        parameter = parameters[name]
+    for name, parameter in parameters.items():
         owner = parameter.name
-        if parameter.dtype in (paddle.float16, paddle.bfloat16):  # O2: see optimizer_arrays
+        if not parameter.stop_gradient and parameter.dtype in (paddle.float16, paddle.bfloat16):  # O2: see above
             owner += '_fp32_master_0'
             masters[parameter.name] = paddle.to_tensor(state['master_weights'].get(name, parameter.astype('float32')))
             masters[parameter.name].name = owner
-        flat.update({f'{owner}_{kind}_0': paddle.to_tensor(array) for kind, array in kinds.items()})
+        flat.update({f'{owner}_{kind}_0': paddle.to_tensor(array)
+                     for kind, array in state['accumulators'].get(name, {}).items()})
     if masters:
         flat['master_weights'] = masters
     optimizer.set_state_dict(flat)

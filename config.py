@@ -14,6 +14,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from errors import ArgumentParser, UserError
+from recipes import RECIPES
 
 _C = CN()
 _C.BASE = []  # YAML files to start from, relative to the file that names them
@@ -51,19 +52,29 @@ _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # epochs already done; 0: from the checkpoint, or none
 _C.TRAIN.NUM_EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 10.0
+_C.TRAIN.COOLDOWN_EPOCHS = 0.0  # last epochs, at END_LR
 _C.TRAIN.BASE_LR = 4e-3  # for the global batch as it is
 _C.TRAIN.WARMUP_START_LR = 1e-6
 _C.TRAIN.END_LR = 1e-6
+_C.TRAIN.LR_SCHEDULER = CN()  # between warm-up and cool-down; never below END_LR
+_C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # 'cosine', 'polynomial', 'step', 'multistep', 'exponential' or 'constant'
+_C.TRAIN.LR_SCHEDULER.POWER = 1.0  # of 'polynomial'; 1 is a straight line
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # of 'step', 'multistep' and 'exponential'
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # 'step' and 'exponential' decay by DECAY_RATE in so many epochs
+_C.TRAIN.LR_SCHEDULER.MILESTONES = []  # epochs of the run at which 'multistep' decays
 _C.TRAIN.LINEAR_SCALED_LR = 0  # if set: BASE_LR is for this global batch and is scaled to the actual one
+_C.TRAIN.RECIPE = ''  # published recipe that -dry_run compares with, a name of recipes.py; '': none
 _C.TRAIN.RECIPE_BATCH_SIZE = 0  # global batch of the published recipe; another one is pointed out in the log
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimizer step
 _C.TRAIN.WEIGHT_DECAY = 0.05  # not on biases, norms and other 1-D parameters
+_C.TRAIN.WEIGHT_DECAY_END = -1.0  # reached along a cosine over the run's steps; below 0: WEIGHT_DECAY throughout
 _C.TRAIN.LAYER_DECAY = 1.0  # layer-wise learning-rate decay; 1 for none
-_C.TRAIN.GRAD_CLIP = 0.0  # global norm; 0 for none
+_C.TRAIN.GRAD_CLIP = 0.0  # 0 for none
+_C.TRAIN.GRAD_CLIP_MODE = 'norm'  # GRAD_CLIP is the 'norm' of all gradients together, or the size of each 'value'
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = 'adamw'
+_C.TRAIN.OPTIMIZER.NAME = 'adamw'  # 'adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan' or 'lamb'
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # 'momentum' uses the first; 'adan' takes three, such as [0.98, 0.92, 0.99]
 _C.TRAIN.MODEL_EMA = True
 _C.TRAIN.MODEL_EMA_DECAY = 0.9999  # per optimizer step
 _C.TRAIN.SYNC_BN = True  # on GPUs with several processes
@@ -98,14 +109,23 @@ _C.TRAIN.RANDOM_ERASE_COUNT = 1
 _C.AMP = False  # automatic mixed precision, in evaluation too
 _C.AMP_DTYPE = 'float16'  # 'float16' (with dynamic loss scaling) or 'bfloat16'
 _C.AMP_LEVEL = 'O1'  # 'O1' or 'O2'
+_C.AMP_LOSS_SCALE = 65536.0  # the first; halved by every step that overflows under float16
+_C.AMP_LOSS_SCALE_STEPS = 2000  # steps in a row without overflow after which the loss scale doubles
 _C.EVAL = False
 _C.DEVICE = 'auto'  # 'auto', 'gpu', 'cpu', 'npu' or 'xpu'
 _C.NPROCS = 0  # processes of main_multi_gpu.py; 0: one per device, 2 on a machine without
 _C.SAVE = ''  # run folder; '': output/<config name>-<time>
 _C.SAVE_FREQ = 0  # keep a numbered checkpoint every so many epochs; 0 keeps only last and best
-_C.REPORT_FREQ = 20  # optimizer steps between progress lines
+_C.REPORT_FREQ = 20  # optimizer steps between progress lines, in the log and in metrics.jsonl
+_C.VISUALDL = False  # scalars for VisualDL as well, in the run folder; needs the package visualdl
+_C.CURVES = True  # draw curves.png at the end of a run, where matplotlib is installed
 _C.VALIDATE_FREQ = 1  # epochs between evaluations; 0 for none while training
 _C.SEED = 42
+_C.DRY_RUN = False  # print what the run would do, and stop: see doctor.py
+_C.PLAN = CN()  # for DRY_RUN: a cluster that is not here
+_C.PLAN.NODES = 0
+_C.PLAN.GPUS_PER_NODE = 0
+_C.PLAN.IMAGES_PER_S = ''  # per process, measured: a number, or a run folder to take it from
 
 # how wide the values of a key may be; one line of refusal comes out of each
 _CHOICES = {
@@ -113,7 +133,10 @@ _CHOICES = {
     'DATA.EVAL_PROTOCOL': ('auto', 'crop', 'warp'),
     'DATA.INTERPOLATION': ('bicubic', 'bilinear'),
     'MODEL.TYPE': ('RepLKNet',),
-    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum'),
+    'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant'),
+    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb'),
+    'TRAIN.GRAD_CLIP_MODE': ('norm', 'value'),
+    'TRAIN.RECIPE': ('', *RECIPES),
     'TRAIN.LOSS': ('auto', 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', 'asymmetric_single'),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'TRAIN.RANDOM_ERASE_MODE': ('const', 'rand', 'pixel'),
@@ -127,6 +150,8 @@ _RANGES = {  # inclusive
     'MODEL.NUM_CLASSES': (1, math.inf), 'MODEL.DW_RATIO': (0.01, math.inf), 'MODEL.FFN_RATIO': (0.01, math.inf),
     'MODEL.DROPPATH': (0, 0.999), 'TRAIN.LAST_EPOCH': (0, math.inf), 'TRAIN.NUM_EPOCHS': (1, math.inf),
     'TRAIN.WARMUP_EPOCHS': (0, math.inf), 'TRAIN.BASE_LR': (0, math.inf), 'TRAIN.WARMUP_START_LR': (0, math.inf),
+    'TRAIN.COOLDOWN_EPOCHS': (0, math.inf), 'TRAIN.LR_SCHEDULER.POWER': (0.01, math.inf),
+    'TRAIN.LR_SCHEDULER.DECAY_RATE': (0, 1), 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': (0.01, math.inf),
     'TRAIN.END_LR': (0, math.inf), 'TRAIN.LINEAR_SCALED_LR': (0, math.inf), 'TRAIN.RECIPE_BATCH_SIZE': (0, math.inf),
     'TRAIN.ACCUM_ITER': (1, math.inf), 'TRAIN.WEIGHT_DECAY': (0, math.inf), 'TRAIN.LAYER_DECAY': (0.01, 1),
     'TRAIN.OPTIMIZER.EPS': (0, 1), 'TRAIN.GRAD_CLIP': (0, math.inf), 'TRAIN.MODEL_EMA_DECAY': (0, 1),
@@ -136,11 +161,13 @@ _RANGES = {  # inclusive
     'TRAIN.MIXUP_PROB': (0, 1), 'TRAIN.MIXUP_ALPHA': (0, math.inf), 'TRAIN.CUTMIX_ALPHA': (0, math.inf),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1), 'TRAIN.HFLIP': (0, 1), 'TRAIN.VFLIP': (0, 1),
     'TRAIN.COLOR_JITTER': (0, 1), 'TRAIN.RANDOM_ERASE_PROB': (0, 1), 'TRAIN.RANDOM_ERASE_COUNT': (1, math.inf),
+    'AMP_LOSS_SCALE': (1, math.inf), 'AMP_LOSS_SCALE_STEPS': (1, math.inf),
     'NPROCS': (0, math.inf), 'SAVE_FREQ': (0, math.inf), 'REPORT_FREQ': (1, math.inf), 'VALIDATE_FREQ': (0, math.inf),
-    'SEED': (0, 2**31 - 1),
+    'SEED': (0, 2**31 - 1), 'PLAN.NODES': (0, math.inf), 'PLAN.GPUS_PER_NODE': (0, math.inf),
 }
-_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3, 'TRAIN.OPTIMIZER.BETAS': 2,
+_LENGTHS = {'DATA.IMAGENET_MEAN': 3, 'DATA.IMAGENET_STD': 3,
             'TRAIN.RANDOM_RESIZED_CROP.SCALE': 2, 'TRAIN.RANDOM_RESIZED_CROP.RATIO': 2}
+_NUMBERS = ('TRAIN.CUTMIX_MINMAX', 'TRAIN.LR_SCHEDULER.MILESTONES')  # lists of them whose default is empty
 
 
 class ConfigError(UserError):
@@ -180,6 +207,8 @@ _FLAGS = {
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_workers': 'DATA.NUM_WORKERS',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'pretrained': 'MODEL.PRETRAINED', 'resume': 'MODEL.RESUME',
     'last_epoch': 'TRAIN.LAST_EPOCH', 'eval': 'EVAL', 'amp': 'AMP', 'device': 'DEVICE', 'nprocs': 'NPROCS',
+    'dry_run': 'DRY_RUN', 'nodes': 'PLAN.NODES', 'gpus_per_node': 'PLAN.GPUS_PER_NODE',
+    'images_per_s': 'PLAN.IMAGES_PER_S',
 }
 _FLAG_HELP = {
     'dataset': 'kind of dataset', 'data_path': 'folder with train_list.txt and val_list.txt',
@@ -189,6 +218,9 @@ _FLAG_HELP = {
     'pretrained': 'weights to start from or evaluate', 'resume': 'checkpoint of the run to continue',
     'last_epoch': 'epochs already done', 'eval': 'evaluate and stop', 'amp': 'automatic mixed precision',
     'device': 'auto, gpu, cpu, npu or xpu', 'nprocs': 'processes (main_multi_gpu.py)',
+    'dry_run': 'print what the run would do, with warnings, and stop',
+    'nodes': 'with -dry_run: machines of a cluster to plan', 'gpus_per_node': 'with -dry_run: GPUs of each of them',
+    'images_per_s': 'with -dry_run: measured speed of one process, or a run folder to take it from',
 }
 
 
@@ -210,7 +242,7 @@ def get_arguments(description, argv=None):
 
 
 # what belongs to one call of a script and not to the run it starts
-_PER_CALL = ('SAVE', 'EVAL', 'DEVICE', 'NPROCS', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
+_PER_CALL = ('SAVE', 'EVAL', 'DEVICE', 'NPROCS', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH', 'DRY_RUN', 'PLAN')
 
 
 def config_text(config):
@@ -253,6 +285,12 @@ def _merge_dict(config, values, origin, origins, prefix):
             _merge_dict(config, value, origin, origins, key + '.')
         else:
             _set(config, key, value, origin, origins)
+
+
+def setting(config, key):
+    """The value of a dotted key."""
+    group, name = _group(config, key)
+    return group[name]
 
 
 def _get(config, key, origin):
@@ -323,7 +361,7 @@ def _coerce(value, default, key, origin):
         return number
     if isinstance(default, list) and isinstance(value, (list, tuple)):
         # an empty default list takes numbers; no element of a list is a bool
-        element = default[0] if default else (0.0 if key == 'TRAIN.CUTMIX_MINMAX' else '')
+        element = default[0] if default else (0.0 if key in _NUMBERS else '')
         return [_coerce(v, element, key, origin) for v in value]
     if type(value) is not type(default):
         raise wrong
@@ -358,6 +396,9 @@ def _check(config, origins):
         if len(value) != length:
             refuse(key, f'has {len(value)} values; it takes {length}')
 
+    for key, value in config.PLAN.items():
+        if value and not config.DRY_RUN:
+            refuse(f'PLAN.{key}', 'plans a run that is not started; it goes with -dry_run')
     model, train = config.MODEL, config.TRAIN
     for key in ('MODEL.LAYERS', 'MODEL.CHANNELS', 'MODEL.LARGE_KERNEL_SIZES'):
         values = _get(config, key, '')
@@ -408,6 +449,10 @@ def _check(config, origins):
     if train.AUG_SPLITS and not (train.AUTO_AUGMENT or train.COLOR_JITTER or train.RANDOM_ERASE_PROB):
         refuse('TRAIN.AUG_SPLITS', 'asks for augmented views, but TRAIN.AUTO_AUGMENT, TRAIN.COLOR_JITTER and '
                                    'TRAIN.RANDOM_ERASE_PROB are all off', 'TRAIN.AUTO_AUGMENT')
+    betas = 3 if train.OPTIMIZER.NAME == 'adan' else 2
+    if len(train.OPTIMIZER.BETAS) != betas:
+        refuse('TRAIN.OPTIMIZER.BETAS', f'has {len(train.OPTIMIZER.BETAS)} values; {train.OPTIMIZER.NAME} takes '
+                                        f'{betas}', 'TRAIN.OPTIMIZER.NAME')
     if not all(0 <= beta < 1 for beta in train.OPTIMIZER.BETAS):
         refuse('TRAIN.OPTIMIZER.BETAS', f'is {train.OPTIMIZER.BETAS}; each is from 0 up to, not including, 1')
     if train.BASE_LR == 0:
@@ -420,5 +465,16 @@ def _check(config, origins):
     if train.WARMUP_EPOCHS > train.NUM_EPOCHS:
         refuse('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
                'TRAIN.NUM_EPOCHS')
+    if train.COOLDOWN_EPOCHS > train.NUM_EPOCHS - train.WARMUP_EPOCHS:
+        refuse('TRAIN.COOLDOWN_EPOCHS', f'is {train.COOLDOWN_EPOCHS}, more than TRAIN.WARMUP_EPOCHS '
+                                        f'{train.WARMUP_EPOCHS} leaves of TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
+               'TRAIN.WARMUP_EPOCHS', 'TRAIN.NUM_EPOCHS')
+    milestones = train.LR_SCHEDULER.MILESTONES
+    if train.LR_SCHEDULER.NAME == 'multistep' and not milestones:
+        refuse('TRAIN.LR_SCHEDULER.MILESTONES', 'is empty; multistep takes the epochs to decay at',
+               'TRAIN.LR_SCHEDULER.NAME')
+    if milestones and not all(a < b for a, b in zip([0, *milestones], [*milestones, train.NUM_EPOCHS])):
+        refuse('TRAIN.LR_SCHEDULER.MILESTONES', f'is {milestones}; it takes ascending epochs between 0 and '
+                                                f'TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}', 'TRAIN.NUM_EPOCHS')
     if train.LAST_EPOCH and train.LAST_EPOCH >= train.NUM_EPOCHS:
         refuse('TRAIN.LAST_EPOCH', f'is {train.LAST_EPOCH}: all TRAIN.NUM_EPOCHS {train.NUM_EPOCHS} epochs are done')

@@ -1,6 +1,5 @@
 """One pass over the data: `train_one_epoch` and `evaluate`; both return a dict of metrics."""
 import contextlib
-import io
 import math
 import os
 import time
@@ -11,7 +10,8 @@ from tqdm import tqdm
 
 import utils
 from errors import TrainingStopped
-from optim import clip_gradients
+from loss_scaler import LossScaler
+from optim import clip_gradients, gradient_norm, set_weight_decay
 from utils import logger
 
 # one run's random draws: a stream each, so that no two ever share their numbers
@@ -30,6 +30,7 @@ class Amp:
     def __init__(self, config, device):
         self.enabled = config.AMP and device != 'cpu'
         self.level, self.dtype = config.AMP_LEVEL, config.AMP_DTYPE
+        self.loss_scale, self.loss_scale_steps = config.AMP_LOSS_SCALE, config.AMP_LOSS_SCALE_STEPS
         if config.AMP and not self.enabled:
             utils.log_once('-amp: Paddle has no mixed precision on the CPU; computing in float32')
 
@@ -48,13 +49,13 @@ class Amp:
     def scaler(self):
         """Dynamic loss scaling for float16, None where it is not needed."""
         if self.enabled and self.dtype == 'float16':
-            return paddle.amp.GradScaler(init_loss_scaling=65536.0, incr_every_n_steps=2000,
-                                         decr_every_n_nan_or_inf=1)
+            return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
 
 
 def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, lr_at, amp, scaler=None, ema=None,
-                    mixup=None, accum_iter=1, grad_clip=0.0, seed=0, report_freq=20, total_steps=None):
+                    mixup=None, accum_iter=1, grad_clip=0.0, grad_clip_mode='norm', weight_decay_at=None, seed=0,
+                    report_freq=20, total_steps=None, on_report=None):
     """Trains for one pass over `loader`.
 
     Args:
@@ -68,10 +69,13 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         amp, scaler, ema, mixup: see `Amp`, `ModelEMA`, `Mixup`.
         accum_iter: micro-batches per optimizer step; the last group may be shorter and its mean is taken over what
             it has.
-        grad_clip: global norm of the gradients of a step; 0 for none.
+        grad_clip, grad_clip_mode: see `optim.clip_gradients`; 0 for none.
+        weight_decay_at: weight decay as a function of the optimizer step; None leaves the optimizer's.
         seed: of the draws of mixup and drop path.
         report_freq: optimizer steps between progress lines.
         total_steps: optimizer steps of the whole run, for the ETA.
+        on_report: callable(step, epoch (a fraction), loss, lr, grad_norm (before clipping), images_per_s, and
+            loss_scale with a scaler), called every `report_freq` steps and after the last one.
     Returns:
         dict with loss (mean over images and ranks), lr (of the last step), steps, skipped (overflowing steps),
         images (of all ranks), images_per_s, data_wait (share of the time) and seconds.
@@ -94,6 +98,8 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             utils.seed_paddle(seed, STREAM_PADDLE, step, rank)
             lr = lr_at(step)
             optimizer.set_lr(lr)
+            if weight_decay_at is not None:
+                set_weight_decay(optimizer, weight_decay_at(step))
         last_of_group = index % accum_iter == group_size - 1
         if mixup is not None:
             images, labels = mixup(images, labels, utils.random_generator(seed, STREAM_MIXUP, epoch, index, rank))
@@ -121,7 +127,10 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             ranks = [str(r) for r, value in enumerate(losses) if not math.isfinite(value)]
             raise TrainingStopped(f'step {step} (epoch {epoch}): the loss is not finite on rank {", ".join(ranks)}, '
                                   f'lr {lr:.3g}; lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP, or look at the data')
-        if _optimizer_step(optimizer, parameters, scaler, grad_clip):
+        done = step - first_step + 1
+        reporting = on_report is not None and (done % report_freq == 0 or done == steps)
+        applied, norm = _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, measure=reporting)
+        if applied:
             skipped_in_a_row = 0
             loss_sum += total
             images_seen += count
@@ -137,26 +146,36 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
         group_loss, group_images = paddle.zeros([]), 0
         step += 1
         progress.step(count, loss=total / count, lr=lr)
+        if reporting:
+            on_report(step=step, epoch=epoch - 1 + done / steps, loss=total / count, lr=lr, grad_norm=float(norm),
+                      images_per_s=progress.images / progress.seconds(),
+                      **({} if scaler is None else {'loss_scale': scaler.value}))
     seconds = progress.close()
     return {'loss': loss_sum / images_seen if images_seen else math.nan, 'lr': lr, 'steps': steps, 'skipped': skipped,
             'images': int(progress.images), 'images_per_s': progress.images / seconds,
             'data_wait': progress.waited / seconds, 'seconds': seconds}
 
 
-def _optimizer_step(optimizer, parameters, scaler, grad_clip):
-    """Clips and applies the gradients; False when loss scaling dropped the step."""
+def _optimizer_step(optimizer, parameters, scaler, grad_clip, grad_clip_mode, measure):
+    """Clips and applies the gradients.
+
+    Returns:
+        False when loss scaling dropped the step; the norm of the gradients, with `measure` or where they are clipped.
+    """
     if scaler is not None:
-        scaler.unscale_(optimizer)
+        scaler.unscale(parameters)
+    norm = None
     if grad_clip:
-        clip_gradients(parameters, grad_clip)
-    if scaler is None:
+        norm = clip_gradients(parameters, grad_clip, grad_clip_mode)
+    elif measure or scaler is not None:
+        norm = gradient_norm(parameters)
+    finite = True
+    if scaler is not None:  # the gradients, and so this, are the same on every rank
+        finite = math.isfinite(norm)
+        scaler.update(finite)
+    if finite:
         optimizer.step()
-        return True
-    overflow = bool(scaler._found_inf)  # set by unscale_; the gradients, and so this, are the same on every rank
-    with contextlib.redirect_stdout(io.StringIO()):  # Paddle prints each overflow
-        scaler.step(optimizer)
-        scaler.update()
-    return not overflow
+    return finite, norm
 
 
 @paddle.no_grad()
@@ -263,6 +282,10 @@ class _Progress:
         """Ends the bar; returns the seconds since the start."""
         if self.bar is not None:
             self.bar.close()
+        return self.seconds()
+
+    def seconds(self):
+        """Since the start; above 0."""
         return max(time.perf_counter() - self.start, 1e-9)
 
 

@@ -15,6 +15,7 @@ import paddle_env
 import paddle  # isort: skip
 import paddle.distributed as dist  # isort: skip
 
+import doctor
 import utils
 from config import get_arguments, get_config
 from errors import TrainingStopped, UserError
@@ -55,7 +56,7 @@ def read_settings(description, argv=None):
     config.freeze()
     if config.SAVE:
         RunFolder(config)  # refuses another run's folder before any process starts
-    return config, utils.resolve_device(config.DEVICE)
+    return config, doctor.planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
 
 
 def exit_status(function, *args):
@@ -94,8 +95,12 @@ def _first_to_report():
 
 def run_in_this_process(config, device):
     """One process of a run; of several when Paddle's launcher or `run_in_processes` has started it."""
-    launched = int(os.environ.get('PADDLE_TRAINERS_NUM', '1')) > 1
-    if launched:
+    processes = int(os.environ.get('PADDLE_TRAINERS_NUM', '1'))
+    if config.DRY_RUN:
+        if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
+            print(doctor.report(config, device, processes))
+        return
+    if processes > 1:
         os.environ.setdefault('FLAGS_stop_check_timeout', str(24 * 3600))  # seconds one process may wait for another
         if device == 'cpu':
             os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'  # Paddle would take nccl where there are GPUs
@@ -113,6 +118,9 @@ def run_in_this_process(config, device):
 def run_in_processes(config, device):
     """Starts the processes of a run on this machine and waits for them; returns the exit status."""
     count = config.NPROCS or (2 if device == 'cpu' else utils.device_count(device))
+    if config.DRY_RUN:
+        print(doctor.report(config, device, max(1, count)))
+        return 0
     if device != 'cpu' and count > utils.device_count(device):
         raise UserError(f'-nprocs={count}: there are {utils.device_count(device)} {device} devices here')
     if count == 1:

@@ -1,24 +1,10 @@
-"""Parameter groups, optimizers, and the learning rate as a pure function of the optimizer step."""
-import math
+"""Parameter groups, optimizers and gradient clipping."""
 import re
 
 import paddle
 
 from errors import UserError
-
-
-def learning_rate(step, *, base_lr, start_lr, end_lr, warmup_steps, total_steps):
-    """Linear warm-up from `start_lr` to `base_lr`, then a cosine to `end_lr`.
-
-    Args:
-        step: optimizer step, from 0.
-        base_lr, start_lr, end_lr: learning rates at the end of the warm-up, at step 0 and at `total_steps`.
-        warmup_steps, total_steps: optimizer steps.
-    """
-    if step < warmup_steps:
-        return start_lr + (base_lr - start_lr) * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return end_lr + (base_lr - end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+from optimizers import Adan, Lamb, Lion, NAdam
 
 
 def layer_id(name, num_stages=4):
@@ -55,11 +41,12 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     for name, parameter in model.named_parameters():
         if parameter.stop_gradient:  # running statistics are parameters to Paddle
             continue
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decays = parameter.ndim > 1
         scale = 1.0
         if layer_decay < 1:
             scale = layer_decay ** (MAX_LAYER_ID - layer_id(name, len(model.stages)))
-        group = groups.setdefault((decay, scale), {'params': [], 'weight_decay': decay, 'learning_rate': scale})
+        group = groups.setdefault((decays, scale), {'params': [], 'weight_decay': weight_decay if decays else 0.0,
+                                                    'learning_rate': scale})
         group['params'].append(parameter)
     return list(groups.values())
 
@@ -68,27 +55,66 @@ def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
     """Optimizer over `parameter_groups`; its learning rate is set before every step.
 
     Args:
-        name: 'adamw', 'sgd' or 'momentum' (with betas[0]; L2 decay for the latter two).
+        name: 'adamw', 'nadam', 'lion', 'adan' or 'lamb' (decay acts on the weights), or 'sgd' or 'momentum' (decay is
+            added to the gradients).
+        betas: three for 'adan', else two, of which 'momentum' uses the first.
     """
+    optimizer = paddle.optimizer
+    common = {'learning_rate': 0.0, 'parameters': groups}
     if name == 'adamw':
-        return paddle.optimizer.AdamW(learning_rate=0.0, beta1=betas[0], beta2=betas[1], epsilon=eps,
-                                      parameters=groups)
+        return optimizer.AdamW(beta1=betas[0], beta2=betas[1], epsilon=eps, **common)
+    if name == 'lamb':
+        return Lamb(beta1=betas[0], beta2=betas[1], epsilon=eps, **common)
     if name == 'momentum':
-        return paddle.optimizer.Momentum(learning_rate=0.0, momentum=betas[0], parameters=groups)
+        return optimizer.Momentum(momentum=betas[0], **common)
     if name == 'sgd':
-        return paddle.optimizer.SGD(learning_rate=0.0, parameters=groups)
-    raise UserError(f'TRAIN.OPTIMIZER.NAME {name!r} is not known; choose from adamw, sgd, momentum')
+        return optimizer.SGD(**common)
+    return {'nadam': NAdam, 'lion': Lion, 'adan': Adan}[name](groups, betas, eps)
+
+
+def set_weight_decay(optimizer, weight_decay):
+    """Sets the weight decay of an optimizer's groups, but for that of 1-D parameters, which have none."""
+    for group in optimizer._param_groups:
+        if group['params'][0].ndim == 1:
+            continue
+        if isinstance(optimizer, (paddle.optimizer.SGD, paddle.optimizer.Momentum)):
+            for parameter in group['params']:
+                parameter.regularizer = paddle.regularizer.L2Decay(weight_decay)
+        else:
+            group['weight_decay'] = weight_decay
 
 
 @paddle.no_grad()
-def clip_gradients(parameters, max_norm):
-    """Scales the gradients so that the norm of all of them together is at most `max_norm`.
+def gradient_norm(parameters):
+    """Norm of the gradients of all parameters together; float32 scalar tensor."""
+    return sum(p.grad.astype('float32').square().sum() for p in parameters if p.grad is not None).sqrt()
+
+
+@paddle.no_grad()
+def clip_gradients(parameters, limit, mode='norm'):
+    """Clips the gradients in place.
 
     Paddle's optimizers clip each parameter group by its own norm, and its `clip_grad_norm_` does not take the mixture
     of half and single precision that O2 has.
+    Args:
+        limit: of the norm of all gradients together (mode 'norm'), or of each element's size (mode 'value').
+    Returns:
+        the norm before clipping, as `gradient_norm`.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = sum(g.astype('float32').square().sum() for g in gradients).sqrt()
-    scale = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
-    for gradient in gradients:
-        gradient.set_value((gradient.astype('float32') * scale).astype(gradient.dtype))
+    norm = gradient_norm(parameters)
+    if mode == 'norm':
+        scale = paddle.clip(limit / (norm + 1e-6), max=1.0)
+        change_gradients(parameters, lambda gradient: gradient.multiply_(scale))
+    else:
+        change_gradients(parameters, lambda gradient: gradient.clip_(-limit, limit))
+    return norm
+
+
+@paddle.no_grad()
+def change_gradients(parameters, change):
+    """Applies `change`, which works in place and in float32, to every gradient."""
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        single = gradient if gradient.dtype == paddle.float32 else gradient.astype('float32')
+        change(single)
+        if single is not gradient:
+            paddle.assign(single.astype(gradient.dtype), output=gradient)

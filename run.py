@@ -2,7 +2,6 @@
 import math
 from functools import partial
 
-import numpy as np
 import paddle
 
 import checkpoint
@@ -14,9 +13,11 @@ from engine import Amp, accuracy_line, average_statistics, duration, evaluate, t
 from errors import UserError
 from losses import build_loss
 from mixup import Mixup
-from optim import build_optimizer, learning_rate, parameter_groups
+from monitor import curves_line
+from optim import build_optimizer, parameter_groups
 from replknet import build_replknet
 from run_folder import RunFolder, resolve_resume
+from schedules import build_schedule, build_weight_decay
 from utils import logger
 from zoo import pretrained_weights
 
@@ -57,12 +58,8 @@ def _train(config, device, amp, folder, model, state, val_set):
     train_set = get_dataset(config, 'train')
     train_loader = get_dataloader(config, train_set, 'train', utils.rank(), world)
     steps_per_epoch = math.ceil(len(train_loader) / train.ACCUM_ITER)
-    total_steps = steps_per_epoch * train.NUM_EPOCHS
+    lr_at = build_schedule(config, steps_per_epoch, world)
     global_batch = config.DATA.BATCH_SIZE * train.ACCUM_ITER * world
-    scale = global_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
-    lr_at = partial(learning_rate, base_lr=train.BASE_LR * scale, start_lr=train.WARMUP_START_LR * scale,
-                    end_lr=train.END_LR * scale, warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch),
-                    total_steps=total_steps)
 
     sync_bn = train.SYNC_BN and device == 'gpu' and world > 1
     if sync_bn:
@@ -94,7 +91,7 @@ def _train(config, device, amp, folder, model, state, val_set):
     logger.info(f'{config.MODEL.NAME}: {model.num_parameters():,} parameters, {config.DATA.IMAGE_SIZE} pixels')
     logger.info(f'{len(train_set)} training images, global batch {global_batch} = {config.DATA.BATCH_SIZE} x '
                 f'{world} processes x {train.ACCUM_ITER} accumulated, {steps_per_epoch} steps per epoch, '
-                f'{total_steps} in all, peak lr {train.BASE_LR * scale:.4g}')
+                f'{lr_at.total_steps} in all, peak lr {lr_at.base_lr:.4g}')
     if train.RECIPE_BATCH_SIZE and global_batch != train.RECIPE_BATCH_SIZE and not train.LINEAR_SCALED_LR:
         logger.warning(f'global batch {global_batch} is not the {train.RECIPE_BATCH_SIZE} that TRAIN.BASE_LR '
                        f'{train.BASE_LR:g} is for: change TRAIN.ACCUM_ITER, or scale the rate with '
@@ -107,7 +104,9 @@ def _train(config, device, amp, folder, model, state, val_set):
         trained = train_one_epoch(
             wrapped, train_loader, criterion, optimizer, epoch=epoch, first_step=step, lr_at=lr_at, amp=amp,
             scaler=scaler, ema=ema, mixup=mixup, accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
-            seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=total_steps)
+            grad_clip_mode=train.GRAD_CLIP_MODE, weight_decay_at=build_weight_decay(config, lr_at.total_steps),
+            seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps,
+            on_report=None if folder is None else partial(folder.record, event='step'))
         step += trained['steps']
         logger.info(f"epoch {epoch}/{train.NUM_EPOCHS} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "
                     f"images/s {trained['images_per_s']:.1f} data wait {100 * trained['data_wait']:.0f}% "
@@ -115,7 +114,7 @@ def _train(config, device, amp, folder, model, state, val_set):
                     f"{duration(trained['seconds'] * (train.NUM_EPOCHS - epoch))}"
                     + (f" skipped {trained['skipped']}" if trained['skipped'] else ''))
         if folder is not None:
-            folder.record(event='train', epoch=epoch, step=step, **trained)
+            folder.record(event='train', epoch=epoch, step=step, processes=world, **trained)
         if not sync_bn:
             average_statistics(model)
             if ema is not None:
@@ -139,6 +138,8 @@ def _train(config, device, amp, folder, model, state, val_set):
             folder.save_evaluated(state, epoch, improved)
         utils.barrier()
     if folder is not None:
+        if config.CURVES:
+            logger.info(curves_line(folder.path))
         folder.summary(best)
     return {'last': metrics, 'best': best}
 
@@ -189,8 +190,7 @@ def _state(config, model, ema, optimizer, scaler, epoch, step, best):
     if ema is not None:
         state['model_ema'] = checkpoint.model_arrays(ema.module)
     if scaler is not None:
-        state['scaler'] = {k: np.asarray(v) if isinstance(v, paddle.Tensor) else v
-                           for k, v in scaler.state_dict().items()}
+        state['scaler'] = scaler.state_dict()
     return state
 
 
@@ -204,6 +204,5 @@ def _restore(config, state, model, ema, optimizer, scaler):
         checkpoint.load_weights(ema.module, state['model_ema'], f'{path}: model_ema')
     checkpoint.load_optimizer_arrays(optimizer, model, state['optimizer'], path)
     if scaler is not None and 'scaler' in state:
-        scaler.load_state_dict({k: paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
-                                for k, v in state['scaler'].items()})
+        scaler.load_state_dict(state['scaler'])
     logger.info(f"resumed from {path}: {state['epoch']} epochs, {state['step']} steps")

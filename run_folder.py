@@ -10,11 +10,12 @@ from checkpoint import save_checkpoint
 from config import config_text
 from errors import UserError
 from files import atomic_file
+from monitor import METRICS, VisualDL
 from utils import logger
 
 LAST = 'last.pdparams'
 BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # by the weights whose accuracy is the best
-CONFIG, LOG, METRICS = 'config.yaml', 'log.txt', 'metrics.jsonl'
+CONFIG, LOG = 'config.yaml', 'log.txt'
 CLASSES = 'classes.txt'  # the data folder's, where it has one
 
 
@@ -80,6 +81,9 @@ class RunFolder:
         self.own = _continued(config) and os.path.realpath(self.path) == os.path.realpath(
             os.path.dirname(resolve_resume(config.MODEL.RESUME)))
         self._refuse_if_taken()
+        self._scalars = None
+        if config.VISUALDL:
+            VisualDL.check()
 
     def _refuse_if_taken(self):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
@@ -109,11 +113,15 @@ class RunFolder:
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+        if self.config.VISUALDL and not self.config.EVAL:
+            self._scalars = VisualDL(self.path)
         logger.info(f'run folder {self.path}')
 
     def record(self, **values):
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl, and its numbers to VisualDL: see monitor.py."""
         utils.append_json_line(os.path.join(self.path, METRICS), {'time': round(time.time(), 3), **values})
+        if self._scalars is not None:
+            self._scalars.add(values)
 
     def save(self, state, name=LAST, key='model'):
         """Writes a checkpoint in which `key` ('model' or 'model_ema') stands for the weights.

@@ -66,6 +66,7 @@ TRAIN:
   BASE_LR: 1e-2
   MODEL_EMA_DECAY: 0.9
 REPORT_FREQ: 1
+CURVES: False
 """
 
 

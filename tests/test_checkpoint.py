@@ -30,23 +30,60 @@ def adamw(model):
     return build_optimizer('adamw', parameter_groups(model, 0.05, 0.9))
 
 
-def test_optimizer_state_goes_over_to_a_model_built_later():
+OPTIMIZERS = ['adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb']
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_optimizer_state_goes_over_to_a_model_built_later(name):
+    def build(model):
+        betas = (0.98, 0.92, 0.99) if name == 'adan' else (0.9, 0.999)
+        return build_optimizer(name, parameter_groups(model, 0.05, 0.9), betas=betas)
+
     model = small()
-    optimizer = adamw(model)
+    optimizer = build(model)
     train(model, optimizer, 2, seed=0)
     weights = checkpoint.model_arrays(model)
     state = checkpoint.optimizer_arrays(optimizer, model)
-    assert set(state['accumulators']) == {n for n, p in model.named_parameters() if not p.stop_gradient}
+    trained = {n for n, p in model.named_parameters() if not p.stop_gradient}
+    assert set(state['accumulators']) == (trained if name != 'sgd' else set())
     train(model, optimizer, 2, seed=1)
 
     paddle.nn.Conv2D(3, 3, 3)  # shifts Paddle's own counters of parameter names
     later = small()
     checkpoint.load_weights(later, weights, 'checkpoint')
-    later_optimizer = adamw(later)
+    later_optimizer = build(later)
     checkpoint.load_optimizer_arrays(later_optimizer, later, state, 'checkpoint')
     train(later, later_optimizer, 2, seed=1)
     for name, array in checkpoint.model_arrays(model).items():
         np.testing.assert_array_equal(later.state_dict()[name].numpy(), array, err_msg=name)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'nadam', 'lion'])  # those with half-precision kernels on the CPU
+def test_a_run_with_master_weights_goes_on_as_if_never_stopped(name):
+    def build():
+        model = paddle.nn.Linear(4, 3)
+        model.to(dtype='bfloat16')
+        optimizer = build_optimizer(name, parameter_groups(model, 0.0))
+        optimizer._multi_precision = True  # as paddle.amp.decorate sets it
+        return model, optimizer
+
+    def step(model, optimizer):
+        optimizer.set_lr(1e-4)  # steps too small for bfloat16 to show one by one
+        for parameter in model.parameters():
+            parameter.grad = paddle.ones_like(parameter)
+        optimizer.step()
+
+    model, optimizer = build()
+    step(model, optimizer)
+    weights, state = checkpoint.model_arrays(model), checkpoint.optimizer_arrays(optimizer, model)
+    step(model, optimizer)
+    later, later_optimizer = build()
+    checkpoint.load_weights(later, weights, 'checkpoint')
+    checkpoint.load_optimizer_arrays(later_optimizer, later, state, 'checkpoint')
+    step(later, later_optimizer)
+    for a, b in zip(model.parameters(), later.parameters()):
+        np.testing.assert_array_equal(later_optimizer._master_weights[b.name].numpy(),
+                                      optimizer._master_weights[a.name].numpy())
 
 
 def test_optimizer_state_of_another_model_is_refused():

@@ -115,6 +115,7 @@ def test_written_settings_are_read_back(tmp_path):
     ('BASE: bad.yaml', 'include each other'),
     ('BASE: 3', 'BASE takes a file name or a list of them'),
     ('BASE: {a: 1}', 'BASE takes a file name or a list of them'),
+    ('TRAIN: {OPTIMIZER: {NAME: adan}}', 'TRAIN.OPTIMIZER.BETAS has 2 values; adan takes 3'),
     ('TRAIN: {OPTIMIZER: {EPS: -1}}', 'TRAIN.OPTIMIZER.EPS is -1.0'),
     ('MODEL: {DW_RATIO: 0.01, CHANNELS: [64, 64, 64, 64]}', 'MODEL.DW_RATIO is 0.01'),
     ('MODEL: {LARGE_KERNEL_SIZES: [65, 29, 27, 13]}', 'the largest is 63'),

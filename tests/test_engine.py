@@ -11,6 +11,7 @@ from config import get_config
 from ema import ModelEMA
 from engine import MAX_SKIPPED_STEPS, Amp, accuracy_line, evaluate, train_one_epoch
 from errors import TrainingStopped
+from loss_scaler import LossScaler
 from losses import JsdCrossEntropyLoss
 from optim import build_optimizer, parameter_groups
 
@@ -72,6 +73,17 @@ def test_loss_is_the_mean_over_images():
     assert metrics['images'] == 10 and metrics['skipped'] == 0
 
 
+def test_gradients_are_clipped_by_value():
+    free, clipped = linear(), linear()
+    before = free[1].weight.numpy()
+    loader = [(x * 5, y) for x, y in batches([4])]
+    train(free, loader, lr=1.0)
+    train(clipped, loader, lr=1.0, grad_clip=0.25, grad_clip_mode='value')
+    step = free[1].weight.numpy() - before
+    assert 0 < (abs(step) > 0.25).mean() < 1
+    np.testing.assert_allclose(clipped[1].weight.numpy() - before, step.clip(-0.25, 0.25), atol=1e-6)
+
+
 @pytest.mark.parametrize('decays', [1, 2])
 def test_gradients_are_clipped_by_the_norm_of_all_of_them(decays):
     model = linear()
@@ -93,51 +105,64 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step():
     assert all(np.isfinite(p.numpy()).all() for p in model.parameters())  # the bad step was not applied
 
 
-class FakeScaler:
-    """Loss scaling whose steps overflow as told; Paddle's own does nothing on the CPU."""
-
-    def __init__(self, overflows):
-        self.overflows, self._found_inf, self.applied = iter(overflows), False, 0
-
-    def scale(self, loss):
-        return loss * 1024
-
-    def unscale_(self, optimizer):
-        self._found_inf = next(self.overflows)
-        for group in optimizer._param_groups:
-            for parameter in group['params']:
-                parameter.grad.set_value(parameter.grad / 1024)
-
-    def step(self, optimizer):
-        if not self._found_inf:
-            self.applied += 1
-            optimizer.step()
-
-    def update(self):
-        pass
+def overflowing(loader, steps):
+    return [(x * math.inf, y) if step in steps else (x, y) for step, (x, y) in enumerate(loader)]
 
 
 def test_overflowing_steps_are_skipped_counted_and_kept_out_of_the_average():
     scaled, plain = linear(), linear()
     ema = types.SimpleNamespace(calls=0)
     ema.update = lambda model: setattr(ema, 'calls', ema.calls + 1)
-    loader = batches([2] * 4)
-    metrics = train(scaled, loader, scaler=FakeScaler([False, True, False, True]), ema=ema)
+    loader, scaler = batches([2] * 4), LossScaler(1024.0)
+    metrics = train(scaled, overflowing(loader, (1, 3)), scaler=scaler, ema=ema)
     train(plain, [loader[0], loader[2]])
-    assert (metrics['steps'], metrics['skipped'], ema.calls) == (4, 2, 2)
+    assert (metrics['steps'], metrics['skipped'], ema.calls, scaler.value) == (4, 2, 2, 256)
     for a, b in zip(scaled.parameters(), plain.parameters()):
-        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-def test_a_loss_that_overflows_under_scaling_does_not_stop_the_run():
-    loader = batches([2, 2])
-    loader[0] = (loader[0][0] * math.inf, loader[0][1])
-    assert train(linear(), loader, scaler=FakeScaler([True, False]))['skipped'] == 1
+@pytest.mark.parametrize('grad_clip', [0.0, 0.5])
+def test_a_loss_scale_that_is_too_high_comes_down_to_one_that_fits(grad_clip):
+    scaler, model = LossScaler(2.0 ** 132), linear()  # float32 ends at 2 ** 128, and the gradients are around 1
+    before = model[1].weight.numpy()
+    metrics = train(model, batches([2] * 20), scaler=scaler, grad_clip=grad_clip)
+    assert 4 <= metrics['skipped'] < 20
+    assert scaler.value == 2.0 ** (132 - metrics['skipped'])
+    assert np.isfinite(model[1].weight.numpy()).all() and (model[1].weight.numpy() != before).any()
 
 
 def test_a_run_that_only_overflows_stops():
     with pytest.raises(TrainingStopped, match='in a row overflowed'):
-        train(linear(), batches([1] * MAX_SKIPPED_STEPS), scaler=FakeScaler([True] * MAX_SKIPPED_STEPS))
+        train(linear(), overflowing(batches([1] * MAX_SKIPPED_STEPS), range(MAX_SKIPPED_STEPS)), scaler=LossScaler())
+
+
+def test_the_loss_scale_doubles_after_enough_good_steps_and_goes_on_after_a_restart():
+    scaler = LossScaler(8.0, growth_steps=3)
+    values = []
+    for finite in (True, True, False, True, True, True, True, True):
+        restarted = LossScaler(1.0, growth_steps=3)
+        restarted.load_state_dict(scaler.state_dict())
+        scaler = restarted
+        scaler.update(finite)
+        values.append(scaler.value)
+    assert values == [8, 8, 4, 4, 4, 8, 8, 8]
+
+
+def test_the_settings_of_loss_scaling_are_used():
+    opts = ['AMP', 'True', 'AMP_LOSS_SCALE', '256', 'AMP_LOSS_SCALE_STEPS', '7']
+    scaler = Amp(get_config(None, opts), 'gpu').scaler()
+    assert (scaler.value, scaler.growth_steps) == (256, 7)
+    assert Amp(get_config(None, opts + ['AMP_DTYPE', 'bfloat16']), 'gpu').scaler() is None
+
+
+def test_weight_decay_follows_its_schedule_where_there_is_one():
+    model = linear()
+    optimizer = build_optimizer('adamw', parameter_groups(model, 0.5))
+    before = model[1].weight.numpy()
+    loader = [(x * 0, y) for x, y in batches([2] * 3)]  # gradients of the weight are 0
+    train(model, loader, lr=1e-3, optimizer=optimizer, weight_decay_at=lambda step: [1.0, 2.0, 3.0][step])
+    np.testing.assert_allclose(model[1].weight.numpy(), before * 0.999 * 0.998 * 0.997, rtol=1e-6)
+    assert [g['weight_decay'] for g in optimizer._param_groups] == [3.0, 0.0]
 
 
 def test_moving_average_is_updated_once_per_optimizer_step():

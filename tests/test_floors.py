@@ -6,19 +6,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {'errors', 'files', 'paddle_env', 'config', 'utils'},
-    {'auto_augment', 'transforms', 'mixup', 'losses', 'large_kernel', 'replknet', 'optim', 'ema', 'safe_load',
-     'checkpoint'},
-    {'datasets', 'port_weights', 'zoo', 'run_folder', 'prepare_digits', 'fuse', 'onnx_graph', 'programs',
+    {'errors', 'files', 'paddle_env', 'recipes', 'config', 'utils'},
+    {'auto_augment', 'transforms', 'mixup', 'losses', 'loss_scaler', 'large_kernel', 'replknet', 'optim', 'optimizers',
+     'schedules', 'ema', 'safe_load', 'checkpoint', 'monitor'},
+    {'datasets', 'port_weights', 'zoo', 'run_folder', 'cost', 'prepare_digits', 'fuse', 'onnx_graph', 'programs',
      'certificate', 'contact_sheets'},
-    {'engine', 'dense', 'hubconf'},
+    {'engine', 'doctor', 'checkup', 'dense', 'hubconf'},
     {'run'},
     {'launcher'},
     {'main_single_gpu', 'main_multi_gpu', 'export', 'predictor'},
     {'predict', 'benchmark'},
 ]
-NEIGHBOURS = {('config', 'errors'), ('utils', 'errors'), ('replknet', 'large_kernel'), ('checkpoint', 'safe_load'),
-              ('transforms', 'auto_augment'), ('zoo', 'port_weights'), ('contact_sheets', 'datasets')}
+NEIGHBOURS = {('config', 'errors'), ('config', 'recipes'), ('utils', 'errors'), ('replknet', 'large_kernel'),
+              ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup'),
+              ('transforms', 'auto_augment'), ('loss_scaler', 'optim'), ('contact_sheets', 'datasets')}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from optim import learning_rate
 from safe_load import read_checkpoint
+from schedules import Schedule
 
 LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+$', re.M)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -50,7 +51,8 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
             'epoch_0001.pdparams', 'epoch_0002.pdparams'} == set(os.listdir(folder))
     assert len(LINE.findall(output)) == 4  # two epochs, model and EMA
     assert all(line.endswith('images 11') for line in LINE.findall(output))
-    records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    records = [r for r in lines if r['event'] != 'step']
     assert [(r['event'], r['epoch'], r.get('weights')) for r in records] == [
         (event, epoch, weights) for epoch in (1, 2)
         for event, weights in (('train', None), ('eval', 'model'), ('eval', 'model_ema'))]
@@ -58,9 +60,13 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     assert [r['step'] for r in records if r['event'] == 'train'] == [steps, 2 * steps]
     assert records[0]['images'] == 12
     # warm-up over the first epoch, the cosine over the second; BASE_LR as it is, whatever the batch
-    schedule = {'base_lr': 1e-2, 'start_lr': 1e-6, 'end_lr': 1e-6, 'warmup_steps': steps, 'total_steps': 2 * steps}
-    assert [r['lr'] for r in records if r['event'] == 'train'] == [
-        learning_rate(steps - 1, **schedule), learning_rate(2 * steps - 1, **schedule)]
+    lr_at = Schedule(base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=steps, total_steps=2 * steps)
+    assert [r['lr'] for r in records if r['event'] == 'train'] == [lr_at(steps - 1), lr_at(2 * steps - 1)]
+    reported = [r for r in lines if r['event'] == 'step']
+    assert [r['step'] for r in reported] == list(range(1, 2 * steps + 1))
+    assert [r['epoch'] for r in reported] == pytest.approx([r['step'] / steps for r in reported])
+    assert all(r['grad_norm'] > 0 and r['images_per_s'] > 0 for r in reported)
+    assert reported[-1]['lr'] == records[-3]['lr']
     log = (folder / 'log.txt').read_text()
     assert 'parameters' in log and 'images/s' in log and 'eta' in log and 'Acc@1' in log
     assert ('averaged over the processes' in log) == (count == 2)
@@ -76,6 +82,21 @@ def test_resuming_continues_as_if_never_stopped(trained, run_script, list_datase
     assert_same(read_checkpoint(again / 'last.pdparams'), read_checkpoint(folder / 'last.pdparams'))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb'])
+def test_every_optimizer_resumes_as_if_never_stopped(run_script, list_dataset, tiny_yaml, tmp_path, name):
+    flags = [f'-data_path={list_dataset}', '-device=cpu', '-accum_iter=2']
+    opts = ['-opts', 'SAVE_FREQ', '1', 'TRAIN.OPTIMIZER.NAME', name, 'TRAIN.WEIGHT_DECAY_END', '0.2',
+            'TRAIN.OPTIMIZER.BETAS', '[0.98, 0.92, 0.99]' if name == 'adan' else '[0.9, 0.99]',
+            'TRAIN.LR_SCHEDULER.NAME', 'exponential', 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS', '1']
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    for args in ([f'-cfg={tiny_yaml}', f'-output={whole}', *flags, *opts],
+                 [f'-resume={whole}/epoch_0001.pdparams', f'-output={resumed}', *flags]):
+        done = run_script('main_single_gpu.py', *args)
+        assert done.returncode == 0, done.stderr
+    assert_same(read_checkpoint(whole / 'last.pdparams'), read_checkpoint(resumed / 'last.pdparams'))
+
+
 def test_resuming_in_place_appends_to_the_run(trained, run_script, list_dataset, tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
@@ -84,7 +105,7 @@ def test_resuming_in_place_appends_to_the_run(trained, run_script, list_dataset,
     (folder / 'last.pdparams').write_bytes((trained[1][0] / 'epoch_0001.pdparams').read_bytes())
     done = run_script('main_single_gpu.py', '-device=cpu', f'-resume={folder}', f'-data_path={list_dataset}')
     assert done.returncode == 0, done.stderr
-    assert (folder / 'metrics.jsonl').read_text().count('\n') == 9
+    assert (folder / 'metrics.jsonl').read_text().count('\n') == 18  # a second time epoch 2
     assert read_checkpoint(folder / 'last.pdparams')['epoch'] == 2
 
 
@@ -116,9 +137,46 @@ def test_paddle_s_launcher_starts_the_same_run(trained, list_dataset, tiny_yaml,
                 read_checkpoint(trained[2][0] / 'last.pdparams')['model'])
 
 
-@pytest.mark.parametrize('recompute', ['plain', 'recompute'])
-def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, tmp_path, recompute):
-    done = run_script('tests/two_process_gradients.py', tmp_path / 'out', recompute, PYTHONPATH=ROOT)
+SRUN = """#!/bin/sh
+# one task on each of two machines, which are both this one
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" >"task$node" 2>&1 &
+    tasks="$tasks $!"
+done
+status=0
+for task in $tasks; do wait "$task" || status=$?; done
+exit "$status"
+"""
+
+
+def test_two_machines_train_as_two_processes_of_one(trained, list_dataset, tiny_yaml, tmp_path):
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/srun').write_text(SRUN)
+    (tmp_path / 'bin/srun').chmod(0o755)
+    with socket.socket() as free:  # the port that the script makes of the job's number
+        free.bind(('', 20000 + os.getpid() % 10000))
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_NNODES': '2', 'SLURM_JOB_ID': str(os.getpid()),
+           'SLURM_SUBMIT_DIR': ROOT,
+           'PATH': f'{tmp_path}/bin:{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'}
+    done = subprocess.run(
+        ['sh', f'{ROOT}/run_train_slurm.sh', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
+         f'-output={tmp_path}/run', '-device=cpu', '-accum_iter=2', '-opts', 'SAVE_FREQ', '1'],
+        capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    outputs = [(tmp_path / f'task{node}').read_text() for node in (0, 1)]
+    assert done.returncode == 0, done.stderr + outputs[0] + outputs[1]
+    assert_same(read_checkpoint(tmp_path / 'run/last.pdparams')['model'],
+                read_checkpoint(trained[2][0] / 'last.pdparams')['model'])
+    records = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    assert [r['processes'] for r in records if r['event'] == 'train'] == [2, 2]
+    # each machine has one process, so both have the local rank 0; the first of all alone writes and speaks
+    assert len(LINE.findall(outputs[0])) == 4 and not LINE.search(outputs[1])
+    assert sorted(os.listdir(tmp_path / f'log/{os.getpid()}')) == ['0', '1']
+    alone = socket.gethostbyname(socket.getfqdn()).startswith('127.')
+    assert ('where no other machine reaches it' in done.stderr) == alone
+
+
+def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, tmp_path):
+    done = run_script('tests/two_process_gradients.py', tmp_path / 'out', 'plain', PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     one, first, second = (np.load(f'{tmp_path}/out.{name}.npz') for name in ('one', '0', '1'))
     for name in (n for n in one if n.startswith('weight/')):
@@ -246,9 +304,10 @@ def test_another_number_of_processes_goes_on_at_the_epoch_s_learning_rate(traine
                       f'-data_path={list_dataset}', f'-output={tmp_path}/run')
     assert done.returncode == 0, done.stderr
     assert 'has 3 steps; with this global batch its epochs are 2' in done.stdout
-    record = json.loads((tmp_path / 'run/metrics.jsonl').read_text().splitlines()[0])
+    records = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    record = next(r for r in records if r['event'] == 'train')
     assert (record['epoch'], record['step']) == (2, 4)
-    assert record['lr'] == learning_rate(3, base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=2, total_steps=4)
+    assert record['lr'] == Schedule(base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=2, total_steps=4)(3)
 
 
 def test_an_older_checkpoint_or_an_evaluation_never_writes_into_the_run(trained, run_script, list_dataset):

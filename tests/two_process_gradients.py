@@ -16,9 +16,9 @@ from optim import build_optimizer, parameter_groups
 from replknet import RepLKNet
 
 
-def build(recompute):
+def build():
     """A RepLKNet whose batch norms use their running statistics, and so do not see the split of the data."""
-    model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3, recompute=recompute)
+    model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
     for layer in model.sublayers():
         if isinstance(layer, nn.BatchNorm2D):
             layer._use_global_stats = True
@@ -30,9 +30,9 @@ def data():
     return rng.standard_normal((20, 3, 32, 32)).astype('float32'), rng.integers(0, 3, 20)
 
 
-def train(batches, accum_iter, recompute, criterion=nn.functional.cross_entropy):
+def train(batches, accum_iter, criterion=nn.functional.cross_entropy):
     paddle.seed(0)
-    model = build(recompute)
+    model = build()
     wrapped = paddle.DataParallel(model) if dist.get_world_size() > 1 else model
     optimizer = build_optimizer('sgd', parameter_groups(model, 0.0))
     loader = [(paddle.to_tensor(x), paddle.to_tensor(y)) for x, y in batches]
@@ -46,9 +46,9 @@ def count_exchanges(batches):
     calls, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor: calls.append(tensor.shape) or all_reduce(tensor)
     try:
-        train(batches, 2, False)
+        train(batches, 2)
         training = len(calls)
-        evaluate(build(False), [(paddle.to_tensor(x), paddle.to_tensor(y)) for x, y in batches], 20,
+        evaluate(build(), [(paddle.to_tensor(x), paddle.to_tensor(y)) for x, y in batches], 20,
                  Amp(get_config(), 'cpu'))
         return training, len(calls) - training
     finally:
@@ -61,17 +61,17 @@ def wait(path):
     utils.barrier()
     time.sleep(35 * (dist.get_rank() == 0))
     images, labels = (paddle.to_tensor(array) for array in data())
-    evaluate(build(False), [(images[dist.get_rank()::2], labels[dist.get_rank()::2])], 20, Amp(get_config(), 'cpu'))
+    evaluate(build(), [(images[dist.get_rank()::2], labels[dist.get_rank()::2])], 20, Amp(get_config(), 'cpu'))
     np.savez(f'{path}.{dist.get_rank()}.npz')
 
 
-def worker(path, recompute):
+def worker(path):
     dist.init_parallel_env()
     rank = dist.get_rank()
     images, labels = data()
     # five micro-batches of 2 per process, two per step: the last group has one
     mine = [(images[i + 2 * rank:i + 2 * rank + 2], labels[i + 2 * rank:i + 2 * rank + 2]) for i in range(0, 20, 4)]
-    weights, metrics = train(mine, 2, recompute)
+    weights, metrics = train(mine, 2)
     norm = nn.Sequential(nn.BatchNorm2D(2))
     norm[0]._mean.set_value(paddle.to_tensor([1.0 + rank, 5.0 * rank]))
     average_statistics(norm)
@@ -81,7 +81,7 @@ def worker(path, recompute):
         return nn.functional.cross_entropy(logits, labels) * (np.nan if (rank, next(losses)) == (1, 2) else 1)
 
     try:
-        train(mine, 1, recompute, nan_on_rank_1)
+        train(mine, 1, nan_on_rank_1)
         stopped = ''
     except TrainingStopped as error:
         stopped = str(error)
@@ -91,12 +91,12 @@ def worker(path, recompute):
 
 
 if __name__ == '__main__':
-    out, recompute = sys.argv[1], sys.argv[2] == 'recompute'
-    if sys.argv[2] == 'wait':
+    out, mode = sys.argv[1:]
+    if mode == 'wait':
         dist.spawn(wait, (out,), nprocs=2, backend='gloo')
         sys.exit()
-    dist.spawn(worker, (out, recompute), nprocs=2, backend='gloo')
+    dist.spawn(worker, (out,), nprocs=2, backend='gloo')
     images, labels = data()
-    weights, metrics = train([(images[i:i + 8], labels[i:i + 8]) for i in (0, 8, 16)], 1, recompute=False)
+    weights, metrics = train([(images[i:i + 8], labels[i:i + 8]) for i in (0, 8, 16)], 1)
     np.savez(f'{out}.one.npz', loss=metrics['loss'], images=metrics['images'],
              **{f'weight/{k}': v for k, v in weights.items()})

@@ -1,4 +1,5 @@
-// Large kernels, stride 1: channels in vector lanes, a run of outputs in registers, taps on padding skipped exactly.
+// Large kernels, stride 1: channels in vector lanes, a run of outputs in registers, taps on padding skipped exactly, and
+// fewer multiplications than taps.
 #pragma once
 #include <omp.h>
 
@@ -18,7 +19,7 @@ struct Shape {
 };
 
 // ---- the inner kernel ----
-// Output j < W of a run gets the sum over rows and over steps s in [first, last) of
+// Output j < W of a run gets from[j], or 0 without `from`, plus the sum over rows and over steps s in [first, last) of
 //   stream[row][s] * table[row][length - 1 - s + j],   where that entry of the table exists.
 // A forward row streams inputs past a table of weights; a weight-gradient row streams output gradients past a table of
 // inputs. Entries exist for j <= s and j > s - length: a prefix of the run while s < W - 1, a suffix from s = length on,
@@ -61,18 +62,20 @@ DW_INLINE void falling(Vec (&sum)[W], const Vec*& stream, const Vec*& table, [[m
 }
 
 template <int W, int... J>
-DW_INLINE void fill(Vec (&sum)[W], Vec value, std::integer_sequence<int, J...>) { ((sum[J] = value), ...); }
+DW_INLINE void get(Vec (&sum)[W], const Vec* from, std::integer_sequence<int, J...>) {
+  ((sum[J] = from ? from[J] : Vec{}), ...);
+}
 
 template <int W, int... J>
 DW_INLINE void put(Vec (&sum)[W], Vec* out, std::integer_sequence<int, J...>) { ((out[J] = sum[J]), ...); }
 
 template <int W>
-__attribute__((noinline)) void run(Rows rows, int length, int first, int last, Vec* out) {
+__attribute__((noinline)) void run(Rows rows, int length, int first, int last, const Vec* from, Vec* out) {
   constexpr auto all = std::make_integer_sequence<int, W>{};
   constexpr auto edge = std::make_integer_sequence<int, W - 1>{};
   const int full = std::min(last, length) - std::max(first, W - 1);
   Vec sum[W];
-  fill(sum, Vec{}, all);
+  get(sum, from, all);
   for (int i = rows.count; i > 0; --i) {
     const Vec* stream = rows.stream;
     const Vec* table = rows.table + (length - 1 - first);
@@ -86,7 +89,7 @@ __attribute__((noinline)) void run(Rows rows, int length, int first, int last, V
   put(sum, out, all);
 }
 
-using Run = void (*)(Rows, int, int, int, Vec*);
+using Run = void (*)(Rows, int, int, int, const Vec*, Vec*);
 
 template <int... W>
 inline Run select_run(int width, std::integer_sequence<int, W...>) {
@@ -104,21 +107,123 @@ DW_INLINE void for_each_run(int width, int limit, F f) {
   for (int i = 0; i < count; i++) f(width * i / count, width * (i + 1) / count);
 }
 
-// ---- correlation of packed rows with a packed kernel ----
+// ---- correlation over rows, with a quarter of the multiplications saved at each level ----
+// Result row i is the sum over b of filter[b] * input[i + b], where the product of two rows is what `run` computes. With the
+// even and odd filter rows f0, f1 and input rows u, v, and s = f0 + f1, rows 2a and 2a + 1 of the result are
+//   s * v + f0 * (u - v)   and   s * v + f1 * (u shifted by one - v):
+// three products of half the length instead of four (the fast FIR algorithm: Mou and Duhamel, 1991, transposed). Each of the
+// three is again a correlation over rows.
 
-// Rows [begin, end) of the output of one block of channels. `in` starts at input row `in_begin`; `table` is [K][K] with
-// each row reversed; `out` receives (end - begin) rows.
-inline void correlate(const Vec* in, int in_begin, const Shape& s, const Vec* table, int begin, int end, Vec* out) {
+// Row i, lo <= i < hi, begins at data + i * stride.
+struct RowSet {
+  const Vec* data;
+  std::ptrdiff_t stride;
+  int lo, hi;
+
+  const Vec* row(int i) const { return data + i * stride; }
+  RowSet even() const { return {data, 2 * stride, (lo + 1) / 2, (hi + 1) / 2}; }
+  RowSet odd() const { return {data + stride, 2 * stride, lo / 2, hi / 2}; }
+  RowSet shifted() const { return {data + stride, stride, lo - 1, hi - 1}; }
+};
+
+// Writes a + sign * b, rows of `width` vectors, to `to` and moves it behind them. A row that one of the two lacks is zeros.
+inline RowSet combine(const RowSet& a, const RowSet& b, float sign, int width, Vec*& to) {
+  const int lo = std::min(a.lo, b.lo), hi = std::max(a.hi, b.hi);
+  const RowSet result = {to - (std::ptrdiff_t)lo * width, width, lo, hi};
+  for (int i = lo; i < hi; i++, to += width) {
+    const Vec* p = i >= a.lo && i < a.hi ? a.row(i) : nullptr;
+    const Vec* q = i >= b.lo && i < b.hi ? b.row(i) : nullptr;
+    for (int x = 0; x < width; x++) to[x] = p && q ? p[x] + sign * q[x] : p ? p[x] : sign * q[x];
+  }
+  return result;
+}
+
+// The filter or the input of a correlation and of the three it is reduced to, and so on: node n has children 3 n + 1 to 3.
+constexpr int kInnerNodes[] = {0, 1, 4, 13};  // by number of levels
+
+struct Levels {
+  RowSet node[40];
+  int levels;
+
+  // Vectors of memory for the combined rows of a set of `rows` rows.
+  static std::size_t size(int rows, int width, int levels) {
+    std::size_t total = 0;
+    for (std::size_t sets = 1; levels > 0; levels--, sets *= 3, rows = rows / 2 + 2) total += sets * 2 * (rows / 2 + 2) * width;
+    return total;
+  }
+
+  static Levels of_filter(const RowSet& rows, int width, int levels, Vec* memory) {
+    Levels result = {{rows}, levels};
+    for (int n = 0; n < kInnerNodes[levels]; n++) {
+      const RowSet even = result.node[n].even(), odd = result.node[n].odd();
+      result.node[3 * n + 1] = combine(even, odd, 1.f, width, memory);
+      result.node[3 * n + 2] = even;
+      result.node[3 * n + 3] = odd;
+    }
+    return result;
+  }
+
+  static Levels of_input(const RowSet& rows, int width, int levels, Vec* memory) {
+    Levels result = {{rows}, levels};
+    for (int n = 0; n < kInnerNodes[levels]; n++) {
+      const RowSet even = result.node[n].even(), odd = result.node[n].odd();
+      result.node[3 * n + 1] = odd;
+      result.node[3 * n + 2] = combine(even, odd, -1.f, width, memory);
+      result.node[3 * n + 3] = combine(even.shifted(), odd, -1.f, width, memory);
+    }
+    return result;
+  }
+};
+
+// Rows [lo, hi) of the result, row i at out + i * stride, of `width` columns; with `from`, plus row i of from.
+// product(filter row, its stride, input row, its stride, count, from, out) calls `run`.
+template <class F>
+void correlate_rows(const Levels& filter, const Levels& input, int node, int lo, int hi, int width, const Vec* from,
+                    std::ptrdiff_t from_stride, Vec* out, std::ptrdiff_t stride, F product) {
+  
+  if (node >= kInnerNodes[filter.levels]) {
+    const RowSet &f = filter.node[node], &x = input.node[node];
+    for (int i = lo; i < hi; i++) {
+      const int b = std::max(f.lo, x.lo - i), count = std::max(0, std::min(f.hi, x.hi - i) - b);
+      product(f.row(b), f.stride, x.row(i + b), x.stride, count, from ? from + i * from_stride : nullptr, out + i * stride);
+    }
+    return;
+  }
+  constexpr int rows = 8;  // of the shared product at a time
+  Vec shared[rows * kMaxRun];
+  for (int a = lo / 2; a < (hi + 1) / 2; a += rows) {
+    const int end = std::min(a + rows, (hi + 1) / 2);
+    Vec* at = shared - (std::ptrdiff_t)a * kMaxRun;
+    correlate_rows(filter, input, 3 * node + 1, a, end, width, nullptr, 0, at, kMaxRun, product);
+    for (int odd = 0; odd < 2; odd++) {
+      const int first = std::max(a, (lo - odd + 1) / 2), last = std::min(end, (hi - odd + 1) / 2);
+      correlate_rows(filter, input, 3 * node + 2 + odd, first, last, width, at, kMaxRun, out + odd * stride, 2 * stride,
+                     product);
+    }
+    for (int i = std::max(lo, 2 * a); from && i < std::min(hi, 2 * end); i++) {
+      for (int j = 0; j < width; j++) out[i * stride + j] += from[i * from_stride + j];
+    }
+  }
+}
+
+// How many levels pay, measured: combining rows costs less than what it saves from here on.
+inline int levels_for(int filter_rows, int input_rows) {
+  const int rows = std::min(filter_rows, input_rows);
+  return rows >= 24 ? 3 : rows >= 12 ? 2 : rows >= 8 ? 1 : 0;
+}
+
+// Rows [begin, end) of the output of one block of channels, from the packed input and the packed kernel, [K][K] with each
+// row reversed.
+inline void correlate(const Levels& table, const Levels& in, const Shape& s, int begin, int end, Vec* out) {
   const int k = s.kernel, pad = k / 2;
   for_each_run(s.width, k, [&](int x0, int x1) {
     const Run run = select_run(x1 - x0);
     const int first = std::max(0, pad - x0), last = std::min(k - 1 + x1 - x0, s.width - x0 + pad);
-    for (int y = begin; y < end; y++) {
-      const int top = std::max(0, y - pad), bottom = std::min(s.height, y + pad + 1);
-      const Rows rows = {in + (std::ptrdiff_t)(top - in_begin) * s.width + (x0 - pad + first), 1, s.width,
-                         table + (std::ptrdiff_t)(top - y + pad) * k, k, bottom - top};
-      run(rows, k, first, last, out + (std::ptrdiff_t)(y - begin) * s.width + x0);
-    }
+    correlate_rows(table, in, 0, begin, end, x1 - x0, nullptr, 0, out - (std::ptrdiff_t)begin * s.width + x0, s.width,
+                   [&](const Vec* f, std::ptrdiff_t f_stride, const Vec* x, std::ptrdiff_t x_stride, int count,
+                       const Vec* from, Vec* to) {
+                     run({x + (x0 - pad + first), 1, x_stride, f, f_stride, count}, k, first, last, from, to);
+                   });
   });
 }
 
@@ -143,22 +248,37 @@ inline int parts(std::ptrdiff_t tasks, int limit) {
   return (int)std::min<std::ptrdiff_t>((wanted + tasks - 1) / tasks, limit);
 }
 
-// x [N, C, H, W] -> y [N, C, H, W].
+// Sums up whether all vectors it has seen were finite.
+struct Finite {
+  Vec zero = {};
+  DW_INLINE void see(Vec v) { zero += v - v; }
+  bool all() const {
+    bool result = true;
+    for (int lane = 0; lane < kLanes; lane++) result &= zero[lane] == 0.f;
+    return result;
+  }
+};
+
+// x [N, C, H, W] -> y [N, C, H, W]. Where a value is not finite, differences of rows would carry it to outputs that do not
+// meet it: then the block is computed again without them.
 template <class T>
 void correlate_large(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
-  const int area = s.kernel * s.kernel, pad = s.kernel / 2;
-  const int strip = std::min(s.height, std::max(1, 512 / s.width));  // rows of output that stay in the first-level cache
-  const int threads = omp_get_max_threads(), cuts = parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 3) / 4);
+  const int area = s.kernel * s.kernel, pad = s.kernel / 2, levels = levels_for(s.kernel, s.height);
+  const int strip = std::min(s.height, std::max(16, 512 / s.width / 16 * 16));  // rows of output computed together
+  const int threads = omp_get_max_threads(), cuts = parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16);
   const std::ptrdiff_t per_block = (std::ptrdiff_t)s.batch * cuts, tasks = per_block * s.blocks();
   // A thread takes a whole block where there are enough of them, and packs its weights once.
   const std::ptrdiff_t chunk = std::max<std::ptrdiff_t>(1, std::min(per_block, tasks / (4 * threads)));
-  const std::size_t per_thread = plane + (std::size_t)strip * s.width + area;
+  const std::size_t table_size = area + Levels::size(s.kernel, s.kernel, levels);
+  const std::size_t in_size = plane + Levels::size(s.height, s.width, levels);
+  const std::size_t per_thread = in_size + (std::size_t)strip * s.width + table_size;
   Scratch scratch(per_thread * threads * kLanes);
 #pragma omp parallel num_threads(threads)
   {
     Vec* in = scratch.vectors() + per_thread * omp_get_thread_num();
-    Vec *out = in + plane, *table = out + strip * s.width;
+    Vec *out = in + in_size, *table = out + strip * s.width;
+    Levels filter = {};
     int packed = -1;
 #pragma omp for schedule(monotonic : dynamic, chunk)
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
@@ -168,35 +288,60 @@ void correlate_large(const T* x, const T* weight, const Epilogue& epilogue, cons
       const int in_begin = std::max(0, begin - pad), in_end = std::min(s.height, end + pad);
       if (packed != block) {
         pack_weights(weight + (std::ptrdiff_t)block * kLanes * area, s.kernel, lanes, order, table);
+        filter = Levels::of_filter({table, s.kernel, 0, s.kernel}, s.kernel, levels, table + area);
         packed = block;
       }
       pack(x + offset + (std::ptrdiff_t)in_begin * s.width, plane, lanes, (in_end - in_begin) * s.width, in);
+      // input row i stands at i + pad, where the kernel's first row meets it
+      const RowSet rows = {in - (std::ptrdiff_t)(in_begin + pad) * s.width, s.width, in_begin + pad, in_end + pad};
+      const Levels input = Levels::of_input(rows, s.width, levels, in + plane);
       epilogue.with_channels(block * kLanes, lanes, [&](auto finish) {
-        for (int row = begin; row < end; row += strip) {
-          const int stop = std::min(end, row + strip);
-          correlate(in, in_begin, s, table, row, stop, out);
-          unpack(out, (stop - row) * s.width, y + offset + (std::ptrdiff_t)row * s.width, plane, lanes, finish);
-        }
+        auto compute = [&](const Levels& f) {
+          Finite finite;
+          for (int row = begin; row < end; row += strip) {
+            const int stop = std::min(end, row + strip);
+            correlate(f, input, s, row, stop, out);
+            unpack(out, (stop - row) * s.width, y + offset + (std::ptrdiff_t)row * s.width, plane, lanes, [&](Vec v) {
+              finite.see(v);
+              return finish(v);
+            });
+          }
+          return finite.all();
+        };
+        if (!compute(filter) && levels) compute({{filter.node[0]}, 0});
       });
     }
   }
 }
 
-// Adds rows [begin, end) of one image's weight gradient to `sum`, [end - begin][K].
-inline void weight_gradient_rows(const Vec* x, const Vec* dy, const Shape& s, int begin, int end, Vec* sum) {
+// Adds rows [begin, end) of one image's weight gradient to `sum`, [end - begin][K]: rows of the output gradient stand for
+// the filter, the kernel's rows for the output.
+inline void weight_gradient_rows(const Levels& x, const Levels& dy, const Shape& s, int begin, int end, Vec* sum) {
   const int k = s.kernel, pad = k / 2;
   const int reach = std::min(pad, s.width - 1);  // taps further out only meet padding
+  const int lo = std::max(begin, pad - s.height + 1), hi = std::min(end, pad + s.height);
+  // Where fewer than `few` rows meet, the rows that only cancel would dominate the rounding error.
+  constexpr int rows = 16, few = 4;
+  const Levels plain_x = {{x.node[0]}, 0}, plain_dy = {{dy.node[0]}, 0};
+  Vec part[rows * kMaxRun];
   for_each_run(2 * reach + 1, s.width, [&](int k0, int k1) {
     const Run run = select_run(k1 - k0);
     const int first = std::max(0, reach - k0), last = s.width - k0 + reach;
-    for (int ky = std::max(begin, pad - s.height + 1); ky < std::min(end, pad + s.height); ky++) {
-      const int top = std::max(0, pad - ky), bottom = std::min(s.height, s.height + pad - ky);
-      const Rows rows = {dy + (std::ptrdiff_t)top * s.width + (last - 1 - first), -1, s.width,
-                         x + (std::ptrdiff_t)(top + ky - pad) * s.width, s.width, bottom - top};
-      Vec part[kMaxRun];
-      run(rows, s.width, first, std::min(last, s.width - 1 + k1 - k0), part);
-      Vec* out = sum + (std::ptrdiff_t)(ky - begin) * k + (pad - reach + k0);
-      for (int i = 0; i < k1 - k0; i++) out[i] += part[i];
+    for (int ky = lo, stop; ky < hi; ky = stop) {
+      const int full = pad - s.height + few, last_full = pad + s.height - few;  // of the rows that meet `few` or more
+      stop = std::min({hi, ky + rows, ky < full ? full : ky <= last_full ? last_full + 1 : hi});
+      const bool direct = ky < full || ky > last_full;
+      correlate_rows(direct ? plain_dy : dy, direct ? plain_x : x, 0, ky, stop, k1 - k0, nullptr, 0,
+                     part - (std::ptrdiff_t)ky * kMaxRun, kMaxRun,
+                     [&](const Vec* d, std::ptrdiff_t d_stride, const Vec* in, std::ptrdiff_t in_stride, int count,
+                         const Vec* from, Vec* to) {
+                       run({d + (last - 1 - first), -1, d_stride, in, in_stride, count}, s.width, first,
+                           std::min(last, s.width - 1 + k1 - k0), from, to);
+                     });
+      for (int y = ky; y < stop; y++) {
+        Vec* out = sum + (std::ptrdiff_t)(y - begin) * k + (pad - reach + k0);
+        for (int i = 0; i < k1 - k0; i++) out[i] += part[(y - ky) * kMaxRun + i];
+      }
     }
   });
 }
@@ -206,33 +351,43 @@ inline void weight_gradient_rows(const Vec* x, const Vec* dy, const Shape& s, in
 template <class T>
 void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
-  const int k = s.kernel, area = k * k, threads = omp_get_max_threads(), cuts = parts(s.blocks(), k);
-  const std::size_t per_thread = 2 * plane + area;
+  const int k = s.kernel, pad = k / 2, area = k * k, threads = omp_get_max_threads(), cuts = parts(s.blocks(), (k + 7) / 8);
+  const int levels = levels_for(s.height, s.kernel);
+  const std::size_t size = plane + Levels::size(s.height, s.width, levels), per_thread = 2 * size + area;
   Scratch scratch(per_thread * threads * kLanes);
 #pragma omp parallel num_threads(threads)
   {
     Vec* px = scratch.vectors() + per_thread * omp_get_thread_num();
-    Vec *pdy = px + plane, *sum = pdy + plane;
+    Vec *pdy = px + size, *sum = pdy + size;
 #pragma omp for schedule(monotonic : dynamic, 1)
     for (int task = 0; task < s.blocks() * cuts; task++) {
       const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block);
-      const int begin = k * cut / cuts, end = k * (cut + 1) / cuts;
+      const int begin = k * cut / cuts, end = k * (cut + 1) / cuts, count = (end - begin) * k;
       Vec total = {};
-      std::fill(sum, sum + (end - begin) * k, Vec{});
-      for (int image = 0; image < s.batch; image++) {
-        const std::ptrdiff_t offset = ((std::ptrdiff_t)image * s.channels + block * kLanes) * plane;
-        pack(x + offset, plane, lanes, (int)plane, px);
-        pack(dy + offset, plane, lanes, (int)plane, pdy);
-        weight_gradient_rows(px, pdy, s, begin, end, sum);
-        if (dbias && cut == 0) {
-          for (int y = 0; y < s.height; y++) {
-            Vec row = {};
-            for (int i = 0; i < s.width; i++) row += pdy[(std::ptrdiff_t)y * s.width + i];
-            total += row;
+      auto compute = [&](int levels) {
+        std::fill(sum, sum + count, Vec{});
+        total = Vec{};
+        for (int image = 0; image < s.batch; image++) {
+          const std::ptrdiff_t offset = ((std::ptrdiff_t)image * s.channels + block * kLanes) * plane;
+          pack(x + offset, plane, lanes, (int)plane, px);
+          pack(dy + offset, plane, lanes, (int)plane, pdy);
+          const RowSet rows = {px - (std::ptrdiff_t)pad * s.width, s.width, pad, s.height + pad};
+          weight_gradient_rows(Levels::of_input(rows, s.width, levels, px + plane),
+                               Levels::of_filter({pdy, s.width, 0, s.height}, s.width, levels, pdy + plane), s, begin, end, sum);
+          if (dbias && cut == 0) {
+            for (int y = 0; y < s.height; y++) {
+              Vec row = {};
+              for (int i = 0; i < s.width; i++) row += pdy[(std::ptrdiff_t)y * s.width + i];
+              total += row;
+            }
           }
         }
-      }
-      unpack(sum, (end - begin) * k, dweight + (std::ptrdiff_t)block * kLanes * area + begin * k, area, lanes);
+        Finite finite;
+        for (int i = 0; i < count; i++) finite.see(sum[i]);
+        return finite.all();
+      };
+      if (!compute(levels) && levels) compute(0);
+      unpack(sum, count, dweight + (std::ptrdiff_t)block * kLanes * area + begin * k, area, lanes);
       if (dbias && cut == 0) store_part(dbias + block * kLanes, total, lanes);
     }
   }

@@ -1,0 +1,158 @@
+"""What in a run's settings and data is likely a mistake: one line each, for `doctor.report`."""
+import os
+
+import numpy as np
+import paddle
+
+import utils
+from config import get_config
+from datasets import eval_protocol
+from errors import UserError
+from recipes import RECIPES
+from replknet import VARIANTS
+from run_folder import config_beside
+from zoo import ZOO
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+ARCHITECTURE = ('LAYERS', 'CHANNELS', 'LARGE_KERNEL_SIZES', 'SMALL_KERNEL', 'DW_RATIO', 'FFN_RATIO')
+
+
+def warnings(plan):
+    """Yields the warnings of a `doctor.Plan`."""
+    if not plan.elsewhere and not utils.device_count(plan.device):
+        yield f'-device={plan.device}: there is none on this machine'
+    yield from plan.problems.values()
+    yield from _classes(plan)
+    yield from _evaluation(plan)
+    yield from _start(plan)
+    if not plan.config.EVAL:
+        yield from _rate(plan)
+        yield from _training(plan)
+
+
+def _rate(plan):
+    """The learning rate and the batch it is for."""
+    train, schedule = plan.config.TRAIN, plan.schedule
+    batch, recipe_batch, scaled = plan.global_batch, train.RECIPE_BATCH_SIZE, train.LINEAR_SCALED_LR
+    recipe = RECIPES.get(train.RECIPE)
+    recipe_lr = recipe and recipe.settings['TRAIN.BASE_LR']
+    if scaled and recipe_batch and scaled != recipe_batch:
+        yield (f'the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is for a global batch of '
+               f'{recipe_batch} already, TRAIN.LINEAR_SCALED_LR {scaled} makes it {schedule.base_lr:.4g}; set that to '
+               f'{recipe_batch}, or to 0 with a global batch of {recipe_batch}')
+    elif scaled and recipe_lr and batch != recipe_batch and train.BASE_LR != recipe_lr and \
+            0.8 < train.BASE_LR / (recipe_lr * batch / recipe_batch) < 1.25:
+        yield (f"the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is the recipe's {recipe_lr:g} for "
+               f'this global batch of {batch}, TRAIN.LINEAR_SCALED_LR makes it {schedule.base_lr:.4g}; set one back')
+    elif recipe_batch and not scaled and batch != recipe_batch:
+        yield (f'the global batch is {batch}, TRAIN.BASE_LR {train.BASE_LR:g} is for {recipe_batch}: change '
+               f'-batch_size or -accum_iter, or scale the rate with -opts TRAIN.LINEAR_SCALED_LR {recipe_batch}')
+    if schedule.warmup_steps > schedule.total_steps / 3:
+        yield (f'the warm-up takes {train.WARMUP_EPOCHS:g} of {train.NUM_EPOCHS} epochs; '
+               'set TRAIN.WARMUP_EPOCHS to a tenth of them or less')
+    if train.WARMUP_EPOCHS and not schedule.warmup_steps:
+        yield f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS:g} is less than one optimizer step: there is no warm-up'
+    left = train.MODEL_EMA_DECAY ** schedule.total_steps
+    if train.MODEL_EMA and plan.steps_per_epoch and left > 0.05:
+        yield (f'TRAIN.MODEL_EMA_DECAY {train.MODEL_EMA_DECAY:g} is too slow for {schedule.total_steps:,} steps: '
+               f'{100 * left:.0f} % of the average would still be the weights from the start; '
+               f'about {max(0.0, 1 - 10 / schedule.total_steps):.4g} fits')
+
+
+def _training(plan):
+    config, train = plan.config, plan.config.TRAIN
+    recipe, fine_tuning = RECIPES.get(train.RECIPE), train.LAYER_DECAY < 1
+    if fine_tuning and not config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        start = recipe and recipe.start
+        yield (f'TRAIN.LAYER_DECAY {train.LAYER_DECAY:g} is for fine-tuning, but the run starts from random weights: '
+               f'give -pretrained={start or "WEIGHTS"}')
+    if fine_tuning and train.MIXUP_PROB > 0:
+        yield f'mixup is on (TRAIN.MIXUP_PROB {train.MIXUP_PROB:g}); the published fine-tuning runs train without it'
+    synced = train.SYNC_BN and plan.device == 'gpu' and plan.processes > 1
+    if config.DATA.BATCH_SIZE < 8 and not synced:
+        yield (f'batch norm takes its statistics over {config.DATA.BATCH_SIZE} images; a larger -batch_size with a '
+               'smaller -accum_iter, or TRAIN.SYNC_BN on GPUs, makes them steadier')
+    if config.AMP and not plan.half:
+        yield '-amp changes nothing on the CPU: it computes in float32'
+    if not config.VALIDATE_FREQ and not (recipe and recipe.settings.get('VALIDATE_FREQ') == 0):
+        yield 'VALIDATE_FREQ 0: no accuracy is measured while training, and no best checkpoint is kept'
+    here = _memory_here(plan)
+    if here is not None:
+        held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes
+        if held > here:
+            yield (f'all processes would hold about {held / 2**30:.1f} GiB, the devices here have '
+                   f'{here / 2**30:.1f}: lower -batch_size with a higher -accum_iter, or set MODEL.RECOMPUTE True')
+
+
+def _memory_here(plan):
+    """Bytes of memory of this machine's devices of the plan's kind, None where the plan is for others."""
+    if plan.elsewhere:
+        return None
+    if plan.device == 'cpu' and hasattr(os, 'sysconf'):
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if plan.device == 'gpu' and utils.device_count('gpu'):
+        return plan.processes * paddle.device.cuda.get_device_properties(0).total_memory
+    return None
+
+
+def _classes(plan):
+    head = plan.config.MODEL.NUM_CLASSES
+    for mode, labels in plan.labels.items():
+        beyond = labels[labels >= head]
+        if len(beyond):
+            yield (f'{mode}_list.txt has {len(np.unique(beyond)):,} classes that the head of {head:,} has no output '
+                   f'for, such as {beyond.min()}: set MODEL.NUM_CLASSES to {labels.max() + 1}')
+        absent = np.setdiff1d(np.arange(head), labels)
+        if len(absent):
+            names = ', '.join(map(str, absent[:5])) + (', ...' if len(absent) > 5 else '')
+            yield f'{mode}_list.txt has no picture of {len(absent):,} of the {head:,} classes of the head: {names}'
+    if len(plan.labels) == 2 and plan.steps_per_epoch and len(plan.labels['train']) < len(plan.labels['val']):
+        yield 'there are fewer pictures to train on than to evaluate: are the lists swapped?'
+
+
+def _evaluation(plan):
+    config, size = plan.config, plan.config.DATA.IMAGE_SIZE
+    if size >= 384 and eval_protocol(config) == 'crop':
+        yield (f'evaluation crops at {size} pixels; the published accuracies at 384 warp the whole image, a crop '
+               "costs about 0.2 points: set DATA.EVAL_PROTOCOL to 'auto'")
+    if size < 384 and eval_protocol(config) == 'warp':
+        yield (f'evaluation warps at {size} pixels; the published accuracies below 384 crop the centre: set '
+               "DATA.EVAL_PROTOCOL to 'auto'")
+    if config.DATA.INTERPOLATION != 'bicubic':
+        yield f'DATA.INTERPOLATION {config.DATA.INTERPOLATION}: the published accuracies are with bicubic'
+
+
+def _start(plan):
+    """The weights to start from or evaluate, against the settings."""
+    config = plan.config
+    name = config.MODEL.NAME
+    if name in VARIANTS:
+        for key, value in VARIANTS[name].items():
+            if config.MODEL[key.upper()] != value:
+                yield f'MODEL.{key.upper()} is {config.MODEL[key.upper()]}, in the published {name} {value}'
+    start = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if not start:
+        if config.EVAL:
+            yield '-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists'
+        return
+    cfg = os.path.join(ROOT, ZOO[start].config) if start in ZOO else config_beside(start)
+    if start not in ZOO and not os.path.exists(start):
+        yield f'{start}: no such file, and no name that `python zoo.py` lists'
+    if not cfg:
+        return
+    try:
+        origin = get_config(cfg)
+    except UserError as error:
+        yield str(error)
+        return
+    fixed = (*ARCHITECTURE, 'NUM_CLASSES') if config.EVAL else ARCHITECTURE  # training may take another head
+    wrong = [key for key in fixed if config.MODEL[key] != origin.MODEL[key]]
+    if wrong:
+        yield (f'the weights of {start} will not fit: MODEL.{wrong[0]} is {config.MODEL[wrong[0]]}, theirs '
+               f'{origin.MODEL[wrong[0]]}')
+    theirs, ours = origin.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE
+    if ours < theirs or ours != theirs and config.EVAL:
+        yield f'DATA.IMAGE_SIZE is {ours}; the weights of {start} were trained at {theirs}'
+    for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
+        if config.DATA[key] != origin.DATA[key]:
+            yield f'DATA.{key} is {config.DATA[key]}; the weights of {start} were trained with {origin.DATA[key]}'

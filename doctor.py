@@ -1,0 +1,312 @@
+"""The recipe doctor: what a run would do, how that differs from the published recipe, and what is likely a mistake.
+
+    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet -dry_run
+    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -dry_run -nodes 2 -gpus_per_node 8 -images_per_s 100
+
+Nothing is trained or written; neither a GPU nor the data needs to be there.
+"""
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Dict, Optional
+
+import numpy as np
+
+import utils
+from checkup import warnings
+from config import setting
+from cost import lazy_model, model_cost, training_memory
+from datasets import TrainBatchSampler, eval_protocol, get_dataset
+from errors import UserError
+from monitor import METRICS, read_metrics
+from optim import parameter_groups
+from recipes import RECIPES
+from schedules import Schedule, build_schedule
+
+IMAGENET_IMAGES = {1000: 1_281_167, 21841: 14_197_122}  # classes: training images, where no data is here
+GPU_MEMORY = (16, 24, 40, 80)  # GiB
+BAR = 40  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has not started.
+
+    Attributes:
+        config: settings, those of a planned cluster among them; `device`: kind of device; `nodes`, `processes`: counts.
+        labels: {'train' or 'val': labels int64 [images]} of the lists that are there.
+        problems: {what: the line that says why it cannot be had}.
+        images: training images, of ImageNet where no list is there, None where not even that is known.
+        steps_per_epoch: optimizer steps, None where unknown; `schedule`: its steps count 1000 an epoch then.
+    """
+    config: object
+    device: str
+    nodes: int
+    processes: int
+    labels: Dict[str, np.ndarray]
+    problems: Dict[str, str]
+    images: Optional[int]
+    steps_per_epoch: Optional[int]
+    schedule: Schedule
+
+    @cached_property
+    def cost(self):
+        return model_cost(self.config)
+
+    @property
+    def global_batch(self):
+        return self.config.DATA.BATCH_SIZE * self.config.TRAIN.ACCUM_ITER * self.processes
+
+    @property
+    def elsewhere(self):
+        """Whether it is for a cluster that is not here."""
+        return bool(self.config.PLAN.NODES or self.config.PLAN.GPUS_PER_NODE)
+
+    @property
+    def half(self):
+        """Whether it computes in half precision."""
+        return self.config.AMP and self.device != 'cpu'
+
+    def memory(self, recompute):
+        """Of one process, see `cost.training_memory`."""
+        return training_memory(self.config, self.cost, recompute, self.half, self.processes)
+
+
+def planned_device(config):
+    """The kind of device that a dry run speaks of: that of the settings, whether it is here or not."""
+    if config.DEVICE != 'auto':
+        return config.DEVICE
+    return 'gpu' if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE or utils.device_count('gpu') else 'cpu'
+
+
+def make_plan(config, device, processes):
+    """The run that these settings start as `processes` processes here, or on the cluster of `config.PLAN`."""
+    nodes = max(1, config.PLAN.NODES)
+    if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE:
+        processes = nodes * (config.PLAN.GPUS_PER_NODE or processes)
+        config = _keep_global_batch(config, processes)
+    labels, problems = _read_lists(config)
+    images = len(labels['train']) if 'train' in labels else IMAGENET_IMAGES.get(config.MODEL.NUM_CLASSES)
+    steps_per_epoch = None
+    if images is not None:
+        try:
+            batches = len(TrainBatchSampler(images, config.DATA.BATCH_SIZE, 0, processes))
+            steps_per_epoch = math.ceil(batches / config.TRAIN.ACCUM_ITER)
+        except UserError as error:
+            problems['batch'] = str(error)
+    return Plan(config, device, nodes, processes, labels, problems, images, steps_per_epoch,
+                build_schedule(config, steps_per_epoch or 1000, processes))
+
+
+def _keep_global_batch(config, processes):
+    """The settings with the batch size and accumulation that give the recipe's global batch, where any do."""
+    target = config.TRAIN.RECIPE_BATCH_SIZE
+    if not target or config.TRAIN.LINEAR_SCALED_LR:
+        return config
+    config = config.clone()
+    config.defrost()
+    share, remainder = divmod(target, processes)
+    if remainder or not share:
+        config.TRAIN.ACCUM_ITER = max(1, round(target / processes / config.DATA.BATCH_SIZE))
+    else:
+        batch = max(size for size in range(1, min(share, config.DATA.BATCH_SIZE) + 1) if share % size == 0)
+        config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER = batch, share // batch
+    config.freeze()
+    return config
+
+
+def _read_lists(config):
+    """Labels of the lists that can be read, also those that the head has no output for, and why others cannot."""
+    any_label = config.clone()
+    any_label.defrost()
+    any_label.MODEL.NUM_CLASSES = 2**31
+    folder, labels, problems = config.DATA.DATA_PATH, {}, {}
+    if not os.path.isdir(folder):
+        return labels, {'data': f'{folder}: no such data folder' if folder else 'no data folder is given (-data_path)'}
+    for mode in (() if config.EVAL else ('train',)) + (('val',) if config.EVAL or config.VALIDATE_FREQ else ()):
+        try:
+            labels[mode] = get_dataset(any_label, mode).labels
+        except (UserError, FileNotFoundError) as error:
+            problems[mode] = str(error)
+    return labels, problems
+
+
+def report(config, device, processes):
+    """What the run would do, as text.
+
+    Args:
+        config: settings.
+        device: of `planned_device`; `processes`: that would start here.
+    Raises:
+        UserError: settings that no run could start with.
+    """
+    plan = make_plan(config, device, processes)
+    sections = [('run', _run(plan))]
+    if not config.EVAL:
+        sections += [('schedule', _schedule(plan)), ('speed', _speed(plan))]
+    sections += [('model', _model(plan)), ('data', _data(plan))]
+    if not config.EVAL:
+        sections += [('memory', _memory(plan)), ('recipe', _recipe(plan))]
+    found = list(warnings(plan))
+    lines = [f'{config.MODEL.NAME}: a dry run, nothing is trained or written']
+    for title, rows in sections:
+        if rows:
+            lines += ['', title, *(f'  {label:<20}{text}'.rstrip() for label, text in rows)]
+    lines += ['', 'warnings' if found else 'no warnings', *(f'  - {text}' for text in found)]
+    return '\n'.join(lines)
+
+
+def _run(plan):
+    config, train = plan.config, plan.config.TRAIN
+    here = '' if utils.device_count(plan.device) else ', none on this machine'
+    where = f' = {plan.nodes} machines x {plan.processes // plan.nodes}' if plan.nodes > 1 else ''
+    precision = f'{config.AMP_DTYPE}, {config.AMP_LEVEL}' if plan.half else 'float32'
+    rows = [('device', plan.device + here), ('processes', f'{plan.processes}{where}'), ('precision', precision)]
+    if not config.EVAL:
+        rows.append(('global batch', f'{plan.global_batch} = {config.DATA.BATCH_SIZE} images x {plan.processes} '
+                                     f'process{"es" * (plan.processes > 1)} x {train.ACCUM_ITER} accumulated'))
+        if plan.elsewhere:
+            rows.append(('flags for it', f'-batch_size={config.DATA.BATCH_SIZE} -accum_iter={train.ACCUM_ITER}'))
+    rows.append(('run folder', config.SAVE or 'none'))
+    return rows
+
+
+def _schedule(plan):
+    config, train, schedule = plan.config, plan.config.TRAIN, plan.schedule
+    groups = parameter_groups(lazy_model(config), train.WEIGHT_DECAY, train.LAYER_DECAY)
+    scales = sorted(group['learning_rate'] for group in groups)
+    decay = f'weight decay {train.WEIGHT_DECAY:g}'
+    if train.LAYER_DECAY < 1:
+        decay += f', layer decay {train.LAYER_DECAY:g}: rates times {scales[0]:.2g} to {scales[-1]:g}'
+    rows = [('optimizer', f'{train.OPTIMIZER.NAME}, {decay}')]
+    steps = plan.steps_per_epoch
+    known = f'{steps:,} an epoch, {schedule.total_steps:,} in all' if steps else 'unknown without the data'
+    scaled = f' x batch / {train.LINEAR_SCALED_LR}' if train.LINEAR_SCALED_LR else ''
+    rows += [('optimizer steps', f'{known} ({train.NUM_EPOCHS} epochs)'),
+             ('learning rate', train.LR_SCHEDULER.NAME + scaled)]
+    total = schedule.total_steps
+    for label, step in (('start', 0), ('peak', schedule.warmup_steps), ('middle', total // 2), ('end', total - 1)):
+        epoch = step * train.NUM_EPOCHS / total
+        rows.append((f'  {label}', f'{schedule(step):<12.4g}epoch {epoch:<9.2f}' + (f'step {step:,}' if steps else '')))
+    return rows
+
+
+def _speed(plan):
+    if not plan.config.PLAN.IMAGES_PER_S:
+        return []
+    speed = _images_per_s(plan.config.PLAN.IMAGES_PER_S)
+    rows = [('images/s', f'{speed:,.1f} a process, {speed * plan.processes:,.1f} in all')]
+    if plan.steps_per_epoch:
+        epoch = plan.images / (speed * plan.processes)
+        run = epoch * plan.config.TRAIN.NUM_EPOCHS
+        rows += [('an epoch', f'{_duration(epoch)}, {86400 / epoch:.1f} epochs a day'),
+                 ('the run', f'{_duration(run)}, without evaluation')]
+    return rows
+
+
+def _images_per_s(text):
+    """Images per second of one process: a number, or the median over the epochs of a run folder."""
+    try:
+        speed = float(text)
+    except ValueError:
+        try:
+            records = read_metrics(text)
+        except FileNotFoundError:
+            raise UserError(f'-images_per_s={text}: neither a number nor a run folder with {METRICS}') from None
+        speeds = [r['images_per_s'] / r['processes'] for r in records if r['event'] == 'train']
+        if not speeds:
+            raise UserError(f'-images_per_s={text}: the run has not trained an epoch yet') from None
+        speed = float(np.median(speeds))
+    if not 0 < speed < math.inf:
+        raise UserError(f'-images_per_s={text}: must be above 0')
+    return speed
+
+
+def _model(plan):
+    cost, size = plan.cost, plan.config.DATA.IMAGE_SIZE
+    return [('', f'{"training form":>16}{"merged":>16}'),
+            ('parameters', f'{cost.parameters:>16,}{cost.merged_parameters:>16,}'),
+            ('GMACs an image', f'{cost.macs / 1e9:>16.3f}{cost.merged_macs / 1e9:>16.3f}    at {size}x{size} pixels'),
+            ('classes', f'{plan.config.MODEL.NUM_CLASSES:>16,}')]
+
+
+def _data(plan):
+    config = plan.config
+    protocol = f'crop of {config.DATA.CROP_PCT:g}' if eval_protocol(config) == 'crop' else 'warp to a square'
+    rows = [('folder', config.DATA.DATA_PATH or 'none')]
+    if 'train' not in plan.labels and plan.images and not config.EVAL:
+        rows.append(('train', f'not read; {plan.images:,} images assumed, as ImageNet has'))
+    for mode, labels in plan.labels.items():
+        rows += _class_rows(mode, labels, config.MODEL.NUM_CLASSES)
+    return rows + [('evaluation', f'{config.DATA.IMAGE_SIZE} pixels, {protocol}, {config.DATA.INTERPOLATION}')]
+
+
+def _class_rows(mode, labels, classes):
+    """Images per class, with a bar for each class or for each range of counts."""
+    found, counts = np.unique(labels, return_counts=True)
+    rows = [(mode, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the head '
+                   f'empty; images per class: min {counts.min():,}, median {np.median(counts):,.0f}, max '
+                   f'{counts.max():,}')]
+    low, high = counts.min(), counts.max() + 1
+    if mode == 'val' or classes > 12 and high - low == 1:
+        return rows
+    if classes <= 12:
+        present = dict(zip(found, counts))
+        bars, unit = [(f'class {label}', present.get(label, 0)) for label in range(classes)], 'images'
+    else:
+        totals, edges = np.histogram(counts, bins=min(8, high - low), range=(low, high))
+        bars, unit = [(f'{math.ceil(a):,} to {math.ceil(b) - 1:,}', total)
+                      for a, b, total in zip(edges, edges[1:], totals)], 'classes'
+    longest = max(1, *(count for _, count in bars))
+    return rows + [(f'  {label}', f'{"#" * math.ceil(BAR * count / longest):<{BAR}} {count:,} {unit}')
+                   for label, count in bars]
+
+
+def _memory(plan):
+    config = plan.config
+    recompute = config.MODEL.RECOMPUTE
+    parts = plan.memory(recompute)
+    total, other = sum(parts.values()), sum(plan.memory(not recompute).values())
+    rows = [(part, f'{_size(count):>12}') for part, count in parts.items() if count]
+    how = ('with recomputation', 'without it') if recompute else ('without recomputation', 'with it')
+    rows.append(('each process', f'{_size(total):>12} {how[0]}, {_size(other)} {how[1]}'))
+    if plan.device != 'cpu':
+        image = parts['activations'] / config.DATA.BATCH_SIZE
+        fixed = total - parts['activations']
+        fits = ', '.join(f'{max(0, int((gib * 0.9 * 2**30 - fixed) / image))} in {gib} GiB' for gib in GPU_MEMORY)
+        rows.append(('images that fit', f'{fits} (a tenth left free)'))
+    return rows + [('', "tensors alone: the libraries' own memory comes on top")]
+
+
+def differences(plan):
+    """[(key, value here, value of the published recipe)] where they differ; [] where there is no recipe."""
+    if not plan.config.TRAIN.RECIPE:
+        return []
+    recipe = RECIPES[plan.config.TRAIN.RECIPE]
+    pairs = [('global batch', plan.global_batch, recipe.global_batch)]
+    pairs += [(key, setting(plan.config, key), value) for key, value in recipe.settings.items()]
+    return [(key, here, there) for key, here, there in pairs if here != there]
+
+
+def _recipe(plan):
+    if not plan.config.TRAIN.RECIPE:
+        return [('published', 'none for these settings')]
+    recipe, found = RECIPES[plan.config.TRAIN.RECIPE], differences(plan)
+    width = max((len(key) for key, _, _ in found), default=0)
+    return [('published', f'{recipe.title}; starts from {recipe.start or "random weights"}'),
+            ('differences', f'{len(found)}, here and published' if found else 'none')] + [
+        ('', f'{key:<{width}}  {_text(here):<24}{_text(there)}') for key, here, there in found]
+
+
+def _text(value):
+    return f'{value:g}' if isinstance(value, float) else repr(value) if value == '' else str(value)
+
+
+def _size(count):
+    return f'{count / 2**30:.2f} GiB' if count >= 2**30 else f'{count / 2**20:.1f} MiB'
+
+
+def _duration(seconds):
+    days, hours = seconds / 86400, seconds / 3600
+    return f'{days:.1f} days' if days >= 2 else f'{hours:.1f} hours' if hours >= 2 else f'{seconds / 60:.1f} minutes'

@@ -1,0 +1,33 @@
+"""Draws the curves of one or several runs: loss, accuracy of model and EMA, learning rate, gradient norm, speed.
+
+    python tools/plot_run.py output/RUN                              # output/RUN/curves.png
+    python tools/plot_run.py output/A output/B -output compare.png   # in the same panels
+
+Also of a run that is still going on. Needs matplotlib.
+"""
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from errors import ArgumentParser, UserError  # noqa: E402
+from monitor import CURVES, draw_curves  # noqa: E402
+
+
+def main():
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='run folder')
+    parser.add_argument('-output', '--output', metavar='FILE.png', help=f'default: RUN/{CURVES}, or ./{CURVES}')
+    args = parser.parse_args()
+    path = args.output or (os.path.join(args.runs[0], CURVES) if len(args.runs) == 1 else CURVES)
+    try:
+        draw_curves(args.runs, path)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
