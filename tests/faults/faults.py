@@ -228,7 +228,7 @@ def kills_inside_saves(fleet, count, rng):
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
-        process = fleet.start(folder, DISK_FAULT=f'kill:{rng.randint(1, 70)}')
+        process = fleet.start(folder, DISK_FAULT=f'kill:{rng.randint(1, 90)}')
         status = fleet.end(process)
         if status == 0:
             failures.append(fleet.compare(folder))
@@ -246,7 +246,7 @@ def disk_errors(fleet, count, rng):
     failures, done = [], 0
     while done < count:
         folder, kind = fleet.new(), rng.choice(['ENOSPC', 'EIO', 'EROFS', 'short', 'lost'])
-        points = rng.sample(range(5, 200), min(4, count - done))
+        points = rng.sample(range(5, 300), min(4, count - done))
         with tempfile.NamedTemporaryFile() as log:
             process = fleet.start(folder, DISK_FAULT=f'{kind}:{",".join(map(str, points))}', DISK_FAULT_LOG=log.name)
             status = fleet.end(process)

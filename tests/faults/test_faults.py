@@ -28,9 +28,9 @@ def stopped(fleets):
     def make(folder=None, *flags):
         fleet = fleets[1]
         folder = fleet.new() if folder is None else folder
-        process = fleet.start(folder, *flags, DISK_FAULT='kill:84')
+        process = fleet.start(folder, *flags, DISK_FAULT='kill:106')
         assert fleet.end(process) == -9, process.errors
-        assert any('epoch 2 step 4/9' in line for line in process.lines)
+        assert any('epoch 2 step 6/9' in line for line in process.lines)
         return folder
 
     return make
