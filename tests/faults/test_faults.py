@@ -30,7 +30,7 @@ def stopped(fleets):
         folder = fleet.new() if folder is None else folder
         process = fleet.start(folder, *flags, DISK_FAULT='kill:106')
         assert fleet.end(process) == -9, process.errors
-        assert any('epoch 2 step 6/9' in line for line in process.lines)
+        assert any('epoch 2 step 5/9' in line for line in process.lines)
         return folder
 
     return make
