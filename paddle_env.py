@@ -73,6 +73,8 @@ for _note in ('No ccache found', 'Your model will be trained under CPUONLY', 'Wh
 
 def describe():
     """One line for the log: what was set, or why nothing was."""
+    if os.environ.get('OMP_PROC_BIND', 'false').lower() not in ('', 'false') or os.environ.get('OMP_PLACES'):
+        return f"{_MESSAGE}; OMP_PROC_BIND or OMP_PLACES leaves Paddle's MKL one thread: bind with KMP_AFFINITY instead"
     return _MESSAGE
 
 

@@ -112,6 +112,9 @@ def paddle_dynamic(case, folder):
 def export_paddle(case, folder):
     paddle, model = paddle_model(case)
     model.eval()
+    if case['merged'] and os.environ['LARGE_KERNEL_CONV_IMPL'] == 'custom':
+        from fuse import fuse
+        model = fuse(model)  # the form that export.py writes
     shape = [case['batch'], 3, case['size'], case['size']]
     paddle.jit.save(paddle.jit.to_static(model, input_spec=[paddle.static.InputSpec(shape, 'float32')]),
                     os.path.join(folder, 'model'))

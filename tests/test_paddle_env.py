@@ -91,3 +91,12 @@ def test_threads(user, arguments, expected):
         env['OMP_NUM_THREADS'] = user
     out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True).stdout.split()
     assert int(out[0]) == (int(out[1]) if expected == 'cores' else expected)
+
+
+@pytest.mark.parametrize('name, value, said', [
+    ('OMP_PROC_BIND', 'true', True), ('OMP_PROC_BIND', 'false', False), ('OMP_PLACES', 'cores', True)])
+def test_binding_that_stops_mkls_threads_is_pointed_out(monkeypatch, name, value, said):
+    for variable in ('OMP_PROC_BIND', 'OMP_PLACES'):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    assert ('KMP_AFFINITY' in paddle_env.describe()) == said
