@@ -340,7 +340,10 @@ class DataLoader(paddle.io.DataLoader):
         self.batch_sampler.set_epoch(epoch, start_batch)
 
     def __iter__(self):
+        handler = signal.getsignal(signal.SIGCHLD)
         batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread happens to be
+            signal.signal(signal.SIGCHLD, handler)
         with _watched(getattr(batches, '_workers', [])):
             for images, labels, error in batches:
                 if error:

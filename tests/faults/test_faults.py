@@ -1,4 +1,5 @@
 """The campaigns of faults.py in short, and what a damaged checkpoint, a lost worker and a changed command do."""
+import contextlib
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,8 +125,13 @@ def test_a_worker_of_the_loader_that_dies_ends_every_rank(fleets):
     process = fleet.start(fleet.new(), '-num_workers=1', '-opts', 'TRAIN.NUM_EPOCHS', '1000')
     wait_for_steps(process, 3, 0)
     rank = children(process)[0]
-    workers = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(rank)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[0]), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:  # one that has done its work is not missed
+        for worker in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(rank)], capture_output=True,
+                                     text=True).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
+        time.sleep(0.05)
     assert fleet.end(process) == 1
     assert 'a loading process ended with status -9' in process.errors
 
