@@ -138,9 +138,9 @@ inline RowSet combine(const RowSet& a, const RowSet& b, float sign, int width, V
   return result;
 }
 
-// The filter or the input of a correlation and of the three it is reduced to, and so on: node n has children 3 n + 1 to 3.
 constexpr int kInnerNodes[] = {0, 1, 4, 13};  // by number of levels
 
+// The filter or the input of a correlation and of the three it is reduced to, and so on: node n has children 3 n + 1 to 3.
 struct Levels {
   RowSet node[40];
   int levels;
@@ -148,7 +148,10 @@ struct Levels {
   // Vectors of memory for the combined rows of a set of `rows` rows.
   static std::size_t size(int rows, int width, int levels) {
     std::size_t total = 0;
-    for (std::size_t sets = 1; levels > 0; levels--, sets *= 3, rows = rows / 2 + 2) total += sets * 2 * (rows / 2 + 2) * width;
+    for (std::size_t sets = 1; levels > 0; levels--, sets *= 3) {
+      rows = rows / 2 + 2;
+      total += sets * 2 * rows * width;
+    }
     return total;
   }
 
@@ -180,7 +183,6 @@ struct Levels {
 template <class F>
 void correlate_rows(const Levels& filter, const Levels& input, int node, int lo, int hi, int width, const Vec* from,
                     std::ptrdiff_t from_stride, Vec* out, std::ptrdiff_t stride, F product) {
-  
   if (node >= kInnerNodes[filter.levels]) {
     const RowSet &f = filter.node[node], &x = input.node[node];
     for (int i = lo; i < hi; i++) {
