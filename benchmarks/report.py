@@ -119,8 +119,8 @@ def draw_layers(pyplot, rows, path):
         peaks = [float(r['peak_gflops']) for r in chosen if r['peak_gflops']]
         if peaks:
             panel.axhline(sum(peaks) / len(peaks), color='black', linestyle='--', linewidth=1)
-            panel.annotate('multiply-add peak of the processor', (0.01, sum(peaks) / len(peaks)), (0, 3),
-                           xycoords=('axes fraction', 'data'), textcoords='offset points', fontsize=8)
+            panel.annotate('multiply-add peak of the processor', (0.99, sum(peaks) / len(peaks)), (0, 3),
+                           xycoords=('axes fraction', 'data'), textcoords='offset points', fontsize=8, ha='right')
         panel.set_xticks(range(len(shapes)), [f'{c} channels\n{h}x{h}, k{k}' for c, h, k in shapes], fontsize=9)
         panel.set_yscale('log')
         panel.yaxis.set_major_formatter('{x:g}')
