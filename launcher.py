@@ -153,7 +153,8 @@ def _wait(processes):
         for process in processes:
             process.terminate()
     # without a signal they have little time to end by themselves, as they do after a mistake that all of them made
-    _stop(processes, STOP_SECONDS if stop.asked else 5)
+    # and before its own time is over this process must have killed those that hang
+    _stop(processes, STOP_SECONDS - 7 if stop.asked else 5)
     for rank, code in ended.items():
         if code not in (0, 1, 2, 143) and not stop.asked:  # these have said why
             print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '

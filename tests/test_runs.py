@@ -115,7 +115,7 @@ def test_resuming_in_place_goes_on_where_the_checkpoint_is(trained, run_script, 
     assert read_checkpoint(folder / 'last.pdparams')['epoch'] == 2
 
 
-@pytest.mark.parametrize('which', ['best', 'best_ema'])
+@pytest.mark.parametrize('which', [pytest.param('best', marks=pytest.mark.long), 'best_ema'])
 def test_evaluation_is_the_same_for_any_number_of_processes(trained, run_script, list_dataset, which):
     folder, _ = trained[2]
     lines = []

@@ -38,7 +38,7 @@ def stopped(fleets):
     return make
 
 
-SHORT = {'kill -9, one process': 3, 'kill -9, two processes': 1, 'kill -9 inside saves': 3, 'disk errors': 4,
+SHORT = {'kill -9, one process': 2, 'kill -9, two processes': 1, 'kill -9 inside saves': 2, 'disk errors': 4,
          'signals, one process': 2, 'signals, two processes': 1}
 
 
