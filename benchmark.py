@@ -36,7 +36,7 @@ def build(case):
     """The model of a case in its form."""
     paddle = harness.import_paddle(case['threads'])
     from config import get_config
-    from fuse import fuse
+    from fuse import in_form
     from predictor import load_model
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
@@ -48,13 +48,7 @@ def build(case):
     else:
         model, _ = load_model(name)
     model.eval()
-    if case['form'] == 'fused':
-        return fuse(model)
-    if case['form'] == 'merged':
-        model.structural_reparam()
-    elif any(getattr(layer, 'merged', False) for layer in model.sublayers()):
-        raise UserError('the weights are merged already')
-    return model
+    return in_form(model, case['form'])
 
 
 def images_of(case):

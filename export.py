@@ -10,7 +10,6 @@ the tolerance ends with status 1 and leaves nothing. docs/export.md says how to 
 """
 import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
-import copy
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from certificate import compare_groups, compare_logits, dygraph_program, latency
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
 from errors import ArgumentParser, UserError
-from fuse import fuse
+from fuse import in_form, is_merged
 from large_kernel import load_operator
 from large_kernel.extension import BuildError
 from launcher import exit_status, settings_file
@@ -114,7 +113,7 @@ def export(config, output, form='fused', formats=('paddle',), dynamic=False, tol
             raise UserError(f'-output={output}: holds no {CERTIFICATE}; -overwrite replaces exports only')
     model = build_model(config)[0]
     model.eval()
-    twin = _in_form(model, form)
+    twin = in_form(model, form)
     size = config.DATA.IMAGE_SIZE
     batches, compared_on = _images(config, pictures, dynamic)
     try:
@@ -130,22 +129,6 @@ def export(config, output, form='fused', formats=('paddle',), dynamic=False, tol
     except OSError as error:
         raise UserError(f'-output={output}: cannot be written: {error.strerror}') from None
     return certificate
-
-
-def _in_form(model, form):
-    if form == 'fused':
-        return fuse(model)
-    if form == 'merged':
-        twin = copy.deepcopy(model)
-        twin.structural_reparam()
-        return twin
-    if _is_merged(model):
-        raise UserError('-form=training: the weights are merged already; export them fused or merged')
-    return model
-
-
-def _is_merged(model):
-    return any(getattr(layer, 'merged', False) for layer in model.sublayers())
 
 
 def _images(config, pictures, dynamic):
@@ -193,7 +176,7 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
     expected = [before(images) for images in batches]
     groups = compare_groups(model, twin, batches)
     _refuse_over(tolerance, {name: d.largest / (d.scale or 1) for name, d in groups.items()})
-    costs = {'before': {'form': 'merged' if _is_merged(model) else 'training', **_costs(model, config, one)},
+    costs = {'before': {'form': 'merged' if is_merged(model) else 'training', **_costs(model, config, one)},
              'after': {'form': form, **_costs(twin, config, one)}}
     programs = {}
     for name, write, load, needs in _programs(twin, formats, size, threads):

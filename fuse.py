@@ -12,6 +12,7 @@ import copy
 import paddle
 from paddle import nn
 
+from errors import UserError
 from large_kernel import DepthwiseConv2D
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
@@ -51,6 +52,28 @@ def fuse(model):
         _set(fused.head, weight * scale[:, None], as_float64(fused.head.bias) + shift @ weight)
         fused.norm = nn.Identity()
     return fused
+
+
+def is_merged(model):
+    """Whether the small kernels of a RepLKNet are merged into its large ones."""
+    return any(getattr(layer, 'merged', False) for layer in model.sublayers())
+
+
+def in_form(model, form):
+    """A RepLKNet in eval mode in the form 'fused', 'merged' or 'training': the model itself for the last.
+
+    Raises:
+        UserError: the training form of merged weights, which cannot be had.
+    """
+    if form == 'fused':
+        return fuse(model)
+    if form == 'merged':
+        twin = copy.deepcopy(model)
+        twin.structural_reparam()
+        return twin
+    if is_merged(model):
+        raise UserError('-form=training: the weights are merged already; take merged or fused')
+    return model
 
 
 def _fold(conv_bn, before=None):

@@ -244,7 +244,6 @@ class RunFolder:
         if self._scalars is not None:
             self._scalars.add(values)
 
-
     def save_last(self, state):
         """Saves the state to resume from, after what could not be saved before; the one before stays as previous."""
         for name, (owed, key) in list(self._owed.items()):

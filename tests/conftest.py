@@ -47,6 +47,12 @@ def list_dataset(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def picture():
+    noise = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((96, 72), Image.BICUBIC)
+
+
 TINY_YAML = """
 MODEL:
   NAME: tiny

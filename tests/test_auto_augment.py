@@ -18,12 +18,6 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-@pytest.fixture
-def picture():
-    noise = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((96, 72), Image.BICUBIC)
-
-
 INCREASING = {'AutoContrast', 'Equalize', 'Invert', 'Rotate', 'PosterizeIncreasing', 'SolarizeIncreasing',
               'SolarizeAdd', 'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
               'ShearX', 'ShearY', 'TranslateXRel', 'TranslateYRel'}

@@ -17,12 +17,6 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-@pytest.fixture
-def picture():
-    noise = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((96, 72), Image.BICUBIC)
-
-
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 @pytest.mark.parametrize('name', ['rocket.jpg', 'coffee.png', 'camera_gray.png'])
 def test_eval_equals_golden_pictures_bit_for_bit(golden, name, protocol):
