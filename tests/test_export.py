@@ -149,12 +149,12 @@ def test_without_a_compiler_the_standard_program_is_written(settings, tmp_path, 
 
 
 def test_the_certificate_names_the_group_that_is_wrong(settings, tmp_path, monkeypatch):
-    def wrong(model):
+    def wrong(model, form):
         twin = fuse(model)
         bias = twin.transitions[1][0].conv.bias
         bias.set_value(bias + 0.01)
         return twin
-    monkeypatch.setattr(exporting, 'fuse', wrong)
+    monkeypatch.setattr(exporting, 'in_form', wrong)
     with pytest.raises(CertificateError, match='transition 1 differs from the original by') as caught:
         export(settings(), tmp_path / 'out')
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
