@@ -13,7 +13,8 @@ import paddle
 from paddle import nn
 
 from errors import UserError
-from large_kernel import DepthwiseConv2D
+from large_kernel import DepthwiseConv2D, pack_weights
+from large_kernel.fused import BLOCK
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 
@@ -52,6 +53,19 @@ def fuse(model):
         _set(fused.head, weight * scale[:, None], as_float64(fused.head.bias) + shift @ weight)
         fused.norm = nn.Identity()
     return fused
+
+
+def pack(model):
+    """Prepares a RepLKNet in eval mode, of any form, for inference on the CPU, in place; returns it.
+
+    The weights of its dense convolutions are packed, see `pack_weights`, and where all widths are multiples of 16 its
+    inner feature maps stand in blocks [N, C / 16, H, W, 16]; images, logits and features are as before.
+    """
+    widths = [layer.weight.shape[0] for layer in model.sublayers() if isinstance(layer, nn.Conv2D)]
+    pack_weights(model)
+    if all(width % BLOCK == 0 for width in widths):
+        model.stem[0].conv.blocked = True
+    return model
 
 
 def is_merged(model):

@@ -41,7 +41,7 @@ def write_onnx(model, path, size=None):
             x = graph.conv_bn(x, layer)
     x = graph.node('Flatten', [graph.node('GlobalAveragePool', [graph.norm(x, model.norm)])])
     graph.node('Gemm', [x, *graph.parameters(model.head, 'weight', 'bias')], 'logits')
-    shapes = {'images': ['N', model.stem[0].conv.weight.shape[1], *(size or ('H', 'W'))],
+    shapes = {'images': ['N', model.in_channels, *(size or ('H', 'W'))],
               'logits': ['N', model.num_classes]}
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     proto = helper.make_graph(graph.nodes, 'replknet', ends[:1], ends[1:], graph.initializers)

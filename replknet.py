@@ -16,7 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import DepthwiseConv2D, conv_block
+from large_kernel import DepthwiseConv2D, as_planes, conv_block
 
 MIN_SIZE = 32  # pixels a side: the network's total stride
 
@@ -272,7 +272,7 @@ class RepLKNet(nn.Layer):
             out_indices = sorted(out_indices)
             if len(set(out_indices)) < len(out_indices) or not set(out_indices) <= set(range(stages)):
                 raise ValueError(f'out_indices {out_indices} must be different stages out of 0 to {stages - 1}')
-        self.out_indices = out_indices
+        self.in_channels, self.out_indices = in_channels, out_indices
 
         width = channels[0]
         self.stem = nn.LayerList([
@@ -314,7 +314,7 @@ class RepLKNet(nn.Layer):
             if s < last:
                 for layer in self.transitions[s]:
                     x = layer(x)
-        return features
+        return [as_planes(x) for x in features]
 
     def forward(self, x):
         """Images [N, in_channels, H, W] to logits [N, num_classes].
@@ -346,7 +346,7 @@ class RepLKNet(nn.Layer):
 
     @paddle.jit.not_to_static  # traced as it is: translated to a graph, sizes would become tensors
     def _check_input(self, x):
-        channels = self.stem[0].conv.weight.shape[1]
+        channels = self.in_channels
         # a traced program has -1 for sizes that are free
         if x.ndim != 4 or x.shape[1] not in (channels, -1) or any(0 <= side < MIN_SIZE for side in x.shape[2:]):
             raise ValueError(f'input of shape {list(x.shape)}; RepLKNet takes [N, {channels}, H, W] with H and W '

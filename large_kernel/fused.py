@@ -1,10 +1,12 @@
 """A convolution with the norms, activation and residual around it: one operator for inference, else layer by layer."""
 import paddle
 import paddle.nn.functional as F
+from paddle import nn
 
 from large_kernel import extension
 from large_kernel.conv import DTYPES, DepthwiseConv2D, runs_custom
 
+BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 
 
@@ -15,8 +17,8 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
     Where `can_fuse` says so the C++ operator computes it at once, otherwise the layers are called in turn.
 
     Args:
-        x: [N, C, H, W].
-        conv: `DepthwiseConv2D` or `nn.Conv2D`.
+        x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16]; then the result is in blocks as well.
+        conv: `DepthwiseConv2D`, `nn.Conv2D` or `PackedConv2D`.
         norm, pre_norm: batch norms of the result and of the input; `activation`: 'relu', 'gelu' (exact) or ''.
         residual: like the result.
 
@@ -24,23 +26,32 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
         [N, C_out, H_out, W_out], of x's dtype.
     """
     if can_fuse(x, conv, norm, pre_norm, residual):
-        return extension.run_fused(x, conv.weight.astype(x.dtype), conv.bias, residual, _tensors(pre_norm),
-                                   _tensors(norm), conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm))
+        packed = isinstance(conv, PackedConv2D)
+        return extension.run_fused(x, conv.weight if packed else conv.weight.astype(x.dtype), conv.bias, residual,
+                                   _tensors(pre_norm), _tensors(norm), conv._stride[0], activation, _epsilon(pre_norm),
+                                   _epsilon(norm), blocked=len(x.shape) == 5 or packed and conv.blocked)
+    x = as_planes(x)
     x = conv(x if pre_norm is None else pre_norm(x))
     x = _ACTIVATIONS[activation](x if norm is None else norm(x))
-    return x if residual is None else residual + x
+    return x if residual is None else as_planes(residual) + x
+
+
+def as_planes(x):
+    """A feature map [N, C, H, W] as it is, or one in blocks [N, C / 16, H, W, 16] in that layout."""
+    return x.transpose([0, 1, 4, 2, 3]).flatten(1, 2) if len(x.shape) == 5 else x
 
 
 @paddle.jit.not_to_static
 def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
     """Whether `conv_block` takes the operator.
 
-    It does for a depthwise convolution, or a 1x1 one, which alone may have a norm before it and a residual, where the
-    C++ operator serves, norms use their running statistics, nobody asks for gradients and no hook waits for a layer's
+    It does for a depthwise convolution, or a 1x1 or packed one, which alone may have a norm before it and a residual,
+    where the C++ operator serves, norms use their running statistics, nobody asks for gradients and no hook waits for a layer's
     own call.
     """
-    pointwise = tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1)
-    if not pointwise and (not isinstance(conv, DepthwiseConv2D) or pre_norm is not None or residual is not None):
+    dense = isinstance(conv, PackedConv2D) or (
+        tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1))
+    if not dense and (not isinstance(conv, DepthwiseConv2D) or pre_norm is not None or residual is not None):
         return False
     norms = [layer for layer in (norm, pre_norm) if layer is not None]
     layers = [conv, *norms]
@@ -52,6 +63,63 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
         if any(t is not None and not t.stop_gradient for t in tensors):
             return False
     return str(x.dtype).split('.')[-1].lower() in DTYPES and runs_custom(x)
+
+
+class PackedConv2D(nn.Layer):
+    """A dense convolution for inference whose weight is kept in the layout that the C++ operator computes with.
+
+    Packed in every call, as those of `nn.Conv2D` are, weights cost some percent of a network's time. Where the operator
+    does not serve, the weight is unpacked in every call.
+
+    Args:
+        conv: `nn.Conv2D` for which `can_pack` holds.
+
+    Attributes:
+        weight: float32 [out_channels / 16, in_channels * K * K, 16]; `bias`: as in `conv`.
+        blocked: whether `conv_block` gives its result in blocks, [N, C / 16, H, W, 16], even of an input that is not.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self._kernel_size, self._stride, self._groups = conv._kernel_size, conv._stride, conv._groups
+        self._in_channels, self.bias, self.blocked = conv._in_channels, conv.bias, False
+        weight = conv.weight.astype('float32').reshape([conv.weight.shape[0] // BLOCK, BLOCK, -1]).transpose([0, 2, 1])
+        self.weight = self.create_parameter(weight.shape)
+        self.weight.set_value(weight)
+        self.weight.stop_gradient = True
+        self.eval()
+
+    @staticmethod
+    def can_pack(conv):
+        """Whether a layer is a dense convolution of odd K, "same" padding, stride 1 or 2, 16 n channels and no hook."""
+        if not isinstance(conv, nn.Conv2D) or conv._forward_pre_hooks or conv._forward_post_hooks:
+            return False
+        kernel, stride = conv._kernel_size[0], conv._stride[0]
+        same = [list(values) for values in (conv._kernel_size, conv._updated_padding, conv._stride, conv._dilation)]
+        return (conv._groups == 1 and conv.weight.shape[0] % BLOCK == 0 and conv._padding_mode == 'zeros'
+                and kernel % 2 == 1 and stride in (1, 2)
+                and same == [[kernel] * 2, [kernel // 2] * 2, [stride] * 2, [1, 1]])
+
+    def forward(self, x):
+        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        x, kernel = as_planes(x), self._kernel_size[0]
+        weight = self.weight.transpose([0, 2, 1]).reshape([-1, self._in_channels, kernel, kernel]).astype(x.dtype)
+        return F.conv2d(x, weight, None if self.bias is None else self.bias.astype(x.dtype), self._stride, kernel // 2)
+
+
+def pack_weights(model):
+    """Packs the weights of the dense convolutions of a model in eval mode, in place, for inference on the CPU.
+
+    The function it computes stays; names and shapes in its state dict do not.
+
+    Returns:
+        The model.
+    """
+    for layer in model.sublayers(include_self=True):
+        for name, conv in layer._sub_layers.items():
+            if PackedConv2D.can_pack(conv):
+                layer._sub_layers[name] = PackedConv2D(conv)
+    return model
 
 
 def _tensors(norm):

@@ -1,6 +1,8 @@
 // Depthwise convolution with "same" padding, forward and backward: x [N, C, H, W], weight [C, 1, K, K] with odd K,
-// y [N, C, ceil(H / stride), ceil(W / stride)], NCHW, contiguous. T is float, bfloat16 or float16; sums are float.
+// y [N, C, ceil(H / stride), ceil(W / stride)], contiguous, forward also in blocks (map.h). T is float, bfloat16 or float16; sums are float.
 #pragma once
+#include <vector>
+
 #include "packed.h"
 
 namespace dwconv {
@@ -26,13 +28,18 @@ void with_constants(const Shape& s, F f) {
 }
 
 template <class T>
-void forward(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
   if (is_large(s)) {
     correlate_large(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_packed(s)) {
     with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
+  } else if (!x.blocked && !y.blocked) {
+    forward_rows(x.data, weight, epilogue, s, y.data);
   } else {
-    forward_rows(x, weight, epilogue, s, y);
+    std::vector<T> in(x.pixels * s.batch * s.channels), out(y.pixels * s.batch * s.channels);
+    copy_map(x, s.batch, Map<T>{in.data(), s.channels, x.pixels});
+    forward_rows(in.data(), weight, epilogue, s, out.data());
+    copy_map(Map<const T>{out.data(), s.channels, y.pixels}, s.batch, y);
   }
 }
 
@@ -40,7 +47,9 @@ void forward(const T* x, const T* weight, const Epilogue& epilogue, const Shape&
 template <class T>
 void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   if (is_large(s)) {
-    if (dx) correlate_large(dy, weight, Epilogue{}, s, Order::kInputGradient, dx);
+    const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
+    const Map<const T> from = {dy, s.channels, pixels};
+    if (dx) correlate_large(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
     if (dweight) weight_gradient_large(x, dy, s, dweight, dbias);
   } else if (is_packed(s)) {
     with_constants(s, [&](auto k, auto stride) {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "epilogue.h"
+#include "map.h"
 
 namespace dwconv {
 
@@ -264,7 +265,8 @@ struct Finite {
 // x [N, C, H, W] -> y [N, C, H, W]. Where a value is not finite, differences of rows would carry it to outputs that do not
 // meet it: then the block is computed again without them.
 template <class T>
-void correlate_large(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
+void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
+                     const Map<T>& y) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int area = s.kernel * s.kernel, pad = s.kernel / 2, levels = levels_for(s.kernel, s.height);
   const int strip = std::min(s.height, std::max(16, 512 / s.width / 16 * 16));  // rows of output computed together
@@ -285,25 +287,25 @@ void correlate_large(const T* x, const T* weight, const Epilogue& epilogue, cons
 #pragma omp for schedule(monotonic : dynamic, chunk)
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
       const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);
-      const std::ptrdiff_t offset = ((std::ptrdiff_t)image * s.channels + block * kLanes) * plane;
+      const int channel = block * kLanes;
       const int begin = s.height * cut / cuts, end = s.height * (cut + 1) / cuts;
       const int in_begin = std::max(0, begin - pad), in_end = std::min(s.height, end + pad);
       if (packed != block) {
-        pack_weights(weight + (std::ptrdiff_t)block * kLanes * area, s.kernel, lanes, order, table);
+        pack_weights(weight + (std::ptrdiff_t)channel * area, s.kernel, lanes, order, table);
         filter = Levels::of_filter({table, s.kernel, 0, s.kernel}, s.kernel, levels, table + area);
         packed = block;
       }
-      pack(x + offset + (std::ptrdiff_t)in_begin * s.width, plane, lanes, (in_end - in_begin) * s.width, in);
+      x.read(image, channel, lanes, (std::ptrdiff_t)in_begin * s.width, (in_end - in_begin) * s.width, in);
       // input row i stands at i + pad, where the kernel's first row meets it
       const RowSet rows = {in - (std::ptrdiff_t)(in_begin + pad) * s.width, s.width, in_begin + pad, in_end + pad};
       const Levels input = Levels::of_input(rows, s.width, levels, in + plane);
-      epilogue.with_channels(block * kLanes, lanes, [&](auto finish) {
+      epilogue.with_channels(channel, lanes, [&](auto finish) {
         auto compute = [&](const Levels& f) {
           Finite finite;
           for (int row = begin; row < end; row += strip) {
             const int stop = std::min(end, row + strip);
             correlate(f, input, s, row, stop, out);
-            unpack(out, (stop - row) * s.width, y + offset + (std::ptrdiff_t)row * s.width, plane, lanes, [&](Vec v) {
+            y.write(out, image, channel, lanes, (std::ptrdiff_t)row * s.width, (stop - row) * s.width, [&](Vec v) {
               finite.see(v);
               return finish(v);
             });

@@ -1,10 +1,10 @@
 // The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients, and
-// `fused_conv`, depthwise or 1x1 with what stands around it, for inference.
+// `fused_conv`, depthwise or dense with what stands around it, for inference.
 #include <string>
 #include <vector>
 
+#include "dense.h"
 #include "depthwise.h"
-#include "pointwise.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/core/dense_tensor.h"
@@ -20,10 +20,25 @@ namespace {
 using paddle::DataType;
 using paddle::Tensor;
 
+using Dims = std::vector<int64_t>;
+
+// Of a map [N, C, H, W], or [N, C / kBlock, H, W, kBlock] in blocks.
+bool is_blocked(const Dims& x) { return x.size() == 5 && x[4] == dwconv::kBlock; }
+
+// [N, C, H, W]
+Dims plain_shape(const Dims& x) { return is_blocked(x) ? Dims{x[0], x[1] * x[4], x[2], x[3]} : x; }
+
+Dims out_shape(Dims x, int stride) {
+  for (int i = 2; i < 4; i++) x[i] = x[i] < 0 ? -1 : (x[i] - 1) / stride + 1;  // -1: not known before the run
+  return x;
+}
+
+Dims blocked_shape(const Dims& x) { return {x[0], x[1] / dwconv::kBlock, x[2], x[3], dwconv::kBlock}; }
+
 dwconv::Shape check(const Tensor& x, const Tensor& weight, int stride) {
   PD_CHECK(x.is_cpu() && weight.is_cpu(), "large_kernel_conv runs on the CPU only");
   PD_CHECK(x.dtype() == weight.dtype(), "large_kernel_conv needs input and weight of the same dtype");
-  const auto &in = x.shape(), &w = weight.shape();
+  const Dims in = plain_shape(x.shape()), w = weight.shape();
   PD_CHECK(in.size() == 4 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3] && w[2] % 2 == 1 &&
                (stride == 1 || stride == 2),
            "large_kernel_conv needs input [N, C, H, W], weight [C, 1, K, K] with odd K, and stride 1 or 2");
@@ -58,6 +73,12 @@ const T* read(const Tensor& t) { return static_cast<const T*>(t.data()); }
 template <class T>
 T* written(Tensor& t) { return static_cast<T*>(t.data()); }
 
+template <class T>
+dwconv::Map<T> map_of(T* data, const Dims& dims) {
+  const Dims plain = plain_shape(dims);
+  return {data, (int)plain[1], plain[2] * plain[3], is_blocked(dims)};
+}
+
 // `count` values as float32.
 std::vector<float> floats(const Tensor& t, std::int64_t count, const char* name) {
   PD_CHECK(t.numel() == count, "large_kernel: ", name, " has ", t.numel(), " values for ", count, " channels");
@@ -77,9 +98,15 @@ Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias
   const std::vector<float> shift = bias ? floats(*bias, s.channels, "bias") : std::vector<float>();
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    dwconv::forward(read<T>(x), read<T>(weight), {nullptr, bias ? shift.data() : nullptr}, s, written<T>(y));
+    dwconv::forward(map_of(read<T>(x), x.shape()), read<T>(weight), {nullptr, bias ? shift.data() : nullptr}, s,
+                    map_of(written<T>(y), y.shape()));
   });
   return y;
+}
+
+// Of the weight of `fused_conv`, packed or not.
+std::int64_t out_channels(const std::vector<int64_t>& weight) {
+  return weight.size() == 3 ? weight[0] * weight[2] : weight[0];
 }
 
 using OptionalTensor = paddle::optional<Tensor>;
@@ -111,45 +138,57 @@ dwconv::Activation activation_of(const std::string& name) {
   return dwconv::Activation::kNone;
 }
 
-// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional; input norm and residual of a 1x1 only.
+// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise, 1x1, or dense
+// with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is in blocks; the input may be either way, the residual is as the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
                               const OptionalTensors& out_norm, int stride, const std::string& activation,
-                              float in_epsilon, float out_epsilon) {
+                              float in_epsilon, float out_epsilon, bool blocked) {
   const Tensor x = plain(input);
-  const auto &in = x.shape(), &w = weight.shape();
-  PD_CHECK(in.size() == 4 && w.size() == 4, "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K]");
-  const bool pointwise = w[2] == 1 && w[3] == 1 && w[1] == in[1] && stride == 1;
-  PD_CHECK(pointwise || (!residual && (!in_norm || in_norm->empty())),
-           "fused_conv: input norm and residual are for 1x1 convolutions");
+  const Dims in = plain_shape(x.shape()), w = weight.shape();
+  PD_CHECK(in.size() == 4 && (w.size() == 4 || (w.size() == 3 && w[2] == dwconv::kBlock)),
+           "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K], or either in blocks");
+  const bool packed = w.size() == 3, is_dense = packed || (w[2] == 1 && w[3] == 1 && w[1] == in[1] && stride == 1);
+  const int kernel = packed ? (int)std::lround(std::sqrt(w[1] / in[1])) : (int)w[2];
+  PD_CHECK(!packed || (kernel * kernel * in[1] == w[1] && kernel % 2 == 1 && (stride == 1 || stride == 2)),
+           "fused_conv: packed weight of ", w[1], " inputs for ", in[1], " channels");
+  PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1) || !in_norm || in_norm->empty()),
+           "fused_conv: residuals are for dense convolutions, input norms for 1x1 ones");
+  const std::int64_t channels = out_channels(w);
+  PD_CHECK(!blocked || channels % dwconv::kBlock == 0, "fused_conv: ", channels, " channels cannot stand in blocks");
   const Affine before(in_norm, in_epsilon, in[1]);
-  Affine after(out_norm, out_epsilon, w[0]);
+  Affine after(out_norm, out_epsilon, channels);
   if (bias) {
-    const auto b = floats(*bias, w[0], "bias");
-    after.shift.resize(w[0]);
-    for (std::int64_t c = 0; c < w[0]; c++) after.shift[c] += b[c] * (after.scale.empty() ? 1.f : after.scale[c]);
+    const auto b = floats(*bias, channels, "bias");
+    after.shift.resize(channels);
+    for (std::int64_t c = 0; c < channels; c++) after.shift[c] += b[c] * (after.scale.empty() ? 1.f : after.scale[c]);
   }
   const dwconv::Epilogue epilogue = {after.scale_or_null(), after.shift_or_null(), activation_of(activation)};
-  if (!pointwise) {
+  Dims out = out_shape(in, stride);
+  out[1] = channels;
+  if (blocked) out = blocked_shape(out);
+  Tensor y = paddle::experimental::empty(out, x.dtype(), x.place());
+  if (!is_dense) {
     const dwconv::Shape s = check(x, weight, stride);
-    Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
     dispatch(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      dwconv::forward(read<T>(x), read<T>(weight), epilogue, s, written<T>(y));
+      dwconv::forward(map_of(read<T>(x), x.shape()), read<T>(weight), epilogue, s, map_of(written<T>(y), out));
     });
     return {y};
   }
   const Tensor added = residual ? plain(*residual) : Tensor();
-  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(),
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && weight.dtype() == (packed ? DataType::FLOAT32 : x.dtype()),
            "fused_conv needs input and weight of the same dtype on the CPU");
-  Tensor y = paddle::experimental::empty({in[0], w[0], in[2], in[3]}, x.dtype(), x.place());
-  PD_CHECK(!residual || (added.shape() == y.shape() && added.dtype() == x.dtype()),
+  PD_CHECK(!residual || (added.shape() == out && added.dtype() == x.dtype()),
            "fused_conv needs a residual of the shape and dtype of the result");
-  const dwconv::PointwiseShape s = {(int)in[0], (int)in[1], (int)w[0], (int)(in[2] * in[3])};
+  const dwconv::Shape s = {(int)in[0], (int)in[1], (int)in[2], (int)in[3], kernel, stride};
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    dwconv::pointwise(read<T>(x), read<T>(weight), before.scale_or_null(), before.shift_or_null(), epilogue,
-                      residual ? read<T>(added) : nullptr, s, written<T>(y));
+    auto run = [&](auto w) {
+      dwconv::dense(map_of(read<T>(x), x.shape()), w, before.scale_or_null(), before.shift_or_null(), epilogue,
+                    residual ? read<T>(added) : nullptr, s, map_of(written<T>(y), out));
+    };
+    packed ? run(dwconv::Packed{read<float>(weight)}) : run(read<T>(weight));
   });
   return {y};
 }
@@ -190,13 +229,6 @@ std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Te
   return run_backward(x, weight, &bias, dy, stride, input_grad, weight_grad);
 }
 
-using Dims = std::vector<int64_t>;
-
-Dims out_shape(Dims x, int stride) {
-  for (int i = 2; i < 4; i++) x[i] = x[i] < 0 ? -1 : (x[i] - 1) / stride + 1;  // -1: not known before the run
-  return x;
-}
-
 std::vector<Dims> InferShape(const Dims& x, const Dims&, int stride, bool, bool) { return {out_shape(x, stride)}; }
 std::vector<Dims> InferShapeBias(const Dims& x, const Dims&, const Dims&, int stride, bool, bool) {
   return {out_shape(x, stride)};
@@ -206,10 +238,11 @@ std::vector<DataType> InferDtype(const DataType& x, const DataType&) { return {x
 using OptionalDims = paddle::optional<Dims>;
 using OptionalDimsList = paddle::optional<std::vector<Dims>>;
 std::vector<Dims> FusedShape(const Dims& x, const Dims& weight, const OptionalDims&, const OptionalDims&,
-                             const OptionalDimsList&, const OptionalDimsList&, int stride, const std::string&, float, float) {
-  Dims y = out_shape(x, stride);
-  y[1] = weight[0];
-  return {y};
+                             const OptionalDimsList&, const OptionalDimsList&, int stride, const std::string&, float, float,
+                             bool blocked) {
+  Dims y = out_shape(plain_shape(x), stride);
+  y[1] = out_channels(weight);
+  return {blocked ? blocked_shape(y) : y};
 }
 std::vector<DataType> FusedDtype(const DataType& x, const DataType&, const paddle::optional<DataType>&,
                                  const paddle::optional<DataType>&, const paddle::optional<std::vector<DataType>>&,
@@ -252,7 +285,7 @@ PD_BUILD_OP(fused_conv)
     .Inputs({"X", "Filter", paddle::Optional("Bias"), paddle::Optional("Residual"), paddle::Optional(paddle::Vec("InNorm")),
              paddle::Optional(paddle::Vec("OutNorm"))})
     .Outputs({"Out"})
-    .Attrs({"stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float"})
+    .Attrs({"stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float", "blocked: bool"})
     .SetKernelFn(PD_KERNEL(FusedConv))
     .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));

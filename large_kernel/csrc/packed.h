@@ -57,10 +57,11 @@ struct PackedWorkspace {
   }
 };
 
+// Into the middle of `to`, by way of `plane`.
 template <class T>
-void pack_bordered(const T* planes, std::ptrdiff_t plane_stride, int lanes, int height, int width, Vec* plane, Vec* to,
+void read_bordered(const Map<const T>& x, int image, int channel, int lanes, int height, int width, Vec* plane, Vec* to,
                    std::ptrdiff_t pitch, int border) {
-  pack(planes, plane_stride, lanes, height * width, plane);
+  x.read(image, channel, lanes, 0, height * width, plane);
   for (int y = 0; y < height; y++) {
     std::memcpy(to + (y + border) * pitch + border, plane + (std::ptrdiff_t)y * width, width * sizeof(Vec));
   }
@@ -70,32 +71,35 @@ inline bool all_finite(const Vec* p, int count) {
   return all_finite(reinterpret_cast<const float*>(p), count * kLanes);
 }
 
+// The outputs in w.plane, of w.x, without the taps on the border.
+inline void packed_exact(PackedWorkspace& w, const Shape& s) {
+  const int border = s.kernel / 2;
+  std::fill(w.plane, w.plane + (std::ptrdiff_t)s.out_height() * s.out_width(), Vec{});
+  for_each_tap(s, [&](auto o, auto i, int tap) {
+    w.plane[o] += w.x[(i / s.width + border) * w.x_pitch + i % s.width + border] * w.weight[tap];
+  });
+}
+
 template <int K, int S, class T>
-void forward_packed(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
-  const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
+void forward_packed(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
 #pragma omp parallel
   {
     PackedWorkspace w(s);
 #pragma omp for schedule(static)
     for (std::ptrdiff_t task = 0; task < (std::ptrdiff_t)s.batch * s.blocks(); task++) {
-      const int block = task / s.batch, lanes = s.lanes(block);
-      const std::ptrdiff_t first = (std::ptrdiff_t)block * kLanes, plane = task % s.batch * s.channels + first;
-      pack(weight + first * K * K, K * K, lanes, K * K, w.weight);
-      if (!all_finite(w.weight, K * K)) {
-        for (int c = 0; c < lanes; c++) {
-          exact_forward(x + (plane + c) * in, weight + (first + c) * K * K, epilogue.scale ? epilogue.scale[first + c] : 1.f,
-                        epilogue.shift ? epilogue.shift[first + c] : 0.f, s, y + (plane + c) * out);
-          epilogue.activate_plane(out, y + (plane + c) * out);
+      const int image = task % s.batch, block = task / s.batch, lanes = s.lanes(block), channel = block * kLanes;
+      pack(weight + (std::ptrdiff_t)channel * K * K, K * K, lanes, K * K, w.weight);
+      read_bordered(x, image, channel, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
+      if (all_finite(w.weight, K * K)) {
+        for (int row = 0; row < s.out_height(); row++) {
+          packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, s.out_width(),
+                              w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
         }
-        continue;
+      } else {
+        packed_exact(w, s);
       }
-      pack_bordered(x + plane * in, in, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
-      for (int row = 0; row < s.out_height(); row++) {
-        packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, s.out_width(),
-                            w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
-      }
-      epilogue.with_channels((int)first, lanes, [&](auto finish) {
-        unpack(w.plane, (int)out, y + plane * out, out, lanes, finish);
+      epilogue.with_channels(channel, lanes, [&](auto finish) {
+        y.write(w.plane, image, channel, lanes, 0, s.out_height() * s.out_width(), finish);
       });
     }
   }
@@ -161,7 +165,7 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
       Vec bias_sum = {};
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
-        pack_bordered(dy + plane * out, out, lanes, s.out_height(), s.out_width(), w.plane, w.dy, w.dy_pitch, K);
+        read_bordered(Map<const T>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), w.plane, w.dy, w.dy_pitch, K);
         if (dbias) bias_sum = std::accumulate(w.plane, w.plane + out, bias_sum);
         if (dx && finite) {
           packed_input_gradient<K, S>(s, w);
@@ -171,7 +175,7 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
           exact_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
         }
         if (dweight) {
-          pack_bordered(x + plane * in, in, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
+          read_bordered(Map<const T>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
           int ky = 0;
           for (; ky + rows <= K; ky += rows) packed_weight_gradient<K, S, rows>(s, w, ky);
           if constexpr (K % rows != 0) packed_weight_gradient<K, S, K % rows>(s, w, ky);

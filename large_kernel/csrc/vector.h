@@ -29,7 +29,7 @@ typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
-DW_INLINE Vec splat(float value) { return Vec{} + value; }
+DW_INLINE Vec splat(float value) { return value - Vec{}; }
 
 // ---- kLanes consecutive elements, at any address ----
 

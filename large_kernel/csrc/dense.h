@@ -1,0 +1,202 @@
+// Dense convolution, of 1x1 kernels above all, as a matrix product: output channels in vector lanes, pixels in registers,
+// everything around it fused.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "large.h"
+
+namespace dwconv {
+
+// A tile is kTile pixels by up to kPanel vectors of output channels; its sums fill the registers.
+constexpr int kTile = kRegisters == 32 && kLanes == 16 ? 7 : 6;
+constexpr int kPanel = kRegisters == 16 ? 2 : kLanes == 16 ? 3 : 4;  // another vector would spill
+constexpr int kDepth = 512;  // input channels whose weights, kPanel vectors each, stay in the second-level cache
+
+// The weight [Co / kBlock, Ci * K * K, kBlock] of a convolution, packed ahead of the call.
+struct Packed {
+  const float* data;
+};
+
+// Pixels in blocks of input channels, [Ci / kBlock][..][kBlock], `block` floats from one to the next. Blocks of weights are
+// [Co / kBlock][..][kBlock], `block` floats apart.
+struct Blocks {
+  const float* data;
+  std::ptrdiff_t block;
+};
+
+template <int V, int... I>
+DW_INLINE void tile_step(Vec (&sum)[V * kTile], const Blocks& weight, const float* x, std::integer_sequence<int, I...>) {
+  ((sum[I] += load(weight.data + I / kTile * kLanes / kBlock * weight.block + I / kTile * kLanes % kBlock) *
+              splat(x[I % kTile * kBlock])), ...);
+}
+
+template <int V, int... I>
+DW_INLINE void tile_load(Vec (&sum)[V * kTile], const Vec* from, std::ptrdiff_t pitch, std::integer_sequence<int, I...>) {
+  ((sum[I] = from ? from[I / kTile * pitch + I % kTile] : Vec{}), ...);
+}
+
+template <int V, int... I>
+DW_INLINE void tile_store(Vec (&sum)[V * kTile], Vec* to, std::ptrdiff_t pitch, std::integer_sequence<int, I...>) {
+  ((to[I / kTile * pitch + I % kTile] = sum[I]), ...);
+}
+
+// to[v][p] = (add ? to[v][p] : 0) + the sum over k < depth of weight[k][v] * x[k][p].
+template <int V>
+__attribute__((noinline)) void multiply_tile(Blocks weight, Blocks x, int depth, bool add, Vec* to, std::ptrdiff_t pitch) {
+  constexpr auto all = std::make_integer_sequence<int, V * kTile>{};
+  Vec sum[V * kTile];
+  tile_load<V>(sum, add ? to : nullptr, pitch, all);
+  for (; depth > 0; depth -= kBlock, x.data += x.block) {
+    const int count = std::min(depth, kBlock);
+    for (int k = 0; k < count; k++, weight.data += kBlock) tile_step<V>(sum, weight, x.data + k, all);
+  }
+  tile_store<V>(sum, to, pitch, all);
+}
+
+using MultiplyTile = void (*)(Blocks, Blocks, int, bool, Vec*, std::ptrdiff_t);
+
+inline MultiplyTile select_tile_product(int vectors) {
+  static constexpr MultiplyTile products[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<std::min(3, kPanel)>,
+                                              multiply_tile<kPanel>};
+  return products[vectors - 1];
+}
+
+// Weights of `vectors` vectors of output channels from `channel` on, of `depth` input channels from k on.
+template <class T>
+Blocks panel_weights(const T* weight, int in_channels, int out_channels, int channel, int vectors, int k, int depth,
+                     float* table) {
+  for (int v = 0; v < vectors; v++) {
+    const int first = channel + v * kLanes, in_block = v * kLanes % kBlock;
+    pack(weight + (std::ptrdiff_t)first * in_channels + k, in_channels, std::min(kLanes, out_channels - first), depth,
+         reinterpret_cast<Vec*>(table + (v * kLanes - in_block) * depth + in_block), kBlockVectors);
+  }
+  return {table, (std::ptrdiff_t)depth * kBlock};
+}
+
+inline Blocks panel_weights(Packed weight, int in_channels, int, int channel, int, int k, int, float*) {
+  const std::ptrdiff_t block = (std::ptrdiff_t)in_channels * kBlock;
+  return {weight.data + channel / kBlock * block + channel % kBlock + (std::ptrdiff_t)k * kBlock, block};
+}
+
+// `count` pixels of an image from `pixel` on, as scale * x + shift -> [Ci / kBlock][count][kBlock].
+template <class T>
+void pack_pixels(const Map<const T>& x, int image, int pixel, int count, const float* scale, const float* shift, float* out,
+                 std::ptrdiff_t block) {
+  for (int channel = 0; channel < x.channels; channel += kLanes) {
+    const int lanes = std::min(kLanes, x.channels - channel);
+    Vec* to = reinterpret_cast<Vec*>(out + channel / kBlock * block + channel % kBlock);
+    x.read(image, channel, lanes, pixel, count, to, kBlockVectors);
+    if (!scale) continue;
+    const Vec a = load_lanes(scale + channel, lanes), b = load_lanes(shift + channel, lanes);
+    for (int i = 0; i < count; i++) to[i * kBlockVectors] = a * to[i * kBlockVectors] + b;
+  }
+}
+
+// What `count` outputs of an image from `pixel` on see through a window of K x K inputs, in the order of a weight
+// [Ci, K, K] -> [Ci * K * K / kBlock][count][kBlock].
+template <class T>
+void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, int count, float* out, std::ptrdiff_t block) {
+  for (int r = 0; r < s.channels * s.kernel * s.kernel; r++) {
+    const T* plane = x.at(image, r / (s.kernel * s.kernel), 0);
+    const int step = x.blocked ? kBlock : 1, above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
+    float* to = out + r / kBlock * block + r % kBlock;
+    int row = pixel / s.out_width(), column = pixel % s.out_width();
+    for (int i = 0; i < count; i++, to += kBlock) {
+      const int iy = row * s.stride + above, ix = column * s.stride + left;
+      const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
+      *to = inside ? to_float(plane + ((std::ptrdiff_t)iy * s.width + ix) * step) : 0.f;
+      if (++column == s.out_width()) column = 0, row++;
+    }
+  }
+}
+
+// A convolution of x [N, Ci, H, W] with "same" padding and weight [Co, Ci] or, of any odd K, packed -> y [N, Co, pixels], plus `residual`, like y, if there is one. With
+// `in_scale` and `in_shift` [Ci], for 1x1 kernels, the input is in_scale * x + in_shift. `s` is the shape of the input.
+template <class T, class W>
+void dense(const Map<const T>& x, W weight, const float* in_scale, const float* in_shift, const Epilogue& epilogue,
+           const T* residual, const Shape& s, const Map<T>& y) {
+  constexpr bool is_packed = std::is_same_v<W, Packed>;
+  const int threads = omp_get_max_threads(), pixels = (int)y.pixels, batch = s.batch;
+  const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the weight
+  const int vectors = (y.channels + kLanes - 1) / kLanes, panels = (vectors + kPanel - 1) / kPanel;
+  // A part is the pixels that meet the weights of a panel at once, about 256: a chunk of one large map, or several small
+  // maps. Packed weights cost nothing to take up again: with them one map is divided among the threads.
+  const int map_tiles = (pixels + kTile - 1) / kTile;
+  int chunks = std::max(1, (pixels + 128) / 256);
+  if (is_packed && chunks * batch < threads) chunks = std::min(threads, std::max(1, map_tiles / 8));
+  const int tiles = (map_tiles + chunks - 1) / chunks;
+  const int group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTile)));
+  const std::ptrdiff_t parts = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
+  // Pixels that stand as they are needed are not copied. There the last tile begins earlier, not to reach behind the map.
+  const bool in_place = std::is_same_v<T, float> && x.blocked && s.kernel == 1 && s.stride == 1 && !in_scale && pixels >= kTile;
+  const int in_blocks = (terms + kBlock - 1) / kBlock, pitch = tiles * kTile;
+  // a line more than it holds, or all blocks would share a few cache sets
+  const std::ptrdiff_t copy_block = (std::ptrdiff_t)pitch * kBlock + kBlock;
+  const std::size_t copied = in_place ? 0 : (std::size_t)group * in_blocks * copy_block;
+  constexpr int panel_channels = std::max(kBlock, kPanel * kLanes);
+  const std::size_t table_size = is_packed ? 0 : (std::size_t)panel_channels * std::min(terms, kDepth);
+  const std::size_t per_thread = (copied + table_size + (std::size_t)group * kPanel * pitch * kLanes + 15) / 16 * 16;
+  Scratch scratch(per_thread * threads);
+  std::vector<std::atomic<int>> taken(parts);  // panels of each part
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    float* const copy = scratch.floats() + per_thread * thread;
+    float* const table = copy + copied;
+    Vec* const sums = reinterpret_cast<Vec*>(copy + per_thread) - group * kPanel * pitch;
+    // Each thread begins with parts of its own, so that few pixels are packed twice, and ends by helping others.
+    for (std::ptrdiff_t i = 0; i < parts; i++) {
+      const std::ptrdiff_t part = (parts * thread / threads + i) % parts;
+      const int chunk = part % chunks, image = (int)(part / chunks) * group, images = std::min(group, batch - image);
+      const int first = map_tiles * chunk / chunks * kTile;
+      const int count = std::min(map_tiles * (chunk + 1) / chunks * kTile, pixels) - first;
+      for (int panel, packed = in_place ? images : 0; (panel = taken[part]++) < panels;) {
+        for (; packed < images; packed++) {
+          float* to = copy + packed * in_blocks * copy_block;
+          if (s.kernel == 1 && s.stride == 1) {
+            pack_pixels(x, image + packed, first, count, in_scale, in_shift, to, copy_block);
+          } else {
+            pack_windows(x, s, image + packed, first, count, to, copy_block);
+          }
+        }
+        const int begin = vectors * panel / panels, end = vectors * (panel + 1) / panels;
+        const MultiplyTile product = select_tile_product(end - begin);
+        for (int k = 0; k < terms; k += kDepth) {
+          const int depth = std::min(kDepth, terms - k);
+          const Blocks w = panel_weights(weight, terms, y.channels, begin * kLanes, end - begin, k, depth, table);
+          for (int i = 0; i < images; i++) {
+            Blocks in = {copy + (i * in_blocks + k / kBlock) * copy_block, copy_block};
+            if constexpr (std::is_same_v<T, float>) {
+              if (in_place) in = {x.at(image + i, k, first), x.pixels * kBlock};
+            }
+            for (int p = 0; p < count; p += kTile) {
+              const int start = in_place ? std::min(p, count - kTile) : p;
+              product(w, {in.data + start * kBlock, in.block}, depth, k > 0, sums + i * kPanel * pitch + p, pitch);
+            }
+          }
+        }
+        const int rest = count % kTile;  // pixels of the last tile
+        for (int v = 0; in_place && rest && v < images * kPanel; v++) {
+          Vec* last = sums + v * pitch + count - rest;
+          std::copy_n(last + kTile - rest, rest, last);
+        }
+        for (int v = begin; v < end; v++) {
+          const int channel = v * kLanes, lanes = std::min(kLanes, y.channels - channel);
+          epilogue.with_channels(channel, lanes, [&](auto finish) {
+            for (int i = 0; i < images; i++) {
+              y.write(sums + (i * kPanel + v - begin) * pitch, image + i, channel, lanes, first, count, finish, residual);
+            }
+          });
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dwconv

@@ -1,0 +1,65 @@
+// Feature maps in memory, and the way between them and one vector of channels per pixel.
+#pragma once
+#include <algorithm>
+
+#include "vector.h"
+
+namespace dwconv {
+
+// Channels that stand together in blocked maps and packed weights, on every processor alike.
+constexpr int kBlock = 16, kBlockVectors = kBlock / kLanes;
+
+// Planes [N, C, pixels], or blocks [N, C / kBlock, pixels, kBlock], for which C is a multiple of kBlock.
+template <class T>
+struct Map {
+  T* data;
+  int channels;
+  std::ptrdiff_t pixels;
+  bool blocked = false;
+
+  T* at(int image, int channel, std::ptrdiff_t pixel) const {
+    const std::ptrdiff_t first = (std::ptrdiff_t)image * channels;
+    return blocked ? data + (first + channel / kBlock * kBlock) * pixels + pixel * kBlock + channel % kBlock
+                   : data + (first + channel) * pixels + pixel;
+  }
+
+  // `count` pixels from `pixel` on of `lanes` channels from `channel` on, a multiple of kLanes -> vectors, `step` apart.
+  void read(int image, int channel, int lanes, std::ptrdiff_t pixel, int count, Vec* out, int step = 1) const {
+    const T* from = at(image, channel, pixel);
+    if (!blocked) return pack(from, pixels, lanes, count, out, step);
+    for (int i = 0; i < count; i++) out[i * step] = load(from + i * kBlock);
+  }
+
+  // The inverse: writes finish(vector), plus what stands there in `added`, a map like this one, if there is one.
+  template <class F>
+  void write(const Vec* in, int image, int channel, int lanes, std::ptrdiff_t pixel, int count, F finish,
+             const T* added = nullptr) const {
+    T* to = at(image, channel, pixel);
+    if (added) added += to - data;
+    if (!blocked) return unpack(in, count, to, pixels, lanes, finish, added);
+    for (int i = 0; i < count; i++) {
+      const Vec v = finish(in[i]);
+      store(to + i * kBlock, added ? v + load(added + i * kBlock) : v);
+    }
+  }
+};
+
+// The same values in the layout of `to`.
+template <class T>
+void copy_map(const Map<const T>& from, int batch, const Map<T>& to) {
+  constexpr int strip = 512;  // pixels
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int image = 0; image < batch; image++) {
+    for (int channel = 0; channel < from.channels; channel += kLanes) {
+      const int lanes = std::min(kLanes, from.channels - channel);
+      Vec pixels[strip];
+      for (std::ptrdiff_t i = 0; i < from.pixels; i += strip) {
+        const int count = (int)std::min<std::ptrdiff_t>(strip, from.pixels - i);
+        from.read(image, channel, lanes, i, count, pixels);
+        to.write(pixels, image, channel, lanes, i, count, Identity{});
+      }
+    }
+  }
+}
+
+}  // namespace dwconv
