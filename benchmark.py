@@ -36,7 +36,8 @@ def build(case):
     """The model of a case in its form."""
     paddle = harness.import_paddle(case['threads'])
     from config import get_config
-    from fuse import in_form
+    from fuse import in_form, pack
+    from large_kernel.conv import runs_custom
     from predictor import load_model
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
@@ -48,7 +49,10 @@ def build(case):
     else:
         model, _ = load_model(name)
     model.eval()
-    return in_form(model, case['form'])
+    model = in_form(model, case['form'])
+    if runs_custom(paddle.zeros([1])) and (case['backend'] == 'inference' or case['form'] == 'fused'):
+        pack(model)  # as export.py and predict.py do
+    return model
 
 
 def images_of(case):
@@ -67,8 +71,8 @@ def marked(kinds):
     from large_kernel.fused import can_fuse, conv_block
 
     def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None):
-        kernel, depthwise = conv.weight.shape[-1], conv.weight.shape[1] == 1 < conv.weight.shape[0]
-        if depthwise:
+        kernel = conv._kernel_size[0]
+        if conv._groups > 1:
             kinds.append('large depthwise' if kernel >= LARGE_FROM else 'small depthwise')
         else:
             kinds.append('pointwise' if kernel == 1 else 'dense conv')

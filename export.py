@@ -10,6 +10,7 @@ the tolerance ends with status 1 and leaves nothing. docs/export.md says how to 
 """
 import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
+import copy
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from certificate import compare_groups, compare_logits, dygraph_program, latency
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
 from errors import ArgumentParser, UserError
-from fuse import in_form, is_merged
+from fuse import in_form, is_merged, pack
 from large_kernel import load_operator
 from large_kernel.extension import BuildError
 from launcher import exit_status, settings_file
@@ -219,18 +220,19 @@ def _refuse_over(tolerance, measured):
 
 def _programs(twin, formats, size, threads):
     """(name, function that writes it to a path, function that loads it, what it needs to run) of each program."""
-    def save(implementation):
-        return lambda path: save_paddle_program(twin, path, size, implementation)
+    def save(model, implementation):
+        return lambda path: save_paddle_program(model, path, size, implementation)
 
     if 'paddle' in formats:
         def load(path):
             return load_paddle_program(path, threads)
         try:
             load_operator()
-            yield 'model', save('custom'), load, 'large_kernel.load_operator() before it is loaded'
+            yield ('model', save(pack(copy.deepcopy(twin)), 'custom'), load,
+                   'large_kernel.load_operator() before it is loaded')
         except BuildError as error:
             print(f'without `model`, which runs the operator: {error}', file=sys.stderr)
-        yield 'model_native', save('native'), load, 'standard operators of Paddle'
+        yield 'model_native', save(twin, 'native'), load, 'standard operators of Paddle'
     if 'onnx' in formats:
         yield ('model.onnx', lambda path: write_onnx(twin, path, size), lambda path: load_onnx_program(path, threads),
                'standard operators of ONNX')

@@ -27,8 +27,9 @@ from certificate import dygraph_program
 from config import get_config
 from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
 from errors import UserError
-from fuse import fuse
+from fuse import fuse, pack
 from large_kernel import extension
+from large_kernel.conv import runs_custom
 from launcher import ROOT, settings_file
 from programs import load_paddle_program, save_paddle_program
 from run import build_model
@@ -109,9 +110,12 @@ class Predictor:
         self._prepare(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
         if features:  # the final norm, which the fused form has lost, is part of them
             network.structural_reparam()
-            network = _WithFeatures(network)
         else:
             network = fuse(network)
+        if self.device == 'cpu' and extension.reason_unavailable() is None and runs_custom(paddle.zeros([1])):
+            pack(network)
+        if features:
+            network = _WithFeatures(network)
         if self.backend == 'dygraph':
             self._compute = dygraph_program(network)
             return

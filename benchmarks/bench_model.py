@@ -110,14 +110,14 @@ def paddle_dynamic(case, folder):
 
 
 def export_paddle(case, folder):
-    paddle, model = paddle_model(case)
+    _, model = paddle_model(case)
+    from programs import save_paddle_program
     model.eval()
-    if case['merged'] and os.environ['LARGE_KERNEL_CONV_IMPL'] == 'custom':
-        from fuse import fuse
-        model = fuse(model)  # the form that export.py writes
-    shape = [case['batch'], 3, case['size'], case['size']]
-    paddle.jit.save(paddle.jit.to_static(model, input_spec=[paddle.static.InputSpec(shape, 'float32')]),
-                    os.path.join(folder, 'model'))
+    implementation = os.environ['LARGE_KERNEL_CONV_IMPL']
+    if case['merged'] and implementation == 'custom':
+        from fuse import fuse, pack
+        model = pack(fuse(model))  # what export.py writes
+    save_paddle_program(model, os.path.join(folder, 'model'), (case['size'], case['size']), implementation)
 
 
 def paddle_inference(case, folder):

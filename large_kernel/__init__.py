@@ -10,4 +10,5 @@ from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d
 from large_kernel.extension import BuildError, load_operator
 from large_kernel.fused import as_planes, conv_block, pack_weights
 
-__all__ = ['BuildError', 'DepthwiseConv2D', 'as_planes', 'conv_block', 'depthwise_conv2d', 'describe_choices', 'load_operator', 'pack_weights']
+__all__ = ['BuildError', 'DepthwiseConv2D', 'as_planes', 'conv_block', 'depthwise_conv2d', 'describe_choices',
+           'load_operator', 'pack_weights']

@@ -29,7 +29,7 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
         packed = isinstance(conv, PackedConv2D)
         return extension.run_fused(x, conv.weight if packed else conv.weight.astype(x.dtype), conv.bias, residual,
                                    _tensors(pre_norm), _tensors(norm), conv._stride[0], activation, _epsilon(pre_norm),
-                                   _epsilon(norm), blocked=len(x.shape) == 5 or packed and conv.blocked)
+                                   _epsilon(norm), len(x.shape) == 5 or packed and conv.blocked)
     x = as_planes(x)
     x = conv(x if pre_norm is None else pre_norm(x))
     x = _ACTIVATIONS[activation](x if norm is None else norm(x))
@@ -45,13 +45,13 @@ def as_planes(x):
 def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
     """Whether `conv_block` takes the operator.
 
-    It does for a depthwise convolution, or a 1x1 or packed one, which alone may have a norm before it and a residual,
-    where the C++ operator serves, norms use their running statistics, nobody asks for gradients and no hook waits for a layer's
-    own call.
+    It does for a depthwise convolution, a 1x1 one and a packed one, where the C++ operator serves, norms use their
+    running statistics, nobody asks for gradients and no hook waits for a layer's own call. A residual must be that of a
+    dense convolution, a norm before it that of a 1x1.
     """
-    dense = isinstance(conv, PackedConv2D) or (
-        tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1))
-    if not dense and (not isinstance(conv, DepthwiseConv2D) or pre_norm is not None or residual is not None):
+    pointwise = tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1)
+    packed = isinstance(conv, PackedConv2D)
+    if not (pointwise or (pre_norm is None and (packed or (isinstance(conv, DepthwiseConv2D) and residual is None)))):
         return False
     norms = [layer for layer in (norm, pre_norm) if layer is not None]
     layers = [conv, *norms]

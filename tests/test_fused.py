@@ -1,11 +1,13 @@
 """A convolution with the norms, activation and residual around it in one operator, against plain layers and float64."""
+import copy
 import math
 
 import numpy as np
 import pytest
 
-from large_kernel import DepthwiseConv2D, conv_block, extension
-from large_kernel.fused import can_fuse
+from fuse import pack
+from large_kernel import DepthwiseConv2D, as_planes, conv_block, extension, pack_weights
+from large_kernel.fused import PackedConv2D, can_fuse
 from replknet import ConvBN, RepLKNet
 
 import paddle  # isort: skip
@@ -109,6 +111,90 @@ def test_nan_and_inf_reach_their_pixel_only(value):
     np.testing.assert_array_equal(got[1, :, 2, 4], np.where(want[1, :, 2, 4] < 0, 0, want[1, :, 2, 4]))
 
 
+def as_blocks(x):
+    n, c, h, w = x.shape
+    return x.reshape([n, c // 16, 16, h, w]).transpose([0, 1, 3, 4, 2])
+
+
+@pytest.mark.parametrize('kernel, stride, inputs, outputs, batch, height, width', [
+    (1, 1, 16, 48, 1, 14, 14), (1, 1, 600, 32, 2, 7, 7), (1, 1, 5, 16, 3, 2, 3), (1, 1, 64, 64, 1, 33, 31),
+    (1, 2, 4, 16, 1, 5, 6), (3, 2, 3, 64, 2, 21, 18), (3, 1, 4, 16, 1, 1, 1), (5, 2, 2, 32, 1, 9, 4)])
+def test_packed_convolution_is_the_plain_one(kernel, stride, inputs, outputs, batch, height, width):
+    conv, after = nn.Conv2D(inputs, outputs, kernel, stride, kernel // 2), norm(outputs)
+    conv.eval()
+    packed = PackedConv2D(conv)
+    x = paddle.randn([batch, inputs, height, width])
+    residual = paddle.randn(conv(x).shape)
+    want = (nn.functional.gelu(after(conv(x))) + residual).numpy()
+    arguments = {'norm': after, 'activation': 'gelu'}
+    assert can_fuse(x, packed, after, residual=residual)
+    results = [conv_block(x, packed, residual=residual, **arguments)]
+    packed.blocked = True
+    results.append(conv_block(x, packed, residual=as_blocks(residual), **arguments))
+    if inputs % 16 == 0:
+        results.append(conv_block(as_blocks(x), conv, residual=as_blocks(residual), **arguments))
+    for result in results[1:]:
+        assert result.shape == as_blocks(residual).shape
+    for result in results:
+        np.testing.assert_allclose(as_planes(result).numpy(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kernel, stride', [(1, 1), (3, 1), (3, 2), (5, 1), (13, 1), (13, 2)])
+def test_depthwise_convolution_of_blocks_is_that_of_planes(kernel, stride):
+    conv, after, x = DepthwiseConv2D(32, kernel, stride), norm(32), paddle.randn([2, 32, 12, 11])
+    want = conv_block(x, conv, after, 'relu')
+    got = conv_block(as_blocks(x), conv, after, 'relu')
+    assert got.shape == as_blocks(want).shape
+    np.testing.assert_allclose(as_planes(got).numpy(), want.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_layers_do_without_the_operator_too(monkeypatch):
+    conv = nn.Conv2D(16, 32, 1)
+    conv.eval()
+    packed, x, after = PackedConv2D(conv), paddle.randn([2, 16, 5, 6]), norm(32)
+    want = conv(x).numpy()
+    after.train()  # statistics of the batch: layer by layer
+    packed.blocked = True
+    with paddle.enable_grad():
+        got = conv_block(as_blocks(x), packed, after, residual=as_blocks(paddle.zeros([2, 32, 5, 6])))
+    np.testing.assert_allclose(got.numpy(), norm_of_batch(want, after), rtol=1e-4, atol=1e-4)
+    x.stop_gradient = False
+    with paddle.enable_grad():
+        packed(x).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy()[0, :, 0, 0], conv.weight.numpy()[:, :, 0, 0].sum(0), rtol=1e-4, atol=1e-5)
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'native')
+    np.testing.assert_allclose(conv_block(x, packed).numpy(), want, rtol=1e-4, atol=1e-5)
+
+
+def norm_of_batch(x, layer):
+    mean, variance = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    weight, bias = (t.numpy()[None, :, None, None] for t in (layer.weight, layer.bias))
+    return (x - mean) / np.sqrt(variance + layer._epsilon) * weight + bias
+
+
+def test_only_what_the_operator_can_compute_is_packed():
+    hooked = nn.Conv2D(4, 16, 1)
+    hooked.register_forward_post_hook(lambda *_: None)
+    left = [nn.Conv2D(4, 8, 1), nn.Conv2D(16, 16, 1, groups=16), nn.Conv2D(4, 16, 3), nn.Conv2D(4, 16, 2, padding=1),
+            nn.Conv2D(4, 16, 3, padding=1, dilation=2), nn.Conv2D(4, 16, 1, stride=3),
+            nn.Conv2D(4, 16, (1, 3), padding=(0, 1)), nn.Conv2D(4, 16, 3, padding=1, padding_mode='reflect'), hooked]
+    taken = [nn.Conv2D(4, 16, 3, 2, 1), nn.Conv2D(4, 32, 1, bias_attr=False)]
+    model = pack_weights(nn.LayerList([*left, *taken]))
+    assert [isinstance(layer, PackedConv2D) for layer in model] == [False] * len(left) + [True] * len(taken)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('kernel', [3, 9])
+def test_weights_that_are_not_finite_in_blocks(kernel, value):
+    conv, x = DepthwiseConv2D(16, kernel), paddle.randn([1, 16, 12, 9])
+    conv.weight[3, 0, 0, 1] = value
+    x[0, 5, 4, 4] = value
+    want = conv(x).numpy()
+    assert 0 < (~np.isfinite(want)).sum() < want.size / 4
+    got = as_planes(conv_block(as_blocks(x), conv)).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_other_layers_are_left_to_be_called():
     conv, after = nn.Conv2D(4, 4, 1), norm(4)
     conv.eval()
@@ -173,6 +259,27 @@ def test_network_computes_the_same_with_and_without(merged, monkeypatch, tmp_pat
                                          full_graph=True), str(tmp_path / 'model'))
     program = paddle.jit.load(str(tmp_path / 'model'))
     np.testing.assert_allclose(program(x).numpy(), fused, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize('channels', [[16, 32, 48, 64], [12, 16, 20, 24]])
+@pytest.mark.parametrize('out_indices', [None, (1, 3)])
+def test_packed_network_computes_the_same(channels, out_indices, monkeypatch, tmp_path):
+    model = RepLKNet([9, 7, 5, 3], [1, 1, 2, 1], channels, small_kernel=3, num_classes=5, out_indices=out_indices,
+                     norm_intermediate_features=out_indices is not None)
+    for name, parameter in model.named_parameters():
+        if name.endswith(('_variance', 'norm.weight')):
+            parameter.set_value(paddle.rand(parameter.shape) + 0.5)
+    model.eval()
+    images = [paddle.randn([2, 3, 64, 52]), paddle.randn([1, 3, 33, 97])]
+    want = [model(x) for x in images]
+    packed = pack(copy.deepcopy(model))
+    assert packed.stem[0].conv.blocked if channels[0] % 16 == 0 else not isinstance(packed.stem[0].conv, PackedConv2D)
+    for _ in range(2):
+        for x, expected in zip(images, want):
+            found = packed(x)
+            for a, b in zip(expected, found) if out_indices else [(expected, found)]:
+                np.testing.assert_allclose(b.numpy(), a.numpy(), rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+        monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'fft')  # and without the operator
 
 
 def test_conv_bn_trains_as_before():

@@ -7,9 +7,10 @@
 #include <random>
 #include <vector>
 
+#include "dense.h"
 #include "depthwise.h"
-#include "pointwise.h"
 
+using dwconv::Map;
 using dwconv::Shape;
 
 namespace {
@@ -27,6 +28,32 @@ struct Buffer {
       dwconv::store_part(&data[i], dwconv::splat(value), 1);
     }
   }
+};
+
+// A map in a buffer of exactly its size.
+template <class T>
+struct Held {
+  Buffer<T> buffer;
+  int batch, channels;
+  std::size_t pixels;
+  bool blocked;
+
+  Held(int batch, int channels, std::size_t pixels, bool blocked)
+      : buffer(batch * channels * pixels), batch(batch), channels(channels), pixels(pixels), blocked(blocked) {}
+  // the same values, in the other layout if need be
+  Held(const Held& other, bool blocked) : Held(other.batch, other.channels, other.pixels, blocked) {
+    for (int image = 0; image < batch; image++) {
+      for (int c = 0; c < channels; c++) {
+        for (std::size_t p = 0; p < pixels; p++) buffer.data[index(image, c, p)] = other.buffer.data[other.index(image, c, p)];
+      }
+    }
+  }
+  std::size_t index(int image, int c, std::size_t p) const {
+    return blocked ? ((std::size_t)image * channels + c / 16 * 16) * pixels + p * 16 + c % 16
+                   : ((std::size_t)image * channels + c) * pixels + p;
+  }
+  Map<const T> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  Map<T> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
 };
 
 struct Reference {
@@ -51,12 +78,14 @@ template <class T>
 bool run(const Shape& s, double rounding, std::mt19937& random) {
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
   const std::size_t planes = (std::size_t)s.batch * s.channels, area = (std::size_t)s.kernel * s.kernel;
-  Buffer<T> x(planes * in), weight(s.channels * area), bias(s.channels), y(planes * out), dy(planes * out);
+  Held<T> map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
+  Buffer<T>&x = map.buffer, &y = result.buffer;
+  Buffer<T> weight(s.channels * area), bias(s.channels), dy(planes * out);
   Buffer<T> dx(planes * in), dweight(s.channels * area), dbias(s.channels);
   x.draw(random), weight.draw(random), bias.draw(random), dy.draw(random);
   std::vector<float> shift(s.channels);
   for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
-  dwconv::forward(x.data.get(), weight.data.get(), {nullptr, shift.data()}, s, y.data.get());
+  dwconv::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
   dwconv::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(), dbias.data.get());
 
   Reference ry(y.size), rdx(dx.size), rdweight(dweight.size), rdbias(dbias.size);
@@ -82,34 +111,73 @@ bool run(const Shape& s, double rounding, std::mt19937& random) {
       return false;
     }
   }
+  for (int layouts = 1; layouts < 4 && s.channels % 16 == 0; layouts++) {
+    const Held<T> from(map, layouts & 1);
+    Held<T> to(s.batch, s.channels, out, layouts & 2);
+    dwconv::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
+    const double error = worst(Held<T>(to, false).buffer, ry, rounding);
+    if (error > 8) {
+      std::printf("[%d, %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
+                  s.stride, layouts, error);
+      return false;
+    }
+  }
   return true;
 }
 
 template <class T>
-bool run_pointwise(const dwconv::PointwiseShape& s, double rounding, std::mt19937& random) {
-  const std::size_t in = (std::size_t)s.in_channels * s.pixels, out = (std::size_t)s.out_channels * s.pixels;
-  Buffer<T> x(s.batch * in), weight((std::size_t)s.out_channels * s.in_channels), added(s.batch * out), y(s.batch * out);
-  Buffer<float> in_scale(s.in_channels), in_shift(s.in_channels), scale(s.out_channels), shift(s.out_channels);
-  x.draw(random), weight.draw(random), added.draw(random);
+bool run_dense(const Shape& s, int out_channels, double rounding, std::mt19937& random) {
+  const int area = s.kernel * s.kernel, terms = s.channels * area;
+  const bool pointwise = area == 1 && s.stride == 1;
+  const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
+  Held<T> x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
+  Buffer<T> weight((std::size_t)out_channels * terms);
+  Buffer<float> in_scale(s.channels), in_shift(s.channels), scale(out_channels), shift(out_channels);
+  x.buffer.draw(random), weight.draw(random), added.buffer.draw(random);
   in_scale.draw(random), in_shift.draw(random), scale.draw(random), shift.draw(random);
-  dwconv::pointwise(x.data.get(), weight.data.get(), in_scale.data.get(), in_shift.data.get(),
-                    {scale.data.get(), shift.data.get()}, added.data.get(), s, y.data.get());
-  Reference want(y.size);
-  for (int image = 0; image < s.batch; image++) {
-    for (int o = 0; o < s.out_channels; o++) {
-      for (int p = 0; p < s.pixels; p++) {
-        const std::size_t i = image * out + (std::size_t)o * s.pixels + p;
-        want.add(i, shift.at(o)), want.add(i, added.at(i));
-        for (int k = 0; k < s.in_channels; k++) {
-          const double w = weight.at((std::size_t)o * s.in_channels + k) * scale.at(o);
-          want.add(i, w * in_shift.at(k)), want.add(i, w * in_scale.at(k) * x.at(image * in + (std::size_t)k * s.pixels + p));
+  for (int layouts = 0; layouts < 16; layouts++) {
+    const bool from_blocks = layouts & 1, to_blocks = layouts & 2, packed = layouts & 4, norm = layouts & 8;
+    if ((from_blocks && s.channels % 16) || ((to_blocks || packed) && out_channels % 16) || (norm && !pointwise) ||
+        (!packed && !pointwise)) {
+      continue;
+    }
+    const Held<T> from(x, from_blocks), residual(added, to_blocks);
+    Held<T> to(s.batch, out_channels, out, to_blocks);
+    const dwconv::Epilogue epilogue = {scale.data.get(), shift.data.get()};
+    const float *a = norm ? in_scale.data.get() : nullptr, *b = norm ? in_shift.data.get() : nullptr;
+    if (packed) {
+      Buffer<float> blocks(weight.size);
+      for (std::size_t i = 0; i < weight.size; i++) {
+        const std::size_t o = i / terms, k = i % terms;
+        blocks.data[(o / 16 * terms + k) * 16 + o % 16] = weight.at(i);
+      }
+      dwconv::dense(from.in(), dwconv::Packed{blocks.data.get()}, a, b, epilogue, residual.buffer.data.get(), s, to.out());
+    } else {
+      dwconv::dense(from.in(), static_cast<const T*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
+    }
+    Reference want(to.buffer.size);
+    for (int image = 0; image < s.batch; image++) {
+      for (int o = 0; o < out_channels; o++) {
+        for (std::size_t p = 0; p < out; p++) {
+          want.add(to.index(image, o, p), shift.at(o)), want.add(to.index(image, o, p), added.buffer.at(added.index(image, o, p)));
+        }
+        for (int k = 0; k < s.channels; k++) {
+          dwconv::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
+            const double w = weight.at((std::size_t)o * terms + k * area + tap) * scale.at(o), v = x.buffer.at(x.index(image, k, i));
+            want.add(to.index(image, o, p), w * v * (norm ? in_scale.at(k) : 1));
+            if (norm) want.add(to.index(image, o, p), w * in_shift.at(k));
+          });
         }
       }
     }
+    const double error = worst(to.buffer, want, rounding);
+    if (error > 8) {
+      std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels, s.height,
+                  s.width, s.kernel, s.stride, layouts, error);
+      return false;
+    }
   }
-  const double error = worst(y, want, rounding);
-  if (error > 8) std::printf("1x1 [%d, %d -> %d, %d]: error %g\n", s.batch, s.in_channels, s.out_channels, s.pixels, error);
-  return error <= 8;
+  return true;
 }
 
 }  // namespace
@@ -117,14 +185,14 @@ bool run_pointwise(const dwconv::PointwiseShape& s, double rounding, std::mt1993
 int main(int argc, char** argv) {
   const int shapes = argc > 1 ? std::atoi(argv[1]) : 8;  // of each kernel and stride
   std::mt19937 random(1);
-  const int channels[] = {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}, kernels[] = {1, 3, 5, 7, 9, 13, 21, 31, 63};
+  const int channels[] = {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 48}, kernels[] = {1, 3, 5, 7, 9, 13, 21, 31, 63};
   int bad = 0, count = 0;
   auto pick = [&](int n) { return (int)(random() % n); };
   for (int kernel : kernels) {
     for (int stride = 1; stride <= 2; stride++) {
       for (int i = 0; i < shapes; i++, count++) {
         const int limit = kernel > 13 ? 24 : 40;
-        const Shape s = {1 + pick(3), channels[pick(11)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit),
+        const Shape s = {1 + pick(3), channels[pick(12)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit),
                          kernel, stride};
         bad += !run<float>(s, 0, random);
         if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
@@ -135,13 +203,15 @@ int main(int argc, char** argv) {
   for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2}}) {
     bad += !run<float>(s, 0, random), count++;
   }
-  const int depths[] = {1, 3, 8, 16, 17, 70, 511, 512, 513, 1030};
+  const int depths[] = {1, 3, 8, 16, 17, 70, 256, 511, 512, 513, 1040}, widths[] = {1, 16, 37, 48, 96, 112};
   for (int depth : depths) {
     for (int i = 0; i < shapes; i++, count++) {
-      const dwconv::PointwiseShape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(120), i == 1 ? 1 : 1 + pick(i == 2 ? 600 : 60)};
-      bad += !run_pointwise<float>(s, 0, random);
-      if (i % 3 == 0) bad += !run_pointwise<dwconv::bfloat16>(s, 1.0 / 256, random);
-      if (i % 3 == 1) bad += !run_pointwise<dwconv::float16>(s, 1.0 / 2048, random);
+      const bool window = depth < 70 && i % 2;
+      const Shape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8), i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
+                       window ? 3 : 1, window ? 1 + pick(2) : 1};
+      bad += !run_dense<float>(s, widths[pick(6)], 0, random);
+      if (i % 3 == 0) bad += !run_dense<dwconv::bfloat16>(s, widths[pick(6)], 1.0 / 256, random);
+      if (i % 3 == 1) bad += !run_dense<dwconv::float16>(s, widths[pick(6)], 1.0 / 2048, random);
     }
   }
   std::printf("%d shapes, %d failures, %d lanes\n", count, bad, dwconv::kLanes);
