@@ -116,6 +116,21 @@ def test_forms_and_sizes(settings, model, tmp_path, form, dynamic):
         np.testing.assert_allclose(load_paddle_program(str(tmp_path / 'out' / name))(x), expected, atol=1e-4)
 
 
+@needs_operator
+@pytest.mark.parametrize('form', ['training', 'merged', 'fused'])
+def test_widths_that_stand_in_blocks(tiny_yaml, tmp_path, form):
+    widths = ['MODEL.CHANNELS', '[16, 32, 16, 48]']
+    model = randomise_norms(build_replknet(get_config(tiny_yaml, widths)))
+    save(tmp_path / 'w.pdparams', model_arrays(model))
+    flags = [f'-cfg={tiny_yaml}', f'-pretrained={tmp_path}/w.pdparams', '-output=X', '-opts', *widths]
+    config = read_arguments(flags)[0]
+    export(config, tmp_path / 'out', form=form, dynamic=True)
+    program = load_paddle_program(str(tmp_path / 'out' / 'model'))
+    for shape in ((2, 3, 45, 33), (1, 3, 64, 96)):
+        x = images(*shape)
+        np.testing.assert_allclose(program(x), model(paddle.to_tensor(x)).numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize(('form', 'dynamic'), [('training', True), ('merged', False), ('fused', True)])
 def test_onnx(settings, model, tmp_path, form, dynamic):
     onnx = pytest.importorskip('onnx')
