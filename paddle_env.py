@@ -7,7 +7,7 @@ as nothing has been multiplied yet.
 
 Paddle's CPU allocator hands every freed activation back to glibc, which by default returns large blocks to the kernel;
 each layer then pays page faults for the same memory again, more than the layer's own work in batch normalisation or
-ReLU. Here freed blocks of up to 32 MB stay with the process.
+ReLU. Here freed memory stays with the process.
 """
 import ctypes
 import importlib.util
@@ -53,13 +53,15 @@ def _configure_mkl():
 
 
 def _configure_malloc():
-    if any(name in os.environ for name in ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'GLIBC_TUNABLES')):
+    settings = 'MALLOC_MMAP_MAX_', 'MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'GLIBC_TUNABLES'
+    if any(name in os.environ for name in settings):
         return 'malloc as set by the user'
     if platform.libc_ver()[0] != 'glibc':
         return 'malloc left alone: not glibc'
     mallopt = ctypes.CDLL(None).mallopt
-    # M_MMAP_THRESHOLD, at most 32 MB, and M_TRIM_THRESHOLD; another allocator that is preloaded answers 0.
-    done = mallopt(-3, 32 << 20) and mallopt(-1, 2**31 - 1)
+    # M_MMAP_MAX: no block of its own mapping, which would end with it; M_TRIM_THRESHOLD: the heap does not shrink.
+    # Another allocator that is preloaded answers 0.
+    done = mallopt(-4, 0) and mallopt(-1, 2**31 - 1)
     return 'malloc keeps freed memory' if done else 'malloc left alone: it refuses settings'
 
 
