@@ -5,8 +5,9 @@
     python benchmarks/bench_model.py -cfg=configs/replknet_31l.yaml -suites=inference -systems=custom,torch
 
 Every system runs each case in a fresh process, which also tells its peak memory; weights are the same everywhere and
-made up. Suites: inference (merged, batch 1 and 8, and the training form at batch 1), training (a step of AdamW, batch
-4), batch (merged, 1 to 16), size (merged, 224 to 1024 pixels), kernel (merged, 3 to 51 in all stages). Images have the
+made up. `custom` is a model as it is built, `packed` as predict.py prepares it, `inference` as export.py writes it.
+Suites: inference (merged, batch 1 and 8, and the training form at batch 1), training (a step of AdamW, batch 4), batch
+(merged, 1 to 16), size (merged, 224 to 1024 pixels), kernel (merged, 3 to 51 in all stages). Images have the
 configuration's size but in the suite of sizes.
 """
 import argparse
@@ -28,6 +29,7 @@ SYSTEMS = {  # name: environment variables
     'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft', **harness.BOUND_PADDLE},
     'native': _NATIVE,
     'stock': {**_NATIVE, **harness.STOCK_PADDLE},
+    'packed': _CUSTOM,
     'inference': _CUSTOM,
     'inference-stock': {**_NATIVE, **harness.STOCK_PADDLE},
     'torch': harness.BOUND,
@@ -86,12 +88,18 @@ def paddle_model(case):
     return paddle, model
 
 
-def paddle_dynamic(case, folder):
+def packed(model, case):
+    from fuse import fuse, pack
+    return pack(fuse(model) if case['merged'] else model)
+
+
+def paddle_dynamic(case, folder, prepare=lambda model, case: model):
     paddle, model = paddle_model(case)
     images, labels = map(paddle.to_tensor, images_and_labels(case))
     version = f'paddlepaddle {paddle.__version__}'
     if case['suite'] != 'training':
         model.eval()
+        model = prepare(model, case)
 
         def infer():
             with paddle.no_grad():
@@ -109,14 +117,17 @@ def paddle_dynamic(case, folder):
     return step, version
 
 
+def paddle_packed(case, folder):
+    return paddle_dynamic(case, folder, packed)
+
+
 def export_paddle(case, folder):
     _, model = paddle_model(case)
     from programs import save_paddle_program
     model.eval()
     implementation = os.environ['LARGE_KERNEL_CONV_IMPL']
-    if case['merged'] and implementation == 'custom':
-        from fuse import fuse, pack
-        model = pack(fuse(model))  # what export.py writes
+    if implementation == 'custom':
+        model = packed(model, case)  # what export.py writes
     save_paddle_program(model, os.path.join(folder, 'model'), (case['size'], case['size']), implementation)
 
 
@@ -213,8 +224,9 @@ def openvino_model(case, folder):
     return infer, f'openvino {openvino.__version__.split("-")[0]}'
 
 
-MAKERS = {'inference': paddle_inference, 'inference-stock': paddle_inference, 'torch': torch_eager,
-          'torch-channels-last': torch_channels_last, 'onnxruntime': onnxruntime_model, 'openvino': openvino_model}
+MAKERS = {'packed': paddle_packed, 'inference': paddle_inference, 'inference-stock': paddle_inference,
+          'torch': torch_eager, 'torch-channels-last': torch_channels_last, 'onnxruntime': onnxruntime_model,
+          'openvino': openvino_model}
 EXPORTERS = {'inference': export_paddle, 'inference-stock': export_paddle, 'onnxruntime': export_onnx,
              'openvino': export_onnx}
 

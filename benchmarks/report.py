@@ -15,9 +15,10 @@ from harness import ArgumentParser, UserError
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = {'custom': '#d55e00', 'inference': '#e69f00', 'torch-channels-last': '#0072b2', 'torch': '#56b4e9',
            'openvino': '#009e73', 'onnxruntime': '#cc79a7', 'fft': '#999999', 'native': '#333333'}
-NAMES = {'custom': 'this project', 'inference': 'this project, Paddle Inference', 'fft': 'this project, fft',
-         'native': 'Paddle', 'stock': 'stock Paddle', 'inference-stock': 'stock Paddle Inference', 'torch': 'torch',
-         'torch-channels-last': 'torch channels_last', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
+NAMES = {'custom': 'this project', 'packed': 'this project, packed', 'inference': 'this project, Paddle Inference',
+         'fft': 'this project, fft', 'native': 'Paddle', 'stock': 'stock Paddle',
+         'inference-stock': 'stock Paddle Inference', 'torch': 'torch', 'torch-channels-last': 'torch channels_last',
+         'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
 MODEL_NAMES = {**NAMES, 'native': 'this project, native'}
 
 
