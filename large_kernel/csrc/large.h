@@ -132,9 +132,15 @@ inline RowSet combine(const RowSet& a, const RowSet& b, float sign, int width, V
   const int lo = std::min(a.lo, b.lo), hi = std::max(a.hi, b.hi);
   const RowSet result = {to - (std::ptrdiff_t)lo * width, width, lo, hi};
   for (int i = lo; i < hi; i++, to += width) {
-    const Vec* p = i >= a.lo && i < a.hi ? a.row(i) : nullptr;
-    const Vec* q = i >= b.lo && i < b.hi ? b.row(i) : nullptr;
-    for (int x = 0; x < width; x++) to[x] = p && q ? p[x] + sign * q[x] : p ? p[x] : sign * q[x];
+    const bool in_a = i >= a.lo && i < a.hi, in_b = i >= b.lo && i < b.hi;
+    const Vec *p = a.row(i), *q = b.row(i);
+    if (in_a && in_b) {
+      for (int x = 0; x < width; x++) to[x] = p[x] + sign * q[x];
+    } else if (in_a) {
+      std::copy_n(p, width, to);
+    } else {
+      for (int x = 0; x < width; x++) to[x] = sign * q[x];
+    }
   }
   return result;
 }
@@ -232,16 +238,13 @@ inline void correlate(const Levels& table, const Levels& in, const Shape& s, int
 
 enum class Order { kForward, kInputGradient };
 
-// One block of weights, [kLanes, K, K] -> [K][K] vectors in the order `correlate` reads them: every row reversed, for the
-// input gradient of the kernel rotated by 180 degrees, which leaves the rows themselves in reverse order.
+// One block of weights, [kLanes, K, K] -> the rows `correlate` takes, each reversed, for the input gradient of the kernel
+// rotated by 180 degrees. They stand in `table` in reverse order.
 template <class T>
-void pack_weights(const T* weight, int k, int lanes, Order order, Vec* table) {
-  pack(weight, k * k, lanes, k * k, table);
-  if (order == Order::kForward) {
-    for (int y = 0; y < k; y++) std::reverse(table + y * k, table + (y + 1) * k);
-  } else {
-    for (int y = 0; y < k / 2; y++) std::swap_ranges(table + y * k, table + (y + 1) * k, table + (k - 1 - y) * k);
-  }
+RowSet pack_weights(const T* weight, int k, int lanes, Order order, Vec* table) {
+  const bool backwards = order == Order::kForward;
+  pack(weight, k * k, lanes, k * k, backwards ? table + k * k - 1 : table, backwards ? -1 : 1);
+  return {table + (k - 1) * k, -k, 0, k};
 }
 
 // How many parts each of `tasks` equal tasks is cut into to keep all threads busy to the end.
@@ -291,8 +294,8 @@ void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epi
       const int begin = s.height * cut / cuts, end = s.height * (cut + 1) / cuts;
       const int in_begin = std::max(0, begin - pad), in_end = std::min(s.height, end + pad);
       if (packed != block) {
-        pack_weights(weight + (std::ptrdiff_t)channel * area, s.kernel, lanes, order, table);
-        filter = Levels::of_filter({table, s.kernel, 0, s.kernel}, s.kernel, levels, table + area);
+        const RowSet rows = pack_weights(weight + (std::ptrdiff_t)channel * area, s.kernel, lanes, order, table);
+        filter = Levels::of_filter(rows, s.kernel, levels, table + area);
         packed = block;
       }
       x.read(image, channel, lanes, (std::ptrdiff_t)in_begin * s.width, (in_end - in_begin) * s.width, in);
