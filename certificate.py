@@ -65,19 +65,21 @@ def compare_groups(model, twin, batches):
     return differences
 
 
-def compare_logits(expected, program, batches):
-    """(Difference of the logits, share of the images whose top class is the same).
+def compare_outputs(expected, program, batches, classes):
+    """(Difference of the logits, of what stands behind them, share of the images whose top class is the same).
 
     Args:
-        expected: one array of logits [N, num_classes] for each of `batches`.
+        expected: one array [N, classes or more] for each of `batches`.
         program: function of images, such as those of programs.py.
     """
-    difference, same = Difference(), []
-    for logits, images in zip(expected, batches):
+    logits, features, same = Difference(), Difference(), []
+    for values, images in zip(expected, batches):
         found = program(images)
-        difference.add(logits, found)
-        same += list(logits.argmax(1) == found.argmax(1))
-    return difference, float(np.mean(same))
+        logits.add(values[:, :classes], found[:, :classes])
+        if values.shape[1] > classes:
+            features.add(values[:, classes:], found[:, classes:])
+        same += list(values[:, :classes].argmax(1) == found[:, :classes].argmax(1))
+    return logits, features, float(np.mean(same))
 
 
 def dygraph_program(model):

@@ -24,11 +24,11 @@ import paddle
 from PIL import Image
 
 import utils
-from certificate import compare_groups, compare_logits, dygraph_program, latency_ms, multiply_accumulates
+from certificate import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
 from errors import ArgumentParser, UserError
-from fuse import in_form, is_merged, pack
+from fuse import WithFeatures, in_form, is_merged, pack
 from large_kernel import load_operator
 from large_kernel.extension import BuildError
 from launcher import exit_status, settings_file
@@ -61,6 +61,8 @@ def read_arguments(argv=None):
     add('form', choices=FORMS, default='fused', help='fused (default): no batch norm is left; merged: the small '
         'kernels are merged into the large ones; training: as it is')
     add('format', type=_formats, default=['paddle'], metavar='X,Y', help='paddle (default), onnx, or both')
+    add('features', action='store_true', help='let the program give the pooled features behind the logits, '
+        '[N, classes + C], for predict.py -features')
     size = parser.add_mutually_exclusive_group()
     add('image_size', size, type=int, metavar='N', help='side of the input, pixels (DATA.IMAGE_SIZE)')
     add('dynamic', size, action='store_true', help='leave height and width free')
@@ -93,12 +95,12 @@ def _formats(text):
 
 
 def export(config, output, form='fused', formats=('paddle',), dynamic=False, tolerance=1e-4, pictures=None,
-           overwrite=False):
+           overwrite=False, features=False):
     """Writes the programs and the certificate of a model into a new folder, all or nothing.
 
     Args:
         config: settings of the model, its weights and its pictures, with EVAL on.
-        output, form, formats, dynamic, tolerance, pictures, overwrite: see `read_arguments`.
+        output, form, formats, dynamic, tolerance, pictures, overwrite, features: see `read_arguments`.
     Returns:
         the certificate, a dict.
     Raises:
@@ -112,9 +114,11 @@ def export(config, output, form='fused', formats=('paddle',), dynamic=False, tol
             raise UserError(f'-output={output}: exists; name another folder, or replace an export with -overwrite')
         if not os.path.isfile(os.path.join(output, CERTIFICATE)):
             raise UserError(f'-output={output}: holds no {CERTIFICATE}; -overwrite replaces exports only')
+    if features and 'onnx' in formats:
+        raise UserError('-features: goes with -format=paddle; the ONNX file holds logits only')
     model = build_model(config)[0]
     model.eval()
-    twin = in_form(model, form)
+    twin = in_form(model, form, final_norm=features)
     size = config.DATA.IMAGE_SIZE
     batches, compared_on = _images(config, pictures, dynamic)
     try:
@@ -123,7 +127,7 @@ def export(config, output, form='fused', formats=('paddle',), dynamic=False, tol
             folder = os.path.join(scratch, 'new')
             os.mkdir(folder)
             certificate = _write(folder, config, model, twin, form, formats, None if dynamic else (size, size),
-                                 tolerance, batches, compared_on)
+                                 tolerance, batches, compared_on, features)
             if os.path.exists(output):
                 os.rename(output, os.path.join(scratch, 'old'))
             os.rename(folder, output)
@@ -170,24 +174,25 @@ def _generated_picture(rng, height=320, width=400):
     return Image.fromarray(pixels.clip(0, 255).astype('uint8').transpose(1, 2, 0))
 
 
-def _write(folder, config, model, twin, form, formats, size, tolerance, batches, compared_on):
+def _write(folder, config, model, twin, form, formats, size, tolerance, batches, compared_on, features):
     """Writes programs and certificate into `folder`; see `export`."""
     threads = paddle_env.set_threads()
-    before, one = dygraph_program(model), batches[0][:1]
+    before, one = dygraph_program(WithFeatures(model) if features else model), batches[0][:1]
     expected = [before(images) for images in batches]
     groups = compare_groups(model, twin, batches)
     _refuse_over(tolerance, {name: d.largest / (d.scale or 1) for name, d in groups.items()})
     costs = {'before': {'form': 'merged' if is_merged(model) else 'training', **_costs(model, config, one)},
              'after': {'form': form, **_costs(twin, config, one)}}
     programs = {}
-    for name, write, load, needs in _programs(twin, formats, size, threads):
+    for name, write, load, needs in _programs(twin, formats, size, threads, features):
         path = os.path.join(folder, name)
         already = set(os.listdir(folder))
         write(path)
         files = sorted(set(os.listdir(folder)) - already)
         program = load(path)
-        difference, agreement = compare_logits(expected, program, batches)
-        _refuse_over(tolerance, {f'logits of {name}': difference.largest})
+        difference, of_features, agreement = compare_outputs(expected, program, batches, model.num_classes)
+        _refuse_over(tolerance, {f'logits of {name}': difference.largest,
+                                 f'features of {name}': of_features.largest / (of_features.scale or 1)})
         programs[name] = {'files': files, 'needs': needs, 'max_difference': float(difference.largest),
                           'mean_difference': float(difference.mean), 'top1_agreement': agreement,
                           'bytes': sum(os.path.getsize(os.path.join(folder, file)) for file in files),
@@ -195,7 +200,8 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
         del program
     certificate = {
         'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'form': form,
-        'image_size': list(size) if size else 'dynamic', 'tolerance': tolerance, 'compared_on': compared_on,
+        'features': features, 'image_size': list(size) if size else 'dynamic', 'tolerance': tolerance,
+        'compared_on': compared_on,
         'groups': {name: {'max_difference': float(d.largest), 'mean_difference': float(d.mean),
                           'largest_value': float(d.scale)} for name, d in groups.items()},
         'programs': programs, **costs,
@@ -218,10 +224,10 @@ def _refuse_over(tolerance, measured):
                                f'{measured[worst]:.2g}, over the tolerance of {tolerance:g}')
 
 
-def _programs(twin, formats, size, threads):
+def _programs(twin, formats, size, threads, features):
     """(name, function that writes it to a path, function that loads it, what it needs to run) of each program."""
     def save(model, implementation):
-        return lambda path: save_paddle_program(model, path, size, implementation)
+        return lambda path: save_paddle_program(WithFeatures(model) if features else model, path, size, implementation)
 
     if 'paddle' in formats:
         def load(path):

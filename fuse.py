@@ -18,7 +18,7 @@ from large_kernel.fused import BLOCK
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 
-def fuse(model):
+def fuse(model, final_norm=False):
     """A model in eval mode that computes what `model` computes in eval mode, without a batch norm.
 
     Folds in float64 and rounds to float32 once. The names of the parameters stay; the norms are gone. The norm
@@ -27,6 +27,7 @@ def fuse(model):
 
     Args:
         model: a RepLKNet, merged or not, with weights of any precision and BatchNorm2D or SyncBatchNorm layers.
+        final_norm: keep the final norm, so that `pool` gives the features that the model's own does.
     Returns:
         RepLKNet, merged, float32.
     """
@@ -47,7 +48,7 @@ def fuse(model):
     for stage in fused.stages:
         if hasattr(stage, 'norm'):
             stage.norm = _affine_conv(*batch_norm_affine(stage.norm))
-    if fused.num_classes is not None:
+    if fused.num_classes is not None and not final_norm:
         scale, shift = batch_norm_affine(fused.norm)
         weight = as_float64(fused.head.weight)  # [in, out]
         _set(fused.head, weight * scale[:, None], as_float64(fused.head.bias) + shift @ weight)
@@ -73,14 +74,26 @@ def is_merged(model):
     return any(getattr(layer, 'merged', False) for layer in model.sublayers())
 
 
-def in_form(model, form):
+class WithFeatures(nn.Layer):
+    """A classifier as images [N, 3, H, W] -> [N, num_classes + C]: logits, and the features that the head takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        features = self.model.pool(self.model.forward_features(images)[-1])
+        return paddle.concat([self.model.head(features), features], axis=1)
+
+
+def in_form(model, form, final_norm=False):
     """A RepLKNet in eval mode in the form 'fused', 'merged' or 'training': the model itself for the last.
 
     Raises:
         UserError: the training form of merged weights, which cannot be had.
     """
     if form == 'fused':
-        return fuse(model)
+        return fuse(model, final_norm)
     if form == 'merged':
         twin = copy.deepcopy(model)
         twin.structural_reparam()

@@ -27,7 +27,7 @@ from certificate import dygraph_program
 from config import get_config
 from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
 from errors import UserError
-from fuse import fuse, pack
+from fuse import WithFeatures, fuse, pack
 from large_kernel import extension
 from large_kernel.conv import runs_custom
 from launcher import ROOT, settings_file
@@ -86,7 +86,7 @@ class Predictor:
             raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
         if min(batch_size, topk, 1 if workers is None else workers) < 1:
             raise UserError('-batch_size, -topk and -num_workers are whole numbers from 1 up')
-        self.batch_size, self.topk = batch_size, topk
+        self.batch_size, self.topk, self._features = batch_size, topk, features
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
@@ -108,14 +108,11 @@ class Predictor:
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
         self._prepare(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
-        if features:  # the final norm, which the fused form has lost, is part of them
-            network.structural_reparam()
-        else:
-            network = fuse(network)
+        network = fuse(network, final_norm=features)
         if self.device == 'cpu' and extension.reason_unavailable() is None and runs_custom(paddle.zeros([1])):
             pack(network)
         if features:
-            network = _WithFeatures(network)
+            network = WithFeatures(network)
         if self.backend == 'dygraph':
             self._compute = dygraph_program(network)
             return
@@ -125,10 +122,14 @@ class Predictor:
             self._compute = load_paddle_program(path, paddle_env.set_threads())
 
     def _load_export(self, folder, cfg, features):
-        if features or self.backend == 'dygraph':
-            raise UserError(f'{folder}: an exported program has no features and no dygraph form; name its weights')
+        if self.backend == 'dygraph':
+            raise UserError(f'{folder}: an exported program has no dygraph form; name its weights')
         with open(os.path.join(folder, CERTIFICATE), encoding='utf-8') as file:
-            programs = json.load(file)['programs']
+            certificate = json.load(file)
+        programs = certificate['programs']
+        if features and not certificate.get('features'):
+            raise UserError(f'{folder}: this exported program gives no features; export it with -features, or name its '
+                            'weights')
         # of those that run here, the one that was the fastest where it was exported
         operator = extension.reason_unavailable() is None
         names = [name for name in ('model', 'model_native') if name in programs and (operator or name != 'model')]
@@ -201,7 +202,7 @@ class Predictor:
         shares = np.exp(logits - logits.max(), dtype=np.float64)
         return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
                           (shares / shares.sum())[classes].tolist(), logits,
-                          features if len(features) else None)
+                          features if self._features else None)
 
 
 def load_model(model, cfg=None):
@@ -228,15 +229,3 @@ def load_model(model, cfg=None):
 def is_export(path):
     """Whether this is a folder that export.py wrote."""
     return os.path.isfile(os.path.join(path, CERTIFICATE))
-
-
-class _WithFeatures(paddle.nn.Layer):
-    """[N, 3, H, W] -> [N, num_classes + C]: the logits, and the features that the head takes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        features = self.model.pool(self.model.forward_features(images)[-1])
-        return paddle.concat([self.model.head(features), features], axis=1)

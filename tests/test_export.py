@@ -13,7 +13,7 @@ from test_fuse import randomise_norms
 
 import export as exporting
 import large_kernel.extension
-from certificate import Difference, compare_groups, compare_logits, layer_groups, multiply_accumulates
+from certificate import Difference, compare_groups, compare_outputs, layer_groups, multiply_accumulates
 from checkpoint import load_weights, model_arrays, save_checkpoint
 from config import config_text, get_config
 from errors import UserError
@@ -164,7 +164,7 @@ def test_without_a_compiler_the_standard_program_is_written(settings, tmp_path, 
 
 
 def test_the_certificate_names_the_group_that_is_wrong(settings, tmp_path, monkeypatch):
-    def wrong(model, form):
+    def wrong(model, form, final_norm):
         twin = fuse(model)
         bias = twin.transitions[1][0].conv.bias
         bias.set_value(bias + 0.01)
@@ -284,7 +284,10 @@ def test_differences_over_several_batches():
 def test_top1_agreement_and_groups_that_are_equal(model):
     logits = [np.eye(4)[[0, 1, 2]], np.eye(4)[[3]]]
     found = iter([np.eye(4)[[0, 1, 3]], np.eye(4)[[3]]])
-    difference, agreement = compare_logits(logits, lambda images: next(found), [None, None])
+    difference, _, agreement = compare_outputs(logits, lambda images: next(found), [None, None], 4)
     assert difference.largest == 1 and agreement == 0.75
+    found = iter([np.eye(4)[[0, 1, 3]], np.eye(4)[[3]]])
+    difference, features, agreement = compare_outputs(logits, lambda images: next(found), [None, None], 2)
+    assert difference.largest == 0 and features.largest == 1 and agreement == 1
     groups = compare_groups(model, model, [images(1, 3, 40, 33)])
     assert all(d.largest == 0 and d.scale > 0 for d in groups.values())

@@ -114,7 +114,7 @@ def test_the_figures_are_those_of_the_evaluation(run_script, run, pictures, eval
     assert all(sum(float(row[f'score_{k}']) for k in (1, 2, 3, 4)) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
-def test_all_forms_give_the_same_and_features_lead_to_the_logits(run, exported, pictures):
+def test_all_forms_give_the_same_and_features_lead_to_the_logits(run, exported, pictures, tmp_path):
     paths = listed(pictures)
     expected = Predictor(str(run), device='cpu', backend='dygraph', batch_size=1)(paths)
     tops = [p.classes for p in expected]
@@ -131,6 +131,13 @@ def test_all_forms_give_the_same_and_features_lead_to_the_logits(run, exported, 
             assert np.allclose(logits, [p.logits for p in expected], atol=1e-4)
         else:
             assert all(p.features is None for p in found)
+    config = get_config(run / 'config.yaml', flags={'eval': True, 'pretrained': str(run / 'best_ema.pdparams')})
+    export(config, tmp_path / 'export', features=True)
+    for features in (True, False):
+        again = Predictor(str(tmp_path / 'export'), batch_size=5, features=features)(paths)
+        assert np.allclose([p.logits for p in again], [p.logits for p in expected], atol=1e-4)
+        for one, other in zip(again, found):
+            assert np.allclose(one.features, other.features, atol=1e-4) if features else one.features is None
     predictor = Predictor(str(exported), batch_size=5)
     assert predictor.origin.startswith(str(exported / 'model')) and predictor.names == ['ant', 'bee', 'cow', 'doe']
     assert np.allclose([p.logits for p in predictor(paths)], [p.logits for p in expected], atol=1e-4)
@@ -191,7 +198,7 @@ def test_mistakes_are_one_line_with_status_2(run, exported, pictures, tmp_path, 
             ([picture, model, '-features'], '-output=NAME.jsonl'),
             ([picture, model, '-backend=onnx'], 'choose from auto, dygraph, inference'),
             ([picture, model, '-topk=0'], 'from 1 up'),
-            ([picture, f'-model={exported}', '-features', f'-output={tmp_path}/o.csv'], 'exported program'),
+            ([picture, f'-model={exported}', '-features', f'-output={tmp_path}/o.csv'], 'export it with -features'),
             ([tmp_path / 'list.txt', model], 'label 4, but the model has 4 classes'),
             ([tmp_path / 'none.txt', model], 'no such list'),
             ([tmp_path / 'empty', model], 'no pictures'),
