@@ -37,7 +37,6 @@ def build(case):
     paddle = harness.import_paddle(case['threads'])
     from config import get_config
     from fuse import in_form, pack
-    from large_kernel.conv import runs_custom
     from predictor import load_model
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
@@ -50,7 +49,7 @@ def build(case):
         model, _ = load_model(name)
     model.eval()
     model = in_form(model, case['form'])
-    if runs_custom(paddle.zeros([1])) and (case['backend'] == 'inference' or case['form'] == 'fused'):
+    if case['backend'] == 'inference' or case['form'] == 'fused':
         pack(model)  # as export.py and predict.py do
     return model
 

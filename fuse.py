@@ -13,7 +13,8 @@ import paddle
 from paddle import nn
 
 from errors import UserError
-from large_kernel import DepthwiseConv2D, pack_weights
+from large_kernel import DepthwiseConv2D, extension, pack_weights
+from large_kernel.conv import runs_custom
 from large_kernel.fused import BLOCK
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
@@ -57,15 +58,18 @@ def fuse(model, final_norm=False):
 
 
 def pack(model):
-    """Prepares a RepLKNet in eval mode, of any form, for inference on the CPU, in place; returns it.
+    """Prepares a RepLKNet in eval mode, of any form, for inference, in place; returns it.
 
-    The weights of its dense convolutions are packed, see `pack_weights`, and where all widths are multiples of 16 its
-    inner feature maps stand in blocks [N, C / 16, H, W, 16]; images, logits and features are as before.
+    Where the C++ operator serves on the current device, the weights of dense convolutions are packed, see
+    `large_kernel.pack_weights`, and if all widths are multiples of 16, inner feature maps stand in blocks
+    [N, C / 16, H, W, 16]; images, logits and features are as before. Elsewhere nothing changes.
     """
-    widths = [layer.weight.shape[0] for layer in model.sublayers() if isinstance(layer, nn.Conv2D)]
-    pack_weights(model)
-    if all(width % BLOCK == 0 for width in widths):
-        model.stem[0].conv.blocked = True
+    sample = paddle.zeros([1])
+    if sample.place.is_cpu_place() and extension.reason_unavailable() is None and runs_custom(sample):
+        widths = [layer.weight.shape[0] for layer in model.sublayers() if isinstance(layer, nn.Conv2D)]
+        pack_weights(model)
+        if all(width % BLOCK == 0 for width in widths):
+            model.stem[0].conv.blocked = True
     return model
 
 

@@ -29,7 +29,6 @@ from datasets import DataError, decode_image, get_transform, read_class_names, t
 from errors import UserError
 from fuse import WithFeatures, fuse, pack
 from large_kernel import extension
-from large_kernel.conv import runs_custom
 from launcher import ROOT, settings_file
 from programs import load_paddle_program, save_paddle_program
 from run import build_model
@@ -108,9 +107,7 @@ class Predictor:
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
         self._prepare(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
-        network = fuse(network, final_norm=features)
-        if self.device == 'cpu' and extension.reason_unavailable() is None and runs_custom(paddle.zeros([1])):
-            pack(network)
+        network = pack(fuse(network, final_norm=features))
         if features:
             network = WithFeatures(network)
         if self.backend == 'dygraph':

@@ -11,6 +11,7 @@ from datasets import get_dataloader, get_dataset
 from ema import ModelEMA
 from engine import Amp, accuracy_line, average_statistics, duration, evaluate, train_one_epoch
 from errors import TrainingStopped, UserError
+from fuse import pack
 from losses import build_loss
 from mixup import Mixup
 from monitor import curves_line
@@ -48,7 +49,7 @@ def run(config, device):
     if config.EVAL:
         if folder is not None:
             folder.claim()
-        metrics = _evaluate(config, amp.decorate(model)[0], val_set, amp, 'eval')
+        metrics = _evaluate(config, pack(amp.decorate(model)[0]), val_set, amp, 'eval')
         if folder is not None:
             folder.record(event='eval', **metrics)
         return metrics

@@ -196,14 +196,14 @@ def run(x, weight, bias, stride, input_grad, weight_grad):
     return _call(name, inputs, {'stride': stride, 'input_grad': input_grad, 'weight_grad': weight_grad})
 
 
-def run_fused(x, weight, bias, residual, in_norm, out_norm, stride, activation, in_epsilon, out_epsilon,
+def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
               blocked):
     """The operator of `fused.conv_block`; the norms are lists of weight, bias, mean and variance."""
     # by these suffixes Paddle knows inputs that may be missing, or are lists; it leaves out others without a word
     return _call('fused_conv', {'X': x, 'Filter': weight, 'Bias@OPTIONAL': bias, 'Residual@OPTIONAL': residual,
                                 'InNorm@VECTOR@OPTIONAL': in_norm, 'OutNorm@VECTOR@OPTIONAL': out_norm},
-                 {'stride': stride, 'activation': activation, 'in_epsilon': in_epsilon, 'out_epsilon': out_epsilon,
-                  'blocked': blocked})
+                 {'kernel': kernel, 'stride': stride, 'activation': activation, 'in_epsilon': in_epsilon,
+                  'out_epsilon': out_epsilon, 'blocked': blocked})
 
 
 def _call(name, inputs, attributes):

@@ -230,8 +230,10 @@ def test_wrong_shapes_are_errors():
     for arguments in ({'residual': x}, {'norm': norm(5)}, {'pre_norm': norm(6)}):
         with pytest.raises((RuntimeError, ValueError, OSError)):
             conv_block(x, conv, **arguments)
-    with pytest.raises((RuntimeError, ValueError, OSError)):
-        conv_block(paddle.randn([1, 5, 3, 3]), conv)
+    wide = PackedConv2D(nn.Conv2D(36, 16, 1))
+    for layer, shape in ((conv, [1, 5, 3, 3]), (conv, [0, 4, 3, 3]), (wide, [1, 4, 3, 3]), (wide, [1, 48, 3, 3])):
+        with pytest.raises((RuntimeError, ValueError, OSError)):
+            conv_block(paddle.zeros(shape), layer)
 
 
 @pytest.mark.parametrize('merged', [False, True])

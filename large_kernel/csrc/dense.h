@@ -104,7 +104,8 @@ template <class T>
 void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, int count, float* out, std::ptrdiff_t block) {
   for (int r = 0; r < s.channels * s.kernel * s.kernel; r++) {
     const T* plane = x.at(image, r / (s.kernel * s.kernel), 0);
-    const int step = x.blocked ? kBlock : 1, above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
+    const int step = x.blocked ? kBlock : 1;
+    const int above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
     float* to = out + r / kBlock * block + r % kBlock;
     int row = pixel / s.out_width(), column = pixel % s.out_width();
     for (int i = 0; i < count; i++, to += kBlock) {
@@ -116,8 +117,9 @@ void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, i
   }
 }
 
-// A convolution of x [N, Ci, H, W] with "same" padding and weight [Co, Ci] or, of any odd K, packed -> y [N, Co, pixels], plus `residual`, like y, if there is one. With
-// `in_scale` and `in_shift` [Ci], for 1x1 kernels, the input is in_scale * x + in_shift. `s` is the shape of the input.
+// Convolution with "same" padding of x, whose shape is `s`, with a weight [Co, Ci] or, of any odd K, a packed one, plus
+// `residual`, a map like y, if there is one. With `in_scale` and `in_shift` [Ci], for 1x1 kernels, the input is
+// in_scale * x + in_shift.
 template <class T, class W>
 void dense(const Map<const T>& x, W weight, const float* in_scale, const float* in_shift, const Epilogue& epilogue,
            const T* residual, const Shape& s, const Map<T>& y) {
@@ -134,7 +136,8 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   const int group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTile)));
   const std::ptrdiff_t parts = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
   // Pixels that stand as they are needed are not copied. There the last tile begins earlier, not to reach behind the map.
-  const bool in_place = std::is_same_v<T, float> && x.blocked && s.kernel == 1 && s.stride == 1 && !in_scale && pixels >= kTile;
+  const bool pointwise = s.kernel == 1 && s.stride == 1;
+  const bool in_place = std::is_same_v<T, float> && x.blocked && pointwise && !in_scale && pixels >= kTile;
   const int in_blocks = (terms + kBlock - 1) / kBlock, pitch = tiles * kTile;
   // a line more than it holds, or all blocks would share a few cache sets
   const std::ptrdiff_t copy_block = (std::ptrdiff_t)pitch * kBlock + kBlock;
@@ -154,12 +157,12 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
     for (std::ptrdiff_t i = 0; i < parts; i++) {
       const std::ptrdiff_t part = (parts * thread / threads + i) % parts;
       const int chunk = part % chunks, image = (int)(part / chunks) * group, images = std::min(group, batch - image);
-      const int first = map_tiles * chunk / chunks * kTile;
-      const int count = std::min(map_tiles * (chunk + 1) / chunks * kTile, pixels) - first;
+      const int first = (int)((std::ptrdiff_t)map_tiles * chunk / chunks) * kTile;
+      const int last = (int)((std::ptrdiff_t)map_tiles * (chunk + 1) / chunks) * kTile, count = std::min(last, pixels) - first;
       for (int panel, packed = in_place ? images : 0; (panel = taken[part]++) < panels;) {
         for (; packed < images; packed++) {
           float* to = copy + packed * in_blocks * copy_block;
-          if (s.kernel == 1 && s.stride == 1) {
+          if (pointwise) {
             pack_pixels(x, image + packed, first, count, in_scale, in_shift, to, copy_block);
           } else {
             pack_windows(x, s, image + packed, first, count, to, copy_block);

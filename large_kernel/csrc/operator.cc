@@ -142,16 +142,17 @@ dwconv::Activation activation_of(const std::string& name) {
 // with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is in blocks; the input may be either way, the residual is as the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
-                              const OptionalTensors& out_norm, int stride, const std::string& activation,
+                              const OptionalTensors& out_norm, int kernel, int stride, const std::string& activation,
                               float in_epsilon, float out_epsilon, bool blocked) {
   const Tensor x = plain(input);
   const Dims in = plain_shape(x.shape()), w = weight.shape();
   PD_CHECK(in.size() == 4 && (w.size() == 4 || (w.size() == 3 && w[2] == dwconv::kBlock)),
            "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K], or either in blocks");
-  const bool packed = w.size() == 3, is_dense = packed || (w[2] == 1 && w[3] == 1 && w[1] == in[1] && stride == 1);
-  const int kernel = packed ? (int)std::lround(std::sqrt(w[1] / in[1])) : (int)w[2];
-  PD_CHECK(!packed || (kernel * kernel * in[1] == w[1] && kernel % 2 == 1 && (stride == 1 || stride == 2)),
-           "fused_conv: packed weight of ", w[1], " inputs for ", in[1], " channels");
+  PD_CHECK(kernel % 2 == 1 && (stride == 1 || stride == 2), "fused_conv takes odd kernels and stride 1 or 2");
+  PD_CHECK(x.numel() > 0 && weight.numel() > 0, "fused_conv needs an input and a weight that are not empty");
+  const bool packed = w.size() == 3, is_dense = packed || (kernel == 1 && w[1] == in[1] && stride == 1);
+  PD_CHECK(packed ? w[1] == in[1] * kernel * kernel : w[2] == kernel && w[3] == kernel, "fused_conv: a weight of ", w[1],
+           " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
   PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1) || !in_norm || in_norm->empty()),
            "fused_conv: residuals are for dense convolutions, input norms for 1x1 ones");
   const std::int64_t channels = out_channels(w);
@@ -238,8 +239,8 @@ std::vector<DataType> InferDtype(const DataType& x, const DataType&) { return {x
 using OptionalDims = paddle::optional<Dims>;
 using OptionalDimsList = paddle::optional<std::vector<Dims>>;
 std::vector<Dims> FusedShape(const Dims& x, const Dims& weight, const OptionalDims&, const OptionalDims&,
-                             const OptionalDimsList&, const OptionalDimsList&, int stride, const std::string&, float, float,
-                             bool blocked) {
+                             const OptionalDimsList&, const OptionalDimsList&, int, int stride, const std::string&, float,
+                             float, bool blocked) {
   Dims y = out_shape(plain_shape(x), stride);
   y[1] = out_channels(weight);
   return {blocked ? blocked_shape(y) : y};
@@ -285,7 +286,7 @@ PD_BUILD_OP(fused_conv)
     .Inputs({"X", "Filter", paddle::Optional("Bias"), paddle::Optional("Residual"), paddle::Optional(paddle::Vec("InNorm")),
              paddle::Optional(paddle::Vec("OutNorm"))})
     .Outputs({"Out"})
-    .Attrs({"stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float", "blocked: bool"})
+    .Attrs({"kernel: int", "stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float", "blocked: bool"})
     .SetKernelFn(PD_KERNEL(FusedConv))
     .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));
