@@ -27,9 +27,10 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
     """
     if can_fuse(x, conv, norm, pre_norm, residual):
         packed = isinstance(conv, PackedConv2D)
-        return extension.run_fused(x, conv.weight if packed else conv.weight.astype(x.dtype), conv.bias, residual,
-                                   _tensors(pre_norm), _tensors(norm), conv._kernel_size[0], conv._stride[0], activation,
-                                   _epsilon(pre_norm), _epsilon(norm), len(x.shape) == 5 or packed and conv.blocked)
+        weight = conv.weight if packed else conv.weight.astype(x.dtype)
+        return extension.run_fused(x, weight, conv.bias, residual, _tensors(pre_norm), _tensors(norm),
+                                   conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm),
+                                   _epsilon(norm), len(x.shape) == 5 or packed and conv.blocked)
     x = as_planes(x)
     x = conv(x if pre_norm is None else pre_norm(x))
     x = _ACTIVATIONS[activation](x if norm is None else norm(x))

@@ -139,7 +139,8 @@ dwconv::Activation activation_of(const std::string& name) {
 }
 
 // activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise, 1x1, or dense
-// with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is in blocks; the input may be either way, the residual is as the result.
+// with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is
+// in blocks; the input may be either way, the residual is as the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
                               const OptionalTensors& out_norm, int kernel, int stride, const std::string& activation,
@@ -153,7 +154,7 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
   const bool packed = w.size() == 3, is_dense = packed || (kernel == 1 && w[1] == in[1] && stride == 1);
   PD_CHECK(packed ? w[1] == in[1] * kernel * kernel : w[2] == kernel && w[3] == kernel, "fused_conv: a weight of ", w[1],
            " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
-  PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1) || !in_norm || in_norm->empty()),
+  PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1 && stride == 1) || !in_norm || in_norm->empty()),
            "fused_conv: residuals are for dense convolutions, input norms for 1x1 ones");
   const std::int64_t channels = out_channels(w);
   PD_CHECK(!blocked || channels % dwconv::kBlock == 0, "fused_conv: ", channels, " channels cannot stand in blocks");
