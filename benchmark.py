@@ -37,6 +37,7 @@ def build(case):
     paddle = harness.import_paddle(case['threads'])
     from config import get_config
     from fuse import in_form, pack
+    from large_kernel import operator_serves
     from predictor import load_model
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
@@ -49,7 +50,7 @@ def build(case):
         model, _ = load_model(name)
     model.eval()
     model = in_form(model, case['form'])
-    if case['backend'] == 'inference' or case['form'] == 'fused':
+    if operator_serves() and (case['backend'] == 'inference' or case['form'] == 'fused'):
         pack(model)  # as export.py and predict.py do
     return model
 

@@ -30,7 +30,7 @@ from datasets import decode_image, get_dataset, get_transform
 from errors import ArgumentParser, UserError
 from fuse import WithFeatures, in_form, is_merged, pack
 from large_kernel import load_operator
-from large_kernel.extension import BuildError
+from large_kernel.extension import OPERATORS, BuildError
 from launcher import exit_status, settings_file
 from onnx_graph import write_onnx
 from programs import load_onnx_program, load_paddle_program, save_paddle_program
@@ -205,7 +205,7 @@ def _write(folder, config, model, twin, form, formats, size, tolerance, batches,
         'groups': {name: {'max_difference': float(d.largest), 'mean_difference': float(d.mean),
                           'largest_value': float(d.scale)} for name, d in groups.items()},
         'programs': programs, **costs,
-        'environment': {'paddle': paddle.__version__, 'threads': threads,
+        'operators': OPERATORS, 'environment': {'paddle': paddle.__version__, 'threads': threads,
                         'processor': paddle_env.cpu_info().get('model name', platform.machine())}}
     with open(os.path.join(folder, CERTIFICATE), 'w', encoding='utf-8') as file:
         json.dump(certificate, file, indent=2)

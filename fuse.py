@@ -13,14 +13,13 @@ import paddle
 from paddle import nn
 
 from errors import UserError
-from large_kernel import DepthwiseConv2D, extension, pack_weights
-from large_kernel.conv import runs_custom
-from large_kernel.fused import BLOCK
+from large_kernel import DepthwiseConv2D, pack_weights
+from large_kernel.fused import BLOCK, PackedConv2D
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 
 def fuse(model, final_norm=False):
-    """A model in eval mode that computes what `model` computes in eval mode, without a batch norm.
+    """A model in eval mode that computes what `model` computes in eval mode, its batch norms folded.
 
     Folds in float64 and rounds to float32 once. The names of the parameters stay; the norms are gone. The norm
     of an intermediate feature map cannot be folded, because the next stage takes the map without it: it becomes
@@ -31,7 +30,11 @@ def fuse(model, final_norm=False):
         final_norm: keep the final norm, so that `pool` gives the features that the model's own does.
     Returns:
         RepLKNet, merged, float32.
+    Raises:
+        ValueError: the model went through `pack`, which comes last.
     """
+    if any(isinstance(layer, PackedConv2D) for layer in model.sublayers()):
+        raise ValueError('fuse comes before pack: this model is packed already')
     fused = copy.deepcopy(model)
     fused.eval()
     fused.to(dtype='float32')
@@ -58,18 +61,20 @@ def fuse(model, final_norm=False):
 
 
 def pack(model):
-    """Prepares a RepLKNet in eval mode, of any form, for inference, in place; returns it.
+    """Prepares a RepLKNet in eval mode, of any form, for inference with the C++ operator on the CPU; in place.
 
-    Where the C++ operator serves on the current device, the weights of dense convolutions are packed, see
-    `large_kernel.pack_weights`, and if all widths are multiples of 16, inner feature maps stand in blocks
-    [N, C / 16, H, W, 16]; images, logits and features are as before. Elsewhere nothing changes.
+    The weights of dense convolutions are packed, see `large_kernel.pack_weights`. If all widths are multiples of 16,
+    inner feature maps stand in blocks [N, C / 16, H, W, 16]; images, logits and features are as before. Counts of
+    parameters and operations are those of the model before.
+
+    Returns:
+        The model.
     """
-    sample = paddle.zeros([1])
-    if sample.place.is_cpu_place() and extension.reason_unavailable() is None and runs_custom(sample):
-        widths = [layer.weight.shape[0] for layer in model.sublayers() if isinstance(layer, nn.Conv2D)]
-        pack_weights(model)
-        if all(width % BLOCK == 0 for width in widths):
-            model.stem[0].conv.blocked = True
+    widths = [layer.weight.shape[0] for layer in model.sublayers() if isinstance(layer, nn.Conv2D)]
+    pack_weights(model)
+    first = model.stem[0].conv
+    if isinstance(first, PackedConv2D) and all(width % BLOCK == 0 for width in widths):
+        first.blocked = True
     return model
 
 

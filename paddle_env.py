@@ -59,9 +59,9 @@ def _configure_malloc():
     if platform.libc_ver()[0] != 'glibc':
         return 'malloc left alone: not glibc'
     mallopt = ctypes.CDLL(None).mallopt
-    # M_MMAP_MAX: no block of its own mapping, which would end with it; M_TRIM_THRESHOLD: the heap does not shrink.
+    # M_MMAP_MAX: no block of its own mapping, which would end with it; M_TRIM_THRESHOLD: the heap never shrinks.
     # Another allocator that is preloaded answers 0.
-    done = mallopt(-4, 0) and mallopt(-1, 2**31 - 1)
+    done = mallopt(-4, 0) and mallopt(-1, -1)
     return 'malloc keeps freed memory' if done else 'malloc left alone: it refuses settings'
 
 

@@ -28,7 +28,7 @@ from config import get_config
 from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
 from errors import UserError
 from fuse import WithFeatures, fuse, pack
-from large_kernel import extension
+from large_kernel import extension, operator_serves
 from launcher import ROOT, settings_file
 from programs import load_paddle_program, save_paddle_program
 from run import build_model
@@ -107,7 +107,9 @@ class Predictor:
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
         self._prepare(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
-        network = pack(fuse(network, final_norm=features))
+        network = fuse(network, final_norm=features)
+        if operator_serves():
+            pack(network)
         if features:
             network = WithFeatures(network)
         if self.backend == 'dygraph':
@@ -128,8 +130,11 @@ class Predictor:
             raise UserError(f'{folder}: this exported program gives no features; export it with -features, or name its '
                             'weights')
         # of those that run here, the one that was the fastest where it was exported
-        operator = extension.reason_unavailable() is None
+        operator = extension.reason_unavailable() is None and certificate.get('operators') == extension.OPERATORS
         names = [name for name in ('model', 'model_native') if name in programs and (operator or name != 'model')]
+        if 'model' in programs and certificate.get('operators') != extension.OPERATORS:
+            utils.logger.warning('%s: `model` is for another version of the operators and is left out; export it again',
+                                 folder)
         if not names:
             raise UserError(f'{folder}: has no program that runs here, but {", ".join(programs)}; export it again')
         name = min(names, key=lambda name: programs[name]['latency_ms'])

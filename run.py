@@ -12,6 +12,7 @@ from ema import ModelEMA
 from engine import Amp, accuracy_line, average_statistics, duration, evaluate, train_one_epoch
 from errors import TrainingStopped, UserError
 from fuse import pack
+from large_kernel import operator_serves
 from losses import build_loss
 from mixup import Mixup
 from monitor import curves_line
@@ -49,7 +50,8 @@ def run(config, device):
     if config.EVAL:
         if folder is not None:
             folder.claim()
-        metrics = _evaluate(config, pack(amp.decorate(model)[0]), val_set, amp, 'eval')
+        model, _ = amp.decorate(model)
+        metrics = _evaluate(config, pack(model) if operator_serves() else model, val_set, amp, 'eval')
         if folder is not None:
             folder.record(event='eval', **metrics)
         return metrics

@@ -93,6 +93,12 @@ def runs_custom(x):
     return name == 'custom' or name == 'auto' and _custom_serves(x)
 
 
+def operator_serves():
+    """Whether the C++ operator computes on the current device: LARGE_KERNEL_CONV_IMPL lets it, and it can be had."""
+    return (_implementation() in ('auto', 'custom') and paddle.device.get_device() == 'cpu'
+            and extension.reason_unavailable() is None)
+
+
 def _implementation():
     name = os.environ.get(VARIABLE) or 'auto'
     if name not in IMPLEMENTATIONS:

@@ -22,6 +22,7 @@ import paddle  # isort: skip
 
 SOURCES = Path(__file__).parent / 'csrc'
 TIMEOUT = 600  # seconds for the compiler
+OPERATORS = 2  # version of the operators' attributes and weights: programs exported with another one do not run
 
 
 class BuildError(RuntimeError):

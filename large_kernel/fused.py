@@ -17,29 +17,37 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
     Where `can_fuse` says so the C++ operator computes it at once, otherwise the layers are called in turn.
 
     Args:
-        x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16]; then the result is in blocks as well.
+        x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16].
         conv: `DepthwiseConv2D`, `nn.Conv2D` or `PackedConv2D`.
         norm, pre_norm: batch norms of the result and of the input; `activation`: 'relu', 'gelu' (exact) or ''.
         residual: like the result.
 
     Returns:
-        [N, C_out, H_out, W_out], of x's dtype.
+        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is, or if a packed convolution says so.
     """
+    blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
-        packed = isinstance(conv, PackedConv2D)
-        weight = conv.weight if packed else conv.weight.astype(x.dtype)
-        return extension.run_fused(x, weight, conv.bias, residual, _tensors(pre_norm), _tensors(norm),
-                                   conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm),
-                                   _epsilon(norm), len(x.shape) == 5 or packed and conv.blocked)
+        weight, dtype = conv.weight, x.dtype
+        if isinstance(conv, PackedConv2D):
+            blocked, dtype = blocked or conv.blocked, paddle.float32
+        return extension.run_fused(x, weight if weight.dtype == dtype else weight.astype(dtype), conv.bias, residual,
+                                   _tensors(pre_norm), _tensors(norm), conv._kernel_size[0], conv._stride[0],
+                                   activation, _epsilon(pre_norm), _epsilon(norm), blocked)
     x = as_planes(x)
     x = conv(x if pre_norm is None else pre_norm(x))
     x = _ACTIVATIONS[activation](x if norm is None else norm(x))
-    return x if residual is None else as_planes(residual) + x
+    x = x if residual is None else as_planes(residual) + x
+    return _as_blocks(x) if blocked else x
 
 
 def as_planes(x):
     """A feature map [N, C, H, W] as it is, or one in blocks [N, C / 16, H, W, 16] in that layout."""
     return x.transpose([0, 1, 4, 2, 3]).flatten(1, 2) if len(x.shape) == 5 else x
+
+
+def _as_blocks(x):
+    n, channels, height, width = x.shape
+    return x.reshape([n, channels // BLOCK, BLOCK, height, width]).transpose([0, 1, 3, 4, 2])
 
 
 @paddle.jit.not_to_static
@@ -50,8 +58,9 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
     running statistics, nobody asks for gradients and no hook waits for a layer's own call. A residual must be that of a
     dense convolution, a norm before it that of a 1x1.
     """
-    pointwise = tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1)
     packed = isinstance(conv, PackedConv2D)
+    pointwise = (tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1)
+                 and (packed or list(conv._updated_padding) == [0, 0]))
     if not (pointwise or (pre_norm is None and (packed or (isinstance(conv, DepthwiseConv2D) and residual is None)))):
         return False
     norms = [layer for layer in (norm, pre_norm) if layer is not None]
@@ -69,8 +78,7 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
 class PackedConv2D(nn.Layer):
     """A dense convolution for inference whose weight is kept in the layout that the C++ operator computes with.
 
-    Packed in every call, as those of `nn.Conv2D` are, weights cost some percent of a network's time. Where the operator
-    does not serve, the weight is unpacked in every call.
+    Packed in every call, as those of `nn.Conv2D` are, weights cost some percent of a network's time.
 
     Args:
         conv: `nn.Conv2D` for which `can_pack` holds.
@@ -85,8 +93,8 @@ class PackedConv2D(nn.Layer):
         self._kernel_size, self._stride, self._groups = conv._kernel_size, conv._stride, conv._groups
         self._in_channels, self.bias, self.blocked = conv._in_channels, conv.bias, False
         weight = conv.weight.astype('float32').reshape([conv.weight.shape[0] // BLOCK, BLOCK, -1]).transpose([0, 2, 1])
-        self.weight = self.create_parameter(weight.shape)
-        self.weight.set_value(weight)
+        self.weight = self.create_parameter(weight.shape, dtype='float32',
+                                            default_initializer=nn.initializer.Assign(weight))
         self.weight.stop_gradient = True
         self.eval()
 
@@ -111,7 +119,8 @@ class PackedConv2D(nn.Layer):
 def pack_weights(model):
     """Packs the weights of the dense convolutions of a model in eval mode, in place, for inference on the CPU.
 
-    The function it computes stays; names and shapes in its state dict do not.
+    The function it computes stays; the shapes in its state dict do not. Where somebody asks for gradients, or the C++
+    operator does not serve, weights are unpacked in every call: not for training.
 
     Returns:
         The model.

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fuse import pack
+from fuse import fuse, pack
 from large_kernel import DepthwiseConv2D, as_planes, conv_block, extension, pack_weights
 from large_kernel.fused import PackedConv2D, can_fuse
 from replknet import ConvBN, RepLKNet
@@ -157,7 +157,7 @@ def test_packed_layers_do_without_the_operator_too(monkeypatch):
     packed.blocked = True
     with paddle.enable_grad():
         got = conv_block(as_blocks(x), packed, after, residual=as_blocks(paddle.zeros([2, 32, 5, 6])))
-    np.testing.assert_allclose(got.numpy(), norm_of_batch(want, after), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(as_planes(got).numpy(), norm_of_batch(want, after), rtol=1e-4, atol=1e-4)
     x.stop_gradient = False
     with paddle.enable_grad():
         packed(x).sum().backward()
@@ -181,6 +181,45 @@ def test_only_what_the_operator_can_compute_is_packed():
     taken = [nn.Conv2D(4, 16, 3, 2, 1), nn.Conv2D(4, 32, 1, bias_attr=False)]
     model = pack_weights(nn.LayerList([*left, *taken]))
     assert [isinstance(layer, PackedConv2D) for layer in model] == [False] * len(left) + [True] * len(taken)
+
+
+def test_a_hook_inside_a_packed_network_changes_nothing():
+    model = RepLKNet([9, 7, 5, 3], [1, 1, 2, 1], [16, 32, 48, 64], small_kernel=3, num_classes=5)
+    model.eval()
+    x = paddle.randn([2, 3, 64, 52])
+    want = model(x).numpy()
+    shapes = []
+    for form in (model, fuse(model)):
+        packed = pack(copy.deepcopy(form))
+        block = packed.stages[2].blocks[0].large_kernel
+        for conv in ([block.small_kernel_conv.conv] if form is model else [block.large_kernel_reparam]):
+            conv.register_forward_post_hook(lambda layer, inputs, result: shapes.append(result.shape))
+        packed.stages[1].blocks[1].pw_conv_2.conv.register_forward_post_hook(lambda *_: None)
+        np.testing.assert_allclose(packed(x).numpy(), want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+        assert shapes.pop() == [2, 48, 4, 4] and not shapes
+        assert all(len(feature.shape) == 4 for feature in packed.forward_features(x))
+
+
+def test_packed_layers_keep_the_random_state_and_survive_copies_and_casts():
+    conv = nn.Conv2D(16, 32, 1)
+    conv.eval()
+    x = paddle.randn([2, 16, 5, 6])
+    paddle.seed(7)
+    expected = paddle.rand([3]).numpy()
+    paddle.seed(7)
+    packed = copy.deepcopy(PackedConv2D(conv))
+    np.testing.assert_array_equal(paddle.rand([3]).numpy(), expected)
+    np.testing.assert_allclose(conv_block(x, packed).numpy(), conv(x).numpy(), rtol=1e-4, atol=1e-5)
+    got = conv_block(x.astype('bfloat16'), packed)
+    assert got.dtype == paddle.bfloat16 and np.allclose(got.astype('float32').numpy(), conv(x).numpy(), atol=0.05)
+    packed.to(dtype='bfloat16')
+    assert np.allclose(conv_block(x, packed).numpy(), conv(x).numpy(), atol=0.05)
+
+
+def test_fuse_comes_before_pack():
+    model = RepLKNet([3, 3, 3, 3], [1, 1, 1, 1], [16, 16, 16, 16], num_classes=2, small_kernel=3)
+    with pytest.raises(ValueError, match='fuse comes before pack'):
+        fuse(pack(model))
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])

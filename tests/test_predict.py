@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import paddle
@@ -255,7 +256,20 @@ def test_contact_sheets_mark_right_and_wrong(pictures, tmp_path):
 @pytest.mark.parametrize(('model', 'missing', 'expected'), [
     ('run', None, 'dygraph'), ('run', 'no compiler', 'inference'), ('exported', None, 'inference')])
 def test_the_faster_backend_is_taken(request, monkeypatch, pictures, model, missing, expected):
+    monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL', raising=False)
     monkeypatch.setattr(extension, 'reason_unavailable', lambda: missing)
     predictor = Predictor(str(request.getfixturevalue(model)), device='cpu')
     assert predictor.backend == expected
     assert predictor(f'{pictures}/rgb.png')[0].error is None
+
+
+def test_an_export_for_other_operators_runs_without_them(exported, pictures, tmp_path):
+    for keeps, folder in ((['model', 'model_native'], tmp_path / 'both'), (['model'], tmp_path / 'one')):
+        shutil.copytree(exported, folder)
+        certificate = json.loads((folder / 'certificate.json').read_text())
+        programs = {name: certificate['programs'][name] for name in keeps}
+        (folder / 'certificate.json').write_text(json.dumps({**certificate, 'operators': 1, 'programs': programs}))
+    predictor = Predictor(str(tmp_path / 'both'))
+    assert predictor.origin.endswith('model_native') and predictor(f'{pictures}/rgb.png')[0].error is None
+    with pytest.raises(UserError, match='export it again'):
+        Predictor(str(tmp_path / 'one'))

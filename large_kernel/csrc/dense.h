@@ -184,7 +184,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
             }
           }
         }
-        const int rest = count % kTile;  // pixels of the last tile
+        const int rest = count % kTile;  // pixels of the last tile; unused sums move with the others
         for (int v = 0; in_place && rest && v < images * kPanel; v++) {
           Vec* last = sums + v * pitch + count - rest;
           std::copy_n(last + kTile - rest, rest, last);

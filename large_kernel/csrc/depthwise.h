@@ -1,5 +1,6 @@
 // Depthwise convolution with "same" padding, forward and backward: x [N, C, H, W], weight [C, 1, K, K] with odd K,
-// y [N, C, ceil(H / stride), ceil(W / stride)], contiguous, forward also in blocks (map.h). T is float, bfloat16 or float16; sums are float.
+// y [N, C, ceil(H / stride), ceil(W / stride)], contiguous; forward also in blocks (map.h). T is float, bfloat16 or float16;
+// sums are float.
 #pragma once
 #include <vector>
 
@@ -29,11 +30,12 @@ void with_constants(const Shape& s, F f) {
 
 template <class T>
 void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
+  const bool blocked = x.blocked || y.blocked;
   if (is_large(s)) {
     correlate_large(x, weight, epilogue, s, Order::kForward, y);
-  } else if (is_packed(s)) {
+  } else if (is_packed(s) || (blocked && (s.kernel == 3 || s.kernel == 5))) {
     with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
-  } else if (!x.blocked && !y.blocked) {
+  } else if (!blocked) {
     forward_rows(x.data, weight, epilogue, s, y.data);
   } else {
     std::vector<T> in(x.pixels * s.batch * s.channels), out(y.pixels * s.batch * s.channels);

@@ -29,16 +29,18 @@ bool is_blocked(const Dims& x) { return x.size() == 5 && x[4] == dwconv::kBlock;
 Dims plain_shape(const Dims& x) { return is_blocked(x) ? Dims{x[0], x[1] * x[4], x[2], x[3]} : x; }
 
 Dims out_shape(Dims x, int stride) {
+  PD_CHECK(x.size() == 4, "a convolution takes [N, C, H, W], not ", x.size(), " dimensions");
   for (int i = 2; i < 4; i++) x[i] = x[i] < 0 ? -1 : (x[i] - 1) / stride + 1;  // -1: not known before the run
   return x;
 }
 
 Dims blocked_shape(const Dims& x) { return {x[0], x[1] / dwconv::kBlock, x[2], x[3], dwconv::kBlock}; }
 
-dwconv::Shape check(const Tensor& x, const Tensor& weight, int stride) {
+// `in` is the shape of x, [N, C, H, W].
+dwconv::Shape check(const Tensor& x, const Dims& in, const Tensor& weight, int stride) {
   PD_CHECK(x.is_cpu() && weight.is_cpu(), "large_kernel_conv runs on the CPU only");
   PD_CHECK(x.dtype() == weight.dtype(), "large_kernel_conv needs input and weight of the same dtype");
-  const Dims in = plain_shape(x.shape()), w = weight.shape();
+  const Dims w = weight.shape();
   PD_CHECK(in.size() == 4 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3] && w[2] % 2 == 1 &&
                (stride == 1 || stride == 2),
            "large_kernel_conv needs input [N, C, H, W], weight [C, 1, K, K] with odd K, and stride 1 or 2");
@@ -93,7 +95,7 @@ std::vector<float> floats(const Tensor& t, std::int64_t count, const char* name)
 
 Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
   const Tensor x = plain(input);
-  const dwconv::Shape s = check(x, weight, stride);
+  const dwconv::Shape s = check(x, x.shape(), weight, stride);
   Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
   const std::vector<float> shift = bias ? floats(*bias, s.channels, "bias") : std::vector<float>();
   dispatch(x, [&](auto* type) {
@@ -171,7 +173,7 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
   if (blocked) out = blocked_shape(out);
   Tensor y = paddle::experimental::empty(out, x.dtype(), x.place());
   if (!is_dense) {
-    const dwconv::Shape s = check(x, weight, stride);
+    const dwconv::Shape s = check(x, in, weight, stride);
     dispatch(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       dwconv::forward(map_of(read<T>(x), x.shape()), read<T>(weight), epilogue, s, map_of(written<T>(y), out));
@@ -198,7 +200,7 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
 // A gradient that nobody asked for comes back as zeros.
 std::vector<Tensor> run_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& dy, int stride,
                                  bool input_grad, bool weight_grad) {
-  const dwconv::Shape s = check(x, weight, stride);
+  const dwconv::Shape s = check(x, x.shape(), weight, stride);
   auto make = [](const Tensor& like, bool wanted) {
     return wanted ? paddle::experimental::empty_like(like) : paddle::experimental::full(like.shape(), 0, like.dtype(), like.place());
   };

@@ -1,10 +1,11 @@
-// 3x3 and 5x5 kernels, stride 1 and 2, on all but very large maps: channels in vector lanes, over whole packed planes with
+// 3x3 and 5x5 kernels, stride 1 and 2, on all but very large planes: channels in vector lanes, over whole packed planes with
 // a border of zeros, which stay in the caches.
 #pragma once
 #include "rows.h"
 
 namespace dwconv {
 
+constexpr int kStripPixels = 4096;
 constexpr int kPackedRun = 7;  // outputs computed together: the network's maps are multiples of 7 wide
 
 // R outputs of a row: in points to the first output's window, whose taps are those of `taps`.
@@ -57,13 +58,18 @@ struct PackedWorkspace {
   }
 };
 
-// Into the middle of `to`, by way of `plane`.
+// Rows [first, last) of x, zeros where it has none, with a border on both sides -> `to`, by way of `plane`.
 template <class T>
-void read_bordered(const Map<const T>& x, int image, int channel, int lanes, int height, int width, Vec* plane, Vec* to,
-                   std::ptrdiff_t pitch, int border) {
-  x.read(image, channel, lanes, 0, height * width, plane);
-  for (int y = 0; y < height; y++) {
-    std::memcpy(to + (y + border) * pitch + border, plane + (std::ptrdiff_t)y * width, width * sizeof(Vec));
+void read_bordered(const Map<const T>& x, int image, int channel, int lanes, int height, int width, int first, int last,
+                   Vec* plane, Vec* to, std::ptrdiff_t pitch, int border) {
+  const int begin = std::max(first, 0), end = std::min(last, height);
+  x.read(image, channel, lanes, (std::ptrdiff_t)begin * width, (end - begin) * width, plane);
+  for (int y = first; y < last; y++, to += pitch) {
+    if (y < begin || y >= end) {
+      std::fill_n(to + border, width, Vec{});
+    } else {
+      std::memcpy(to + border, plane + (std::ptrdiff_t)(y - begin) * width, width * sizeof(Vec));
+    }
   }
 }
 
@@ -71,35 +77,50 @@ inline bool all_finite(const Vec* p, int count) {
   return all_finite(reinterpret_cast<const float*>(p), count * kLanes);
 }
 
-// The outputs in w.plane, of w.x, without the taps on the border.
-inline void packed_exact(PackedWorkspace& w, const Shape& s) {
-  const int border = s.kernel / 2;
-  std::fill(w.plane, w.plane + (std::ptrdiff_t)s.out_height() * s.out_width(), Vec{});
-  for_each_tap(s, [&](auto o, auto i, int tap) {
-    w.plane[o] += w.x[(i / s.width + border) * w.x_pitch + i % s.width + border] * w.weight[tap];
-  });
+// Rows [begin, end) of the output in w.plane, of the input in w.x, without the taps on the border.
+inline void packed_exact(PackedWorkspace& w, const Shape& s, int begin, int end) {
+  const int k = s.kernel, pad = k / 2;
+  Vec* out = w.plane;
+  for (int oy = begin; oy < end; oy++) {
+    for (int ox = 0; ox < s.out_width(); ox++, out++) {
+      *out = Vec{};
+      for (int tap = 0; tap < k * k; tap++) {
+        const int iy = oy * s.stride + tap / k - pad, ix = ox * s.stride + tap % k - pad;
+        if (iy < 0 || iy >= s.height || ix < 0 || ix >= s.width) continue;
+        *out += w.x[(iy - begin * s.stride + pad) * w.x_pitch + ix + pad] * w.weight[tap];
+      }
+    }
+  }
 }
 
+// Strips of rows are computed together, small enough to stay in the second-level cache.
 template <int K, int S, class T>
 void forward_packed(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
+  const int height = std::clamp(kStripPixels / s.out_width(), 1, s.out_height());
+  const int strips = (s.out_height() + height - 1) / height;
+  Shape strip = s;
+  strip.height = (height - 1) * S + K;
 #pragma omp parallel
   {
-    PackedWorkspace w(s);
+    PackedWorkspace w(strip);
 #pragma omp for schedule(static)
-    for (std::ptrdiff_t task = 0; task < (std::ptrdiff_t)s.batch * s.blocks(); task++) {
-      const int image = task % s.batch, block = task / s.batch, lanes = s.lanes(block), channel = block * kLanes;
+    for (std::ptrdiff_t task = 0; task < (std::ptrdiff_t)s.batch * s.blocks() * strips; task++) {
+      const int image = task / strips % s.batch, block = task / strips / s.batch, lanes = s.lanes(block);
+      const int begin = s.out_height() * (task % strips) / strips, end = s.out_height() * (task % strips + 1) / strips;
+      const int channel = block * kLanes, first = begin * S - K / 2, last = (end - 1) * S + K - K / 2;
       pack(weight + (std::ptrdiff_t)channel * K * K, K * K, lanes, K * K, w.weight);
-      read_bordered(x, image, channel, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
+      read_bordered(x, image, channel, lanes, s.height, s.width, first, last, w.plane, w.x, w.x_pitch, K / 2);
       if (all_finite(w.weight, K * K)) {
-        for (int row = 0; row < s.out_height(); row++) {
+        for (int row = 0; row < end - begin; row++) {
           packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, s.out_width(),
                               w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
         }
       } else {
-        packed_exact(w, s);
+        packed_exact(w, s, begin, end);
       }
       epilogue.with_channels(channel, lanes, [&](auto finish) {
-        y.write(w.plane, image, channel, lanes, 0, s.out_height() * s.out_width(), finish);
+        const int width = s.out_width();
+        y.write(w.plane, image, channel, lanes, (std::ptrdiff_t)begin * width, (end - begin) * width, finish);
       });
     }
   }
@@ -165,7 +186,8 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
       Vec bias_sum = {};
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
-        read_bordered(Map<const T>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), w.plane, w.dy, w.dy_pitch, K);
+        read_bordered(Map<const T>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
+                      s.out_height() + K, w.plane, w.dy, w.dy_pitch, K);
         if (dbias) bias_sum = std::accumulate(w.plane, w.plane + out, bias_sum);
         if (dx && finite) {
           packed_input_gradient<K, S>(s, w);
@@ -175,7 +197,8 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
           exact_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
         }
         if (dweight) {
-          read_bordered(Map<const T>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, w.plane, w.x, w.x_pitch, K / 2);
+          read_bordered(Map<const T>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, -(K / 2),
+                        s.height + K / 2, w.plane, w.x, w.x_pitch, K / 2);
           int ky = 0;
           for (; ky + rows <= K; ky += rows) packed_weight_gradient<K, S, rows>(s, w, ky);
           if constexpr (K % rows != 0) packed_weight_gradient<K, S, K % rows>(s, w, ky);

@@ -200,8 +200,13 @@ int main(int argc, char** argv) {
       }
     }
   }
-  for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2}}) {
+  for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2},
+                         Shape{1, 16, 90, 97, 3, 1}, Shape{1, 32, 151, 64, 5, 2}}) {
     bad += !run<float>(s, 0, random), count++;
+  }
+  // several parts of a map, one map for several threads, small maps together, windows
+  for (const Shape& s : {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
+    bad += !run_dense<float>(s, 48, 0, random), count++;
   }
   const int depths[] = {1, 3, 8, 16, 17, 70, 256, 511, 512, 513, 1040}, widths[] = {1, 16, 37, 48, 96, 112};
   for (int depth : depths) {
