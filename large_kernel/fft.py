@@ -17,6 +17,16 @@ def _crop(weight, axis, reach):
     return paddle.slice(weight, [axis], [centre - reach], [centre + reach + 1])
 
 
+def _rfft2(x, size):
+    """Transform of the last two axes, of x followed by zeros up to `size`."""
+    if not paddle.in_dynamic_mode():
+        # Paddle would pad, and on that operator Paddle Inference 3.3.1 with oneDNN breaks its heap while it loads.
+        for axis, length in zip((-2, -1), size):
+            zeros = [paddle.zeros_like(x)] * (-(-length // x.shape[axis]) - 1)
+            x = paddle.slice(paddle.concat([x, *zeros], axis), [x.ndim + axis], [0], [length])
+    return paddle.fft.rfft2(x, size)
+
+
 def conv_fft(x, weight, bias, stride):
     """x [N, C, H, W], weight [C, 1, K, K], bias [C] or None -> [N, C, ceil(H / stride), ceil(W / stride)].
 
@@ -28,7 +38,7 @@ def conv_fft(x, weight, bias, stride):
         pad_h, pad_w = kernel.shape[1] // 2, kernel.shape[2] // 2
         # Outputs start at `pad`, so what wraps around a period of H + pad falls on outputs that are cut off.
         size = [_fast_size(height + pad_h), _fast_size(width + pad_w)]
-        product = paddle.fft.rfft2(x.astype('float32'), size) * paddle.fft.rfft2(kernel.flip([1, 2]), size)
+        product = _rfft2(x.astype('float32'), size) * _rfft2(kernel.flip([1, 2]), size)
         y = paddle.fft.irfft2(product, size)
         y = y[:, :, pad_h:pad_h + height:stride, pad_w:pad_w + width:stride]
         if bias is not None:
