@@ -70,8 +70,8 @@ class Predictor:
         batch_size: pictures that the model computes at once.
         topk: classes told for each picture; at most all.
         features: tell the pooled features as well.
-        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto', the faster one:
-            dygraph, but for exports and where the C++ operator cannot be had.
+        backend: 'dygraph'; 'inference', Paddle Inference with oneDNN, on the CPU only; or 'auto': dygraph, but for
+            exports and where the C++ operator cannot be had, where it is the faster one.
         workers: decoding threads; None for one per core, at most 16.
     Attributes:
         origin: the weights or the program; `names`: of all classes; `device` and `backend`: which were chosen.
@@ -89,9 +89,8 @@ class Predictor:
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
-        # Processor time of the fused 31B at 224 pixels, two threads of an AMD EPYC, batch 1 and 8: dygraph with the
-        # operator 0.35 and 2.92 s, Paddle Inference with it 0.34 and 3.04 s, with oneDNN's depthwise convolutions 0.33
-        # and 2.82 s after 4 s of preparation. Without the operator dygraph is several times slower.
+        # Where the operator serves, Paddle Inference is a few per cent faster (docs/benchmarks.md), but takes seconds
+        # to trace and load a model. Without the operator dygraph is several times slower.
         if backend == 'auto':
             slow = self.device == 'cpu' and extension.reason_unavailable() is not None
             backend = 'inference' if exported or slow else 'dygraph'
