@@ -128,7 +128,8 @@ TARGETS = {
 
 
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
-@pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long) if t == 'avx2' else t for t in TARGETS])
+@pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long)
+                                    if t in ('avx2', 'native') else t for t in TARGETS])
 def test_kernels_alone(tmp_path, target):
     """Every shape of a table, in buffers of exactly the tensors' size."""
     flags = TARGETS[target]
