@@ -1,4 +1,4 @@
-"""Exported programs as functions: images, float32 [N, 3, H, W], to logits [N, num_classes], on the CPU."""
+"""Exported programs as functions on the CPU: images, float32 [N, 3, H, W], to logits [N, num_classes], or more."""
 import contextlib
 import ctypes
 import os

@@ -368,8 +368,7 @@ def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tm
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     else:
         process.send_signal(getattr(signal, name))
-    # ends when the last process has closed its end of the pipes; one that hangs is killed after 21 seconds
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=30)  # ends when the last process has closed its end of the pipes
     assert process.returncode == {'SIGTERM': 143, 'SIGINT': 130, 'SIGKILL': -9}[name]
     if name != 'SIGKILL':  # then a rank may find the other gone before it looks for the one that started both
         assert re.fullmatch(r'(stopped by a signal.*\n)?', errors)  # silent outside of training
