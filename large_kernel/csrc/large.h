@@ -259,9 +259,11 @@ struct Finite {
   Vec zero = {};
   DW_INLINE void see(Vec v) { zero += v - v; }
   bool all() const {
-    bool result = true;
-    for (int lane = 0; lane < kLanes; lane++) result &= zero[lane] == 0.f;
-    return result;
+    std::uint64_t differs[sizeof(Vec) / 8], any = 0;
+    const Ints mask = zero != Vec{};
+    std::memcpy(differs, &mask, sizeof(mask));
+    for (std::uint64_t bits : differs) any |= bits;
+    return !any;
   }
 };
 
@@ -328,7 +330,8 @@ inline void weight_gradient_rows(const Levels& x, const Levels& dy, const Shape&
   const int reach = std::min(pad, s.width - 1);  // taps further out only meet padding
   const int lo = std::max(begin, pad - s.height + 1), hi = std::min(end, pad + s.height);
   // Where fewer than `few` rows meet, the rows that only cancel would dominate the rounding error.
-  constexpr int rows = 16, few = 4;
+  constexpr int rows = 16;
+  const int few = 4 * x.levels;
   const Levels plain_x = {{x.node[0]}, 0}, plain_dy = {{dy.node[0]}, 0};
   Vec part[rows * kMaxRun];
   for_each_run(2 * reach + 1, s.width, [&](int k0, int k1) {

@@ -201,8 +201,20 @@ int main(int argc, char** argv) {
     }
   }
   for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2},
-                         Shape{1, 16, 90, 97, 3, 1}, Shape{1, 32, 151, 64, 5, 2}}) {
+                         Shape{1, 16, 90, 97, 3, 1}, Shape{1, 32, 151, 64, 5, 2}, Shape{1, 48, 22, 13, 31, 1},
+                         Shape{1, 32, 26, 26, 63, 1}, Shape{1, 16, 27, 21, 51, 1}}) {
     bad += !run<float>(s, 0, random), count++;
+  }
+  // kernels that reach from every pixel of a small map to every other; 3x3 on maps around a vector's width
+  for (int i = 0; i < 12 * shapes; i++, count++) {
+    const bool small = i % 2;
+    const int height = small ? 5 + pick(4) : 1 + pick(9), width = small ? 1 + pick(8) : 10 + pick(40);
+    const int reaching = 2 * std::max(height, width) - 1;
+    const Shape s = {1 + pick(small ? 10 : 3), channels[pick(12)], height, width,
+                     small ? std::max(7, reaching + 2 * pick(3)) : 3, small ? 1 : 1 + pick(2)};
+    bad += !run<float>(s, 0, random);
+    if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
+    if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
   }
   // several parts of a map, one map for several threads, small maps together, windows
   for (const Shape& s : {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
