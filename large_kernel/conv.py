@@ -1,4 +1,5 @@
 """The depthwise convolution layer and the choice of its implementation."""
+import functools
 import os
 import warnings
 
@@ -18,7 +19,7 @@ DTYPES = ('float32', 'float16', 'bfloat16')
 
 def conv_native(x, weight, bias, stride):
     """Paddle's own convolution; same arguments and result as `depthwise_conv2d`."""
-    if _on_cpu(x) and _dtype_name(x) != 'float32':  # Paddle has no half-precision convolution on the CPU
+    if _on_cpu(x) and _dtype_name(x.dtype) != 'float32':  # Paddle has no half-precision convolution on the CPU
         return conv_native(x.astype('float32'), weight, bias, stride).astype(x.dtype)
     return F.conv2d(x, weight.astype(x.dtype), None if bias is None else bias.astype(x.dtype),
                     stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
@@ -26,8 +27,8 @@ def conv_native(x, weight, bias, stride):
 
 def conv_custom(x, weight, bias, stride):
     """The C++ operator; same arguments and result as `depthwise_conv2d`."""
-    weight = weight.astype(x.dtype)
-    bias = None if bias is None else bias.astype(x.dtype)
+    weight = weight if weight.dtype == x.dtype else weight.astype(x.dtype)
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.astype(x.dtype)
     # A traced program does not know yet who will ask for gradients.
     traced = not paddle.in_dynamic_mode()
     return extension.run(x, weight, bias, stride, traced or not x.stop_gradient,
@@ -37,8 +38,9 @@ def conv_custom(x, weight, bias, stride):
 _FUNCTIONS = {'custom': conv_custom, 'fft': conv_fft, 'native': conv_native}
 
 
-def _dtype_name(x):
-    return str(x.dtype).split('.')[-1].lower()
+@functools.lru_cache(maxsize=None)
+def _dtype_name(dtype):
+    return str(dtype).split('.')[-1].lower()
 
 
 def _on_cpu(x):
@@ -48,23 +50,26 @@ def _on_cpu(x):
 
 
 def _check(x, weight, bias, stride):
-    shapes = f'input {list(x.shape)}, weight {list(weight.shape)}'
-    if len(x.shape) != 4:
-        raise ValueError(f'depthwise_conv2d needs an input [N, C, H, W]: {shapes}')
-    if len(weight.shape) != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f'depthwise_conv2d needs a weight [C, 1, K, K]: {shapes}')
-    if weight.shape[2] % 2 == 0 or not 1 <= weight.shape[2] <= MAX_KERNEL:
-        raise ValueError(f'depthwise_conv2d needs an odd kernel of at most {MAX_KERNEL}: {shapes}')
-    if x.shape[1] != weight.shape[0]:
-        raise ValueError(f'depthwise_conv2d needs as many channels in input and weight: {shapes}')
-    if bias is not None and list(bias.shape) != [weight.shape[0]]:
-        raise ValueError(f'depthwise_conv2d needs a bias [C]: bias {list(bias.shape)}, {shapes}')
-    if 0 in x.shape:
-        raise ValueError(f'depthwise_conv2d needs a non-empty input: {shapes}')
-    if stride not in (1, 2):
-        raise ValueError(f'depthwise_conv2d needs stride 1 or 2, not {stride}: {shapes}')
-    if _dtype_name(x) not in DTYPES:
-        raise ValueError(f'depthwise_conv2d takes {", ".join(DTYPES)}, not {_dtype_name(x)}: {shapes}')
+    x_shape, w_shape = x.shape, weight.shape
+    problem = None
+    if len(x_shape) != 4:
+        problem = 'needs an input [N, C, H, W]'
+    elif len(w_shape) != 4 or w_shape[1] != 1 or w_shape[2] != w_shape[3]:
+        problem = 'needs a weight [C, 1, K, K]'
+    elif w_shape[2] % 2 == 0 or not 1 <= w_shape[2] <= MAX_KERNEL:
+        problem = f'needs an odd kernel of at most {MAX_KERNEL}'
+    elif x_shape[1] != w_shape[0]:
+        problem = 'needs as many channels in input and weight'
+    elif bias is not None and list(bias.shape) != [w_shape[0]]:
+        problem = f'needs a bias [C], not {list(bias.shape)}'
+    elif 0 in x_shape:
+        problem = 'needs a non-empty input'
+    elif stride not in (1, 2):
+        problem = f'needs stride 1 or 2, not {stride}'
+    elif _dtype_name(x.dtype) not in DTYPES:
+        problem = f'takes {", ".join(DTYPES)}, not {_dtype_name(x.dtype)}'
+    if problem:
+        raise ValueError(f'depthwise_conv2d {problem}: input {list(x_shape)}, weight {list(w_shape)}')
 
 
 _warned = False
