@@ -4,7 +4,9 @@
 #pragma once
 #include <vector>
 
+#include "narrow.h"
 #include "packed.h"
+#include "stencil.h"
 
 namespace dwconv {
 
@@ -31,8 +33,12 @@ void with_constants(const Shape& s, F f) {
 template <class T>
 void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
   const bool blocked = x.blocked || y.blocked;
-  if (is_large(s)) {
+  if (is_large(s) && is_narrow(s) && !blocked) {
+    correlate_narrow(x.data, weight, epilogue, s, Order::kForward, y.data);
+  } else if (is_large(s)) {
     correlate_large(x, weight, epilogue, s, Order::kForward, y);
+  } else if (is_stencil(s) && !blocked) {
+    s.stride == 1 ? forward_stencil<1>(x.data, weight, epilogue, s, y.data) : forward_stencil<2>(x.data, weight, epilogue, s, y.data);
   } else if (is_packed(s) || (blocked && (s.kernel == 3 || s.kernel == 5))) {
     with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
   } else if (!blocked) {
@@ -48,11 +54,16 @@ void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, c
 // Each of dx, dweight and dbias may be null: then it is not computed.
 template <class T>
 void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
-  if (is_large(s)) {
+  if (is_large(s) && is_narrow(s)) {
+    if (dx) correlate_narrow(dy, weight, Epilogue{}, s, Order::kInputGradient, dx);
+    if (dweight) weight_gradient_narrow(x, dy, s, dweight, dbias);
+  } else if (is_large(s)) {
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
     const Map<const T> from = {dy, s.channels, pixels};
     if (dx) correlate_large(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
     if (dweight) weight_gradient_large(x, dy, s, dweight, dbias);
+  } else if (is_stencil(s)) {
+    s.stride == 1 ? backward_stencil<1>(x, weight, dy, s, dx, dweight, dbias) : backward_stencil<2>(x, weight, dy, s, dx, dweight, dbias);
   } else if (is_packed(s)) {
     with_constants(s, [&](auto k, auto stride) {
       backward_packed<k(), stride()>(x, weight, dy, s, dx, dweight, dbias);

@@ -33,8 +33,17 @@ struct Epilogue {
   // Calls f(a function of a vector of `lanes` channels from `channel` on).
   template <class F>
   DW_INLINE void with_channels(int channel, int lanes, F f) const {
-    const Vec s = scale ? load_lanes(scale + channel, lanes) : splat(1.f);
-    const Vec t = shift ? load_lanes(shift + channel, lanes) : Vec{};
+    apply(scale ? load_lanes(scale + channel, lanes) : splat(1.f), shift ? load_lanes(shift + channel, lanes) : Vec{}, f);
+  }
+
+  // Calls f(a function of a vector of pixels of this channel).
+  template <class F>
+  DW_INLINE void with_channel(int channel, F f) const {
+    apply(splat(scale ? scale[channel] : 1.f), splat(shift ? shift[channel] : 0.f), f);
+  }
+
+  template <class F>
+  DW_INLINE void apply(Vec s, Vec t, F f) const {
     switch (activation) {
       case Activation::kNone: return f([s, t](Vec v) { return v * s + t; });
       case Activation::kRelu: return f([s, t](Vec v) { return activate<Activation::kRelu>(v * s + t); });

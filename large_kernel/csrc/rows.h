@@ -189,13 +189,15 @@ inline bool all_finite(const float* p, int count) {
 }
 
 template <class T>
-void exact_forward(const T* x, const T* weight, float scale, float shift, const Shape& s, T* y) {
+void exact_forward(const T* x, const T* weight, const Epilogue& epilogue, std::ptrdiff_t channel, const Shape& s, T* y) {
+  const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f, shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.out_height() * s.out_width();
   Scratch exact(pixels + kLanes);
   float* sum = exact.floats();
   std::fill(sum, sum + pixels, shift);
   for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += to_float(x + i) * (scale * to_float(weight + tap)); });
   write_row(sum, (int)pixels, y, y + pixels);
+  epilogue.activate_plane(pixels, y);
 }
 
 template <class T>
@@ -374,10 +376,10 @@ void forward_rows(const T* x, const T* weight, const Epilogue& epilogue, const S
       const float shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
       if (read_weights(weight + channel * area, area, scale, w)) {
         forward_plane(x + plane * in, shift, s, w, y + plane * out);
+        epilogue.activate_plane(out, y + plane * out);
       } else {
-        exact_forward(x + plane * in, weight + channel * area, scale, shift, s, y + plane * out);
+        exact_forward(x + plane * in, weight + channel * area, epilogue, channel, s, y + plane * out);
       }
-      epilogue.activate_plane(out, y + plane * out);
     }
   }
 }

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define DW_INLINE __attribute__((always_inline)) inline
 
 namespace dwconv {
@@ -86,6 +90,29 @@ DW_INLINE void store_part(T* p, Vec v, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+#if defined(__AVX512F__)
+DW_INLINE Vec load_part(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+DW_INLINE void store_part(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+#elif defined(__AVX2__)
+DW_INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DW_INLINE Vec load_part(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, first(n)); }
+DW_INLINE void store_part(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
+#endif
+
+// The same for any n: nothing where n <= 0, all lanes where n >= kLanes.
+template <class T>
+DW_INLINE Vec load_first(const T* p, std::ptrdiff_t n) {
+  return n >= kLanes ? load(p) : n > 0 ? load_part(p, (int)n) : Vec{};
+}
+
+template <class T>
+DW_INLINE void store_first(T* p, Vec v, std::ptrdiff_t n) {
+  if (n >= kLanes) return store(p, v);
+  if (n > 0) store_part(p, v, (int)n);
+}
+
 DW_INLINE float to_float(const float* p) { return *p; }
 DW_INLINE float to_float(const bfloat16* p) { return load_part(p, 1)[0]; }
 DW_INLINE float to_float(const float16* p) { return load_part(p, 1)[0]; }
@@ -153,6 +180,37 @@ DW_INLINE void deinterleave(Vec a, Vec b, Vec* even, Vec* odd) {
 #else
   *even = DW_SHUFFLE(a, b, 0, 2, 4, 6);
   *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7);
+#endif
+}
+
+DW_INLINE Vec reverse(Vec v) {
+#if defined(__AVX512F__)
+  return DW_SHUFFLE(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#elif defined(__AVX__)
+  return DW_SHUFFLE(v, v, 7, 6, 5, 4, 3, 2, 1, 0);
+#else
+  return DW_SHUFFLE(v, v, 3, 2, 1, 0);
+#endif
+}
+
+// The lanes of b moved up by one, the last one of a before them; and those of a moved down, the first one of b behind them.
+DW_INLINE Vec move_up(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return DW_SHUFFLE(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+#elif defined(__AVX__)
+  return DW_SHUFFLE(a, b, 7, 8, 9, 10, 11, 12, 13, 14);
+#else
+  return DW_SHUFFLE(a, b, 3, 4, 5, 6);
+#endif
+}
+
+DW_INLINE Vec move_down(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return DW_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+#elif defined(__AVX__)
+  return DW_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8);
+#else
+  return DW_SHUFFLE(a, b, 1, 2, 3, 4);
 #endif
 }
 
