@@ -51,9 +51,20 @@ def paddle_conv(case, x, weight, gradient):
     gradient = paddle.to_tensor(gradient)
     x.stop_gradient = weight.stop_gradient = False
 
+    class Next(paddle.autograd.PyLayer):
+        """Hands the gradient over as a next layer would: one given to paddle.grad is copied first, by one thread."""
+
+        @staticmethod
+        def forward(ctx, y):
+            return paddle.zeros([1])
+
+        @staticmethod
+        def backward(ctx, _):
+            return gradient
+
     def training():
         y = depthwise_conv2d(x, weight, None, case['stride'])
-        return [y, *paddle.grad(y, [x, weight], gradient)]
+        return [y, *paddle.grad(Next.apply(y), [x, weight])]
     return training, version
 
 
