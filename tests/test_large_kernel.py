@@ -147,7 +147,7 @@ def test_results_do_not_depend_on_the_number_of_threads(force):
     force('custom')
     rng = np.random.default_rng(4)
     shapes = [(3, 20, 14, 14, 27, 1), (1, 3, 30, 31, 31, 1), (5, 33, 7, 7, 13, 1), (2, 19, 20, 20, 5, 1),
-              (3, 9, 9, 11, 3, 2)]
+              (3, 9, 9, 11, 3, 2), (3, 9, 9, 40, 3, 2), (2, 9, 9, 33, 3, 1), (1, 16, 56, 56, 31, 1), (1, 5, 41, 20, 21, 1)]
     try:
         for shape in shapes:
             x, weight, bias, dy = draw(rng, *shape)
@@ -178,13 +178,15 @@ def by_taps(x, weight, dy, stride):
 
 @needs_operator
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
-@pytest.mark.parametrize('kernel, stride', [(3, 1), (5, 1), (3, 2), (5, 2), (9, 2), (7, 1), (13, 1)])
+@pytest.mark.parametrize('height, width, kernel, stride', [
+    *((7, 8, kernel, stride) for kernel, stride in ((3, 1), (5, 1), (3, 2), (5, 2), (9, 2), (7, 1), (13, 1))),
+    (7, 7, 13, 1), (8, 5, 17, 1), (4, 16, 3, 1), (5, 37, 3, 1), (6, 35, 3, 2), (3, 32, 3, 2)])
 @pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan])
-def test_nan_and_inf_reach_what_they_meet_and_nothing_else(force, kernel, stride, value):
+def test_nan_and_inf_reach_what_they_meet_and_nothing_else(force, height, width, kernel, stride, value):
     rng = np.random.default_rng(5)
     for place in ('x', 'weight', 'dy'):
         for corner in (0, -1):
-            x, weight, _, dy = (t.detach().numpy() for t in draw(rng, 2, 3, 7, 8, kernel, stride))
+            x, weight, _, dy = (t.detach().numpy() for t in draw(rng, 2, 3, height, width, kernel, stride))
             {'x': x, 'weight': weight, 'dy': dy}[place][-1, 0, corner, corner] = value
             want = by_taps(x.astype('float64'), weight.astype('float64'), dy.astype('float64'), stride)
             got = {}

@@ -38,7 +38,7 @@ void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, c
   } else if (is_large(s)) {
     correlate_large(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_stencil(s) && !blocked) {
-    s.stride == 1 ? forward_stencil<1>(x.data, weight, epilogue, s, y.data) : forward_stencil<2>(x.data, weight, epilogue, s, y.data);
+    (s.stride == 1 ? forward_stencil<1, T> : forward_stencil<2, T>)(x.data, weight, epilogue, s, y.data);
   } else if (is_packed(s) || (blocked && (s.kernel == 3 || s.kernel == 5))) {
     with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
   } else if (!blocked) {
@@ -51,7 +51,7 @@ void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, c
   }
 }
 
-// Each of dx, dweight and dbias may be null: then it is not computed.
+// dx, dweight and dbias may be null, dbias must be where dweight is: what is null is not computed.
 template <class T>
 void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   if (is_large(s) && is_narrow(s)) {
@@ -63,7 +63,7 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
     if (dx) correlate_large(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
     if (dweight) weight_gradient_large(x, dy, s, dweight, dbias);
   } else if (is_stencil(s)) {
-    s.stride == 1 ? backward_stencil<1>(x, weight, dy, s, dx, dweight, dbias) : backward_stencil<2>(x, weight, dy, s, dx, dweight, dbias);
+    (s.stride == 1 ? backward_stencil<1, T> : backward_stencil<2, T>)(x, weight, dy, s, dx, dweight, dbias);
   } else if (is_packed(s)) {
     with_constants(s, [&](auto k, auto stride) {
       backward_packed<k(), stride()>(x, weight, dy, s, dx, dweight, dbias);

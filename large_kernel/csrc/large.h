@@ -146,6 +146,7 @@ inline RowSet combine(const RowSet& a, const RowSet& b, float sign, int width, V
 }
 
 constexpr int kInnerNodes[] = {0, 1, 4, 13};  // by number of levels
+constexpr int kGroup = 8;                     // rows of a result that depend on each other at the most levels
 
 // The filter or the input of a correlation and of the three it is reduced to, and so on: node n has children 3 n + 1 to 3.
 struct Levels {
@@ -293,7 +294,9 @@ void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epi
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
       const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);
       const int channel = block * kLanes;
-      const int begin = s.height * cut / cuts, end = s.height * (cut + 1) / cuts;
+      // Cut between groups of rows that are computed out of each other: so results do not depend on the number of threads.
+      const int begin = s.height * cut / cuts / kGroup * kGroup;
+      const int end = cut + 1 == cuts ? s.height : s.height * (cut + 1) / cuts / kGroup * kGroup;
       const int in_begin = std::max(0, begin - pad), in_end = std::min(s.height, end + pad);
       if (packed != block) {
         const RowSet rows = pack_weights(weight + (std::ptrdiff_t)channel * area, s.kernel, lanes, order, table);
@@ -383,7 +386,8 @@ void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, 
           pack(dy + offset, plane, lanes, (int)plane, pdy);
           const RowSet rows = {px - (std::ptrdiff_t)pad * s.width, s.width, pad, s.height + pad};
           weight_gradient_rows(Levels::of_input(rows, s.width, levels, px + plane),
-                               Levels::of_filter({pdy, s.width, 0, s.height}, s.width, levels, pdy + plane), s, begin, end, sum);
+                               Levels::of_filter({pdy, s.width, 0, s.height}, s.width, levels, pdy + plane), s, begin,
+                               end, sum);
           if (dbias && cut == 0) {
             for (int y = 0; y < s.height; y++) {
               Vec row = {};

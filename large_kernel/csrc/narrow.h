@@ -1,15 +1,17 @@
 // Large kernels, stride 1, that reach from every pixel of a small map to every other: pixels of a row in vector lanes and all
-// rows of the map in registers. Nothing is transposed, nothing has a border, and no tap falls on padding.
+// rows of the map in registers. Nothing is transposed, nothing has a border, and no tap falls on padding: values that are not
+// finite go where they should by themselves.
 #pragma once
 #include "rows.h"
 
 namespace dwconv {
 
-constexpr int kNarrow = 8;                            // pixels of a row at most, and floats of a vector
-constexpr int kPlane = kNarrow * kNarrow + kLanes;    // floats of memory for a plane and what is written behind it
+constexpr int kNarrow = 8;  // pixels of a row at most, and floats of a vector
+constexpr int kPlane = kNarrow * kNarrow + std::max(kLanes, kNarrow);  // memory for a plane and what is written behind it
 constexpr int kTogether = 8;  // channels, and images, whose planes a thread takes through one step before the next: a load of
                               // what was just stored in other pieces has to wait
 
+// Fewer rows leave too much of the registers empty.
 inline bool is_narrow(const Shape& s) {
   const int longest = std::max(s.height, s.width);
   return kLanes >= kNarrow && longest <= kNarrow && s.height > kNarrow / 2 && s.kernel / 2 >= longest - 1;
@@ -29,6 +31,7 @@ void with_height(const Shape& s, F f) {
 }
 
 typedef float Line __attribute__((vector_size(kNarrow * 4), may_alias));
+typedef int32_t LineBits __attribute__((vector_size(kNarrow * 4)));
 typedef float LineUnaligned __attribute__((vector_size(kNarrow * 4), aligned(4), may_alias));
 
 DW_INLINE Line load_line(const float* p) { return *reinterpret_cast<const LineUnaligned*>(p); }
@@ -76,11 +79,11 @@ __attribute__((noinline)) void add_column(const float* x, const float* dy, int p
       for (int from = 0; from < H; from++) part[from - y + H - 1] += value * row[from];
     }
   }
-  Line inside;
-  for (int i = 0; i < kNarrow; i++) inside[i] = i < width ? 1.f : 0.f;
+  LineBits inside;
+  for (int i = 0; i < kNarrow; i++) inside[i] = i < width ? -1 : 0;
   sum -= (H - 1) * kernel + column;
 #pragma GCC unroll 16
-  for (int d = 0; d < 2 * H - 1; d++, sum += kernel) store_line(sum, load_line(sum) + inside * part[d]);
+  for (int d = 0; d < 2 * H - 1; d++, sum += kernel) store_line(sum, load_line(sum) + (Line)((LineBits)part[d] & inside));
 }
 
 // A channel's weights, rotated by 180 degrees if `rotated`.
@@ -95,23 +98,12 @@ void read_taps(const T* weight, int area, bool rotated, float* taps) {
       [] {});  // the smallest kernel is 9x9
 }
 
-// `count` values to other memory, as another type, through `finish`. Whether all of them were finite.
+// `count` values to other memory, as another type, through `finish`.
 template <class T, class U, class F = Identity>
-DW_INLINE bool copy_values(const T* from, int count, U* to, F finish = {}) {
-  Finite finite;
+DW_INLINE void copy_values(const T* from, int count, U* to, F finish = {}) {
   for_each_window(
-      count,
-      [&](int i) {
-        const Vec v = load(from + i);
-        finite.see(v);
-        store(to + i, finish(v));
-      },
-      [&] {
-        const Vec v = load_part(from, count);
-        finite.see(v);
-        store_part(to, finish(v), count);
-      });
-  return finite.all();
+      count, [&](int i) { store(to + i, finish(load(from + i))); },
+      [&] { store_part(to, finish(load_part(from, count)), count); });
 }
 
 // x [N, C, H, W] -> y [N, C, H, W].
@@ -146,14 +138,7 @@ void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, con
       }
       for (int i = 0; i < count; i++) {
         T* to = y + offset + i * pixels;
-        bool finite;
-        epilogue.with_channel(channel + i, [&](auto finish) { finite = copy_values(out + i * kPlane, pixels, to, finish); });
-        if (finite) continue;
-        if (order == Order::kForward) {
-          exact_forward(from + i * pixels, w + i * area, epilogue, channel + i, s, to);
-        } else {
-          exact_input_gradient(from + i * pixels, w + i * area, s, to);
-        }
+        epilogue.with_channel(channel + i, [&](auto finish) { copy_values(out + i * kPlane, pixels, to, finish); });
       }
     }
   }
@@ -198,9 +183,7 @@ void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight,
         }
       }
       for (int i = 0; i < count; i++) {
-        T* to = dweight + (std::ptrdiff_t)(channel + i) * area;
-        const std::ptrdiff_t offset = (std::ptrdiff_t)(channel + i) * pixels;
-        if (!copy_values(sums + i * sum_size, area, to)) exact_weight_gradient(x + offset, dy + offset, s, to);
+        copy_values(sums + i * sum_size, area, dweight + (std::ptrdiff_t)(channel + i) * area);
         if (dbias) store_part(dbias + channel + i, splat(bias[i]), 1);
       }
     }

@@ -1,5 +1,5 @@
-// 3x3 and 5x5 kernels, stride 1 and 2, on all but very large planes: channels in vector lanes, over whole packed planes with
-// a border of zeros, which stay in the caches.
+// 5x5 kernels, 3x3 ones on narrow maps and either in blocks, stride 1 and 2, on all but very large planes: channels in vector
+// lanes, over whole packed planes with a border of zeros, which stay in the caches.
 #pragma once
 #include "rows.h"
 

@@ -1,5 +1,5 @@
-// Everything else (stride 2 with large kernels, few channels, 3x3 and 5x5 on very large maps): pixels of a row in vector
-// lanes, over planes copied once with a border of zeros.
+// Everything else (stride 2 with large kernels, few channels, very large maps): pixels of a row in vector lanes, over planes
+// copied once with a border of zeros.
 #pragma once
 #include <cmath>
 #include <numeric>

@@ -1,5 +1,5 @@
 // 3x3 kernels, stride 1 and 2, on planes: pixels of a row in vector lanes, down the rows of a strip one vector wide. Planes
-// are read and written where they lie, each row once; a copy with a border or a transposition takes longer than the products.
+// are read and written where they lie: a copy with a border or a transposition takes longer than the products.
 #pragma once
 #include "rows.h"
 
@@ -21,7 +21,7 @@ struct Plane {
   T* row(int y) const { return data + (std::ptrdiff_t)y * width; }
 };
 
-// Column x and those behind it. With Inside they and what their taps meet are all on the map; else there are zeros behind it.
+// Column x and those behind it. With Inside all are on the map; else there are zeros behind its right edge.
 template <bool Inside, class T>
 DW_INLINE Vec read_strip(const Plane<const T>& plane, int y, int x) {
   return Inside ? load(plane.row(y) + x) : load_first(plane.row(y) + x, plane.width - x);
@@ -58,7 +58,7 @@ struct Taps3 {
   }
 };
 
-// Calls f(first row, last row, first column, whether all is inside) for the strips of outputs of an input [height, width].
+// Calls f(begin, end, first column, whether all is inside) for rows [begin, end) of the strips of outputs of an input.
 // Strips of wide maps have few rows, so that a plane is passed from front to back.
 template <int S, class F>
 DW_INLINE void for_each_strip(int height, int width, int few, F f) {
@@ -190,14 +190,14 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
 #pragma omp parallel for schedule(static)
   for (int channel = 0; channel < s.channels; channel++) {
     const T* w = weight + (std::ptrdiff_t)channel * 9;
-    Vec taps[9], rotated[9], sums[9] = {}, bias = {};
+    Vec taps[9], rotated[9], sums[9] = {}, bias = {};  // of whole planes, so that small terms do not drown in large sums
     const bool finite = read_taps(w, taps);
     std::reverse_copy(taps, taps + 9, rotated);
     for (int image = 0; image < s.batch; image++) {
       const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
       const Plane<const T> plane = {x + index * in, s.height, s.width};
       const Plane<const T> gradient = {dy + index * out, s.out_height(), s.out_width()};
-      const Plane<T> to = {dx + index * in, s.height, s.width};
+      const Plane<T> to = {dx ? dx + index * in : nullptr, s.height, s.width};
       if (dx && !finite) {
         exact_input_gradient(gradient.data, w, s, to.data);
       } else if (dx && S == 1) {
@@ -205,8 +205,16 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
       } else if (dx) {
         spread(gradient, taps, to);
       }
-      if (dweight) add_products<S>(plane, gradient, sums);
-      for (std::ptrdiff_t i = 0; dbias && i < out; i += kLanes) bias += load_first(gradient.data + i, out - i);
+      if (dweight) {
+        Vec products[9] = {};
+        add_products<S>(plane, gradient, products);
+        for (int i = 0; i < 9; i++) sums[i] += products[i];
+      }
+      if (dbias) {
+        Vec sum = {};
+        for (std::ptrdiff_t i = 0; i < out; i += kLanes) sum += load_first(gradient.data + i, out - i);
+        bias += sum;
+      }
     }
     if (dweight) {
       float sum[9 + kLanes] = {};  // whole vectors are read

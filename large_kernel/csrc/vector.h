@@ -75,7 +75,7 @@ DW_INLINE void store(float16* p, Vec v) {  // round to nearest even, NaN stays N
   store_half(p, sign | (u < 0x38800000u ? tiny : u >= 0x47800000u ? special : normal));
 }
 
-// The first n < kLanes elements only; what lies behind them is not touched.
+// The first n <= kLanes elements only; what lies behind them is not touched.
 template <class T>
 DW_INLINE Vec load_part(const T* p, int n) {
   T buffer[kLanes] = {};
@@ -193,7 +193,7 @@ DW_INLINE Vec reverse(Vec v) {
 #endif
 }
 
-// The lanes of b moved up by one, the last one of a before them; and those of a moved down, the first one of b behind them.
+// The lanes of b moved up by one, the last one of a before them.
 DW_INLINE Vec move_up(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return DW_SHUFFLE(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
@@ -201,16 +201,6 @@ DW_INLINE Vec move_up(Vec a, Vec b) {
   return DW_SHUFFLE(a, b, 7, 8, 9, 10, 11, 12, 13, 14);
 #else
   return DW_SHUFFLE(a, b, 3, 4, 5, 6);
-#endif
-}
-
-DW_INLINE Vec move_down(Vec a, Vec b) {
-#if defined(__AVX512F__)
-  return DW_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
-#elif defined(__AVX__)
-  return DW_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8);
-#else
-  return DW_SHUFFLE(a, b, 1, 2, 3, 4);
 #endif
 }
 
