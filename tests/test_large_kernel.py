@@ -147,7 +147,8 @@ def test_results_do_not_depend_on_the_number_of_threads(force):
     force('custom')
     rng = np.random.default_rng(4)
     shapes = [(3, 20, 14, 14, 27, 1), (1, 3, 30, 31, 31, 1), (5, 33, 7, 7, 13, 1), (2, 19, 20, 20, 5, 1),
-              (3, 9, 9, 11, 3, 2), (3, 9, 9, 40, 3, 2), (2, 9, 9, 33, 3, 1), (1, 16, 56, 56, 31, 1), (1, 5, 41, 20, 21, 1)]
+              (3, 9, 9, 11, 3, 2), (3, 9, 9, 40, 3, 2), (2, 9, 9, 33, 3, 1),
+              (1, 16, 56, 56, 31, 1), (1, 5, 41, 20, 21, 1)]
     try:
         for shape in shapes:
             x, weight, bias, dy = draw(rng, *shape)
