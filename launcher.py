@@ -171,7 +171,7 @@ def _stop(processes, patience):
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 getattr(process, end)()
-        patience = 2  # for one that was asked again: it goes at once, or waits for another in a call that lets no thread run
+        patience = 2  # one that was asked again goes at once, or waits for another in a call that lets no thread run
     for process in processes:
         process.join()
 
