@@ -30,9 +30,10 @@ void with_height(const Shape& s, F f) {
   }
 }
 
-typedef float Line __attribute__((vector_size(kNarrow * 4), may_alias));
-typedef int32_t LineBits __attribute__((vector_size(kNarrow * 4)));
-typedef float LineUnaligned __attribute__((vector_size(kNarrow * 4), aligned(4), may_alias));
+constexpr int kLine = std::min(kNarrow, kLanes);  // with fewer lanes than kNarrow this only has to compile
+typedef float Line __attribute__((vector_size(kLine * 4), may_alias));
+typedef int32_t LineBits __attribute__((vector_size(kLine * 4)));
+typedef float LineUnaligned __attribute__((vector_size(kLine * 4), aligned(4), may_alias));
 
 DW_INLINE Line load_line(const float* p) { return *reinterpret_cast<const LineUnaligned*>(p); }
 DW_INLINE void store_line(float* p, Line v) { *reinterpret_cast<LineUnaligned*>(p) = v; }
@@ -80,7 +81,7 @@ __attribute__((noinline)) void add_column(const float* x, const float* dy, int p
     }
   }
   LineBits inside;
-  for (int i = 0; i < kNarrow; i++) inside[i] = i < width ? -1 : 0;
+  for (int i = 0; i < kLine; i++) inside[i] = i < width ? -1 : 0;
   sum -= (H - 1) * kernel + column;
 #pragma GCC unroll 16
   for (int d = 0; d < 2 * H - 1; d++, sum += kernel) store_line(sum, load_line(sum) + (Line)((LineBits)part[d] & inside));
