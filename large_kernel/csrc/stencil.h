@@ -153,9 +153,9 @@ void add_products(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) 
   });
 }
 
-// Whether all nine are finite; if not, zeros beyond the border must not meet them.
+// The nine weights, each in all lanes. Whether all are finite; if not, zeros beyond the border must not meet them.
 template <class T>
-bool read_taps(const T* weight, Vec* to) {
+bool splat_weights(const T* weight, Vec* to) {
   Finite finite;
   for (int i = 0; i < 9; i++) {
     to[i] = splat(to_float(weight + i));
@@ -172,7 +172,7 @@ void forward_stencil(const T* x, const T* weight, const Epilogue& epilogue, cons
     const int channel = plane % s.channels;
     const T* w = weight + (std::ptrdiff_t)channel * 9;
     Vec taps[9];
-    if (!read_taps(w, taps)) {
+    if (!splat_weights(w, taps)) {
       exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
       continue;
     }
@@ -191,7 +191,7 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
   for (int channel = 0; channel < s.channels; channel++) {
     const T* w = weight + (std::ptrdiff_t)channel * 9;
     Vec taps[9], rotated[9], sums[9] = {}, bias = {};  // of whole planes, so that small terms do not drown in large sums
-    const bool finite = read_taps(w, taps);
+    const bool finite = splat_weights(w, taps);
     std::reverse_copy(taps, taps + 9, rotated);
     for (int image = 0; image < s.batch; image++) {
       const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
