@@ -207,10 +207,22 @@ def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, acti
                   'out_epsilon': out_epsilon, 'blocked': blocked})
 
 
+def run_batch_norm(x, weight, bias, epsilon, activation):
+    """The operator of a batch norm in training: its result, and the mean and variance of the batch. Not for tracing."""
+    return _run_operator('batch_norm_act', x, weight, bias, epsilon, activation)
+
+
+def _run_operator(name, *arguments):
+    operators = paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager
+    if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
+        # Paddle does not look at no_grad here: a result would hold on to the inputs
+        arguments = [a.detach() if isinstance(a, paddle.Tensor) and not a.stop_gradient else a for a in arguments]
+    return operators._run_custom_op(name, *arguments)
+
+
 def _call(name, inputs, attributes):
     if paddle.in_dynamic_mode() or not isinstance(inputs['X'], paddle.static.Variable):
-        operators = paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager
-        return operators._run_custom_op(name, *inputs.values(), *attributes.values())[0]
+        return _run_operator(name, *inputs.values(), *attributes.values())[0]
     from paddle.base.layer_helper import LayerHelper  # Paddle 2.6 traces into a program of operators
     helper = LayerHelper(name)
     y = helper.create_variable_for_type_inference(dtype=inputs['X'].dtype)

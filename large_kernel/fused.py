@@ -1,4 +1,5 @@
-"""A convolution with the norms, activation and residual around it: one operator for inference, else layer by layer."""
+"""A convolution with the norms, activation and residual around it: one operator for inference; in training one for a
+norm and its activation; else layer by layer."""
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -14,7 +15,8 @@ _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
     """activation(norm(conv(pre_norm(x)))) + residual, each part but the convolution optional.
 
-    Where `can_fuse` says so the C++ operator computes it at once, otherwise the layers are called in turn.
+    Where `can_fuse` says so the C++ operator computes it at once, otherwise the layers are called in turn, norms as
+    `norm_act` does it.
 
     Args:
         x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16].
@@ -34,10 +36,38 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
                                    _tensors(pre_norm), _tensors(norm), conv._kernel_size[0], conv._stride[0],
                                    activation, _epsilon(pre_norm), _epsilon(norm), blocked)
     x = as_planes(x)
-    x = conv(x if pre_norm is None else pre_norm(x))
-    x = _ACTIVATIONS[activation](x if norm is None else norm(x))
+    x = conv(x if pre_norm is None else norm_act(x, pre_norm))
+    x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
     x = x if residual is None else as_planes(residual) + x
     return _as_blocks(x) if blocked else x
+
+
+def norm_act(x, norm, activation=''):
+    """activation(norm(x)) of a batch norm; in training on the CPU by an operator that keeps x alone for the gradients.
+
+    Args:
+        x: [N, C, H, W]; `norm`, `activation`: as in `conv_block`.
+    """
+    if not _trains_fused(x, norm):
+        return _ACTIVATIONS[activation](norm(x))
+    y, mean, variance = extension.run_batch_norm(x, norm.weight, norm.bias, norm._epsilon, activation)
+    with paddle.no_grad():  # as Paddle does it, with the variance divided by the number of values
+        norm._mean.lerp_(mean, 1 - norm._momentum)
+        norm._variance.lerp_(variance, 1 - norm._momentum)
+    return y
+
+
+def _trains_fused(x, norm):
+    """Whether `norm_act` takes the operator: for an `nn.BatchNorm2D` without hooks, training in float32, not traced."""
+    if not (type(norm) is nn.BatchNorm2D and norm.training and not norm._use_global_stats and paddle.in_dynamic_mode()):
+        return False
+    if norm._forward_pre_hooks or norm._forward_post_hooks or norm._data_format != 'NCHW':
+        return False
+    values = [x, norm.weight, norm.bias, norm._mean, norm._variance]
+    if any(v is None or v.dtype != paddle.float32 for v in values):
+        return False
+    n, channels, height, width = x.shape
+    return channels == norm._num_features and n * height * width > 1 and runs_custom(x)
 
 
 def as_planes(x):

@@ -258,6 +258,17 @@ def test_recompute_auto_cast_and_strided_inputs(force, name):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_without_gradients_the_result_does_not_ask_for_them(force, name):
+    force(name)
+    layer, x = DepthwiseConv2D(5, 7), paddle.randn([2, 5, 9, 9])
+    assert not layer(x).stop_gradient
+    with paddle.no_grad():
+        assert layer(x).stop_gradient and layer(x).is_leaf
+    layer.weight.stop_gradient = layer.bias.stop_gradient = True
+    assert layer(x).stop_gradient
+
+
 @needs_operator
 def test_frozen_weights_and_inputs(force):
     force('custom')

@@ -1,10 +1,12 @@
-// The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients, and
-// `fused_conv`, depthwise or dense with what stands around it, for inference.
+// The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients,
+// `fused_conv`, depthwise or dense with what stands around it, for inference, and `batch_norm_act`, a batch norm with its
+// activation, for training.
 #include <string>
 #include <vector>
 
 #include "dense.h"
 #include "depthwise.h"
+#include "norm.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/core/dense_tensor.h"
@@ -136,7 +138,7 @@ struct Affine {
 dwconv::Activation activation_of(const std::string& name) {
   if (name == "relu") return dwconv::Activation::kRelu;
   if (name == "gelu") return dwconv::Activation::kGelu;
-  PD_CHECK(name.empty(), "fused_conv: activation ", name, "; it knows relu and gelu");
+  PD_CHECK(name.empty(), "large_kernel: activation ", name, "; there are relu and gelu");
   return dwconv::Activation::kNone;
 }
 
@@ -233,6 +235,42 @@ std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Te
   return run_backward(x, weight, &bias, dy, stride, input_grad, weight_grad);
 }
 
+dwconv::NormShape check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const Dims dims = x.shape();
+  PD_CHECK(dims.size() == 4 && x.numel() > 0, "batch_norm_act needs an input [N, C, H, W] that is not empty");
+  for (const Tensor* t : {&x, &weight, &bias}) {
+    PD_CHECK(t->is_cpu() && t->dtype() == DataType::FLOAT32 && (t == &x || t->numel() == dims[1]),
+             "batch_norm_act needs input, weight [C] and bias [C] of float32 on the CPU");
+  }
+  return {(int)dims[0], (int)dims[1], dims[2] * dims[3]};
+}
+
+std::vector<Tensor> BatchNormAct(const Tensor& x, const Tensor& weight, const Tensor& bias, float epsilon,
+                                 const std::string& activation) {
+  const dwconv::NormShape s = check_norm(x, weight, bias);
+  Tensor y = paddle::experimental::empty_like(x), mean = paddle::experimental::empty_like(weight),
+         variance = paddle::experimental::empty_like(weight);
+  dwconv::norm_forward(read<float>(x), read<float>(weight), read<float>(bias), epsilon, activation_of(activation), s,
+                       written<float>(y), written<float>(mean), written<float>(variance));
+  return {y, mean, variance};
+}
+
+std::vector<Tensor> BatchNormActGrad(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                     const Tensor& variance, const Tensor& dy, float epsilon, const std::string& activation) {
+  const dwconv::NormShape s = check_norm(x, weight, bias);
+  Tensor dx = paddle::experimental::empty_like(x), dweight = paddle::experimental::empty_like(weight),
+         dbias = paddle::experimental::empty_like(bias);
+  dwconv::norm_backward(read<float>(x), read<float>(weight), read<float>(bias), read<float>(mean), read<float>(variance),
+                        read<float>(dy), epsilon, activation_of(activation), s, written<float>(dx), written<float>(dweight),
+                        written<float>(dbias));
+  return {dx, dweight, dbias};
+}
+
+std::vector<Dims> NormShapes(const Dims& x, const Dims& weight, const Dims&, float, const std::string&) {
+  return {x, weight, weight};
+}
+std::vector<DataType> NormDtypes(const DataType& x, const DataType& weight, const DataType&) { return {x, weight, weight}; }
+
 std::vector<Dims> InferShape(const Dims& x, const Dims&, int stride, bool, bool) { return {out_shape(x, stride)}; }
 std::vector<Dims> InferShapeBias(const Dims& x, const Dims&, const Dims&, int stride, bool, bool) {
   return {out_shape(x, stride)};
@@ -293,3 +331,17 @@ PD_BUILD_OP(fused_conv)
     .SetKernelFn(PD_KERNEL(FusedConv))
     .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));
+
+PD_BUILD_OP(batch_norm_act)
+    .Inputs({"X", "Weight", "Bias"})
+    .Outputs({"Out", "Mean", "Variance"})
+    .Attrs({"epsilon: float", "activation: std::string"})
+    .SetKernelFn(PD_KERNEL(BatchNormAct))
+    .SetInferShapeFn(PD_INFER_SHAPE(NormShapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(NormDtypes));
+
+PD_BUILD_GRAD_OP(batch_norm_act)
+    .Inputs({"X", "Weight", "Bias", "Mean", "Variance", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
+    .Attrs({"epsilon: float", "activation: std::string"})
+    .SetKernelFn(PD_KERNEL(BatchNormActGrad));

@@ -9,6 +9,7 @@
 
 #include "dense.h"
 #include "depthwise.h"
+#include "norm.h"
 
 using dwconv::Map;
 using dwconv::Shape;
@@ -180,6 +181,74 @@ bool run_dense(const Shape& s, int out_channels, double rounding, std::mt19937& 
   return true;
 }
 
+// activation(v) and its derivative.
+double activated(dwconv::Activation a, double v) {
+  if (a == dwconv::Activation::kRelu) return std::max(v, 0.);
+  return a == dwconv::Activation::kGelu ? v * 0.5 * std::erfc(-v * std::sqrt(0.5)) : v;
+}
+
+double slope(dwconv::Activation a, double v) {
+  if (a == dwconv::Activation::kRelu) return v > 0;
+  if (a == dwconv::Activation::kNone) return 1;
+  return 0.5 * std::erfc(-v * std::sqrt(0.5)) + v * std::exp(-v * v / 2) / std::sqrt(2 * M_PI);
+}
+
+bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt19937& random) {
+  const std::size_t size = (std::size_t)s.batch * s.channels * s.pixels;
+  Buffer<float> x(size), dy(size), y(size), dx(size), weight(s.channels), bias(s.channels), mean(s.channels);
+  Buffer<float> variance(s.channels), dweight(s.channels), dbias(s.channels);
+  x.draw(random), dy.draw(random), weight.draw(random), bias.draw(random);
+  for (std::size_t i = 0; i < size; i++) x.data[i] = 2 * x.data[i] + 5;
+  const float epsilon = 1e-5f;
+  dwconv::norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s, y.data.get(), mean.data.get(),
+                       variance.data.get());
+  dwconv::norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(), variance.data.get(), dy.data.get(),
+                        epsilon, activation, s, dx.data.get(), dweight.data.get(), dbias.data.get());
+  Reference ry(size), rdx(size), rmean(s.channels), rvariance(s.channels), rdweight(s.channels), rdbias(s.channels);
+  auto each = [&](int c, auto f) {
+    for (int image = 0; image < s.batch; image++) {
+      for (std::ptrdiff_t p = 0; p < s.pixels; p++) f(((std::size_t)image * s.channels + c) * s.pixels + p);
+    }
+  };
+  for (int c = 0; c < s.channels; c++) {
+    each(c, [&](std::size_t i) { rmean.add(c, x.at(i) / s.count()); });
+    const double m = rmean.sum[c];
+    each(c, [&](std::size_t i) { rvariance.add(c, (x.at(i) - m) * (x.at(i) - m) / s.count()); });
+    rvariance.magnitude[c] += std::sqrt(rvariance.sum[c]) * std::fabs(m);
+    const double inverse = 1 / std::sqrt(rvariance.sum[c] + epsilon), scale = weight.at(c) * inverse;
+    double size_g = 0, size_gd = 0;
+    auto inner = [&](std::size_t i) { return scale * (x.at(i) - m) + bias.at(c); };
+    // how much rounding of what the activation acts on, and of its derivative, may move the gradient in front of it
+    auto moved = [&](std::size_t i) {
+      const bool at_step = activation == dwconv::Activation::kRelu && std::fabs(inner(i)) < 1e-5;
+      return std::fabs(dy.at(i)) * (1 + std::fabs(scale) * (std::fabs(x.at(i)) + std::fabs(m)) + (at_step ? 1e9 : 0));
+    };
+    each(c, [&](std::size_t i) {
+      const double g = dy.at(i) * slope(activation, inner(i)), d = x.at(i) - m;
+      ry.sum[i] = activated(activation, inner(i));
+      ry.magnitude[i] = std::fabs(scale) * (std::fabs(x.at(i)) + std::fabs(m)) + std::fabs(bias.at(c));
+      rdbias.sum[c] += g, rdweight.sum[c] += g * d * inverse;
+      size_g += moved(i), size_gd += moved(i) * (std::fabs(d) + std::fabs(m) * 0.5) * inverse;
+    });
+    rdbias.magnitude[c] = size_g, rdweight.magnitude[c] = size_gd;
+    each(c, [&](std::size_t i) {
+      const double g = dy.at(i) * slope(activation, inner(i)), d = (x.at(i) - m) * inverse;
+      rdx.sum[i] = scale * (g - rdbias.sum[c] / s.count() - d * rdweight.sum[c] / s.count());
+      rdx.magnitude[i] = std::fabs(scale) * (moved(i) + size_g / s.count() + (std::fabs(d) + std::fabs(m) * inverse * 0.5) * size_gd / s.count());
+    });
+  }
+  const double errors[] = {worst(y, ry, 0), worst(mean, rmean, 0), worst(variance, rvariance, 0), worst(dx, rdx, 0),
+                           worst(dweight, rdweight, 0), worst(dbias, rdbias, 0)};
+  for (double error : errors) {
+    if (error > 8) {
+      std::printf("norm [%d, %d, %td], activation %d: errors %g %g %g %g %g %g\n", s.batch, s.channels, s.pixels, (int)activation,
+                  errors[0], errors[1], errors[2], errors[3], errors[4], errors[5]);
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -230,6 +299,9 @@ int main(int argc, char** argv) {
       if (i % 3 == 0) bad += !run_dense<dwconv::bfloat16>(s, widths[pick(6)], 1.0 / 256, random);
       if (i % 3 == 1) bad += !run_dense<dwconv::float16>(s, widths[pick(6)], 1.0 / 2048, random);
     }
+  }
+  for (int i = 0; i < 9 * shapes; i++, count++) {
+    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)}, (dwconv::Activation)(i % 3), random);
   }
   std::printf("%d shapes, %d failures, %d lanes\n", count, bad, dwconv::kLanes);
   return bad ? 1 : 0;

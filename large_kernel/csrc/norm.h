@@ -1,0 +1,147 @@
+// Batch norm with the statistics of the batch and the activation behind it, for training, over planes [N, C, pixels]:
+// y = activation((x - mean) / sqrt(variance + epsilon) * weight + bias). What the activation acts on is computed again for
+// the gradient instead of being kept.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "epilogue.h"
+
+namespace dwconv {
+
+struct NormShape {
+  int batch, channels;
+  std::ptrdiff_t pixels;
+
+  double count() const { return (double)batch * pixels; }
+};
+
+inline float inverse_deviation(float variance, float epsilon) { return (float)(1 / std::sqrt((double)variance + epsilon)); }
+
+// exp(x) for -87 <= x <= 0, to 2e-7, relative.
+DW_INLINE Vec exp_negative(Vec x) {
+  const Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // rounded to the nearest
+  const Vec n = __builtin_convertvector(power, Vec), r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  const Vec p = 1.f + r * (1.f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f +
+                r * 0.00138888889f)))));
+  return (Vec)((Ints)p + (power << 23));
+}
+
+template <Activation A>
+DW_INLINE Vec derivative(Vec v) {
+  if constexpr (A == Activation::kRelu) return v > 0.f ? splat(1.f) : Vec{};
+  if constexpr (A == Activation::kGelu) {
+    v = v < -13.f ? splat(-13.f) : v > 13.f ? splat(13.f) : v;  // 0 and 1 from there on; NaN stays
+    return 0.5f * (1.f + erf(v * 0.70710678f)) + v * 0.39894228f * exp_negative(v * v * -0.5f);
+  }
+  return splat(1.f);
+}
+
+// Calls f(i, n) for the vectors that [first, last) consists of: n values from i on.
+template <class F>
+DW_INLINE void for_each_vector(std::ptrdiff_t first, std::ptrdiff_t last, F f) {
+  for (; first + kLanes <= last; first += kLanes) f(first, kLanes);
+  if (first < last) f(first, (int)(last - first));
+}
+
+// Calls f(i, n) for the vectors of the planes of channel c.
+template <class F>
+DW_INLINE void for_each_vector_of(const NormShape& s, int c, F f) {
+  for (int image = 0; image < s.batch; image++) {
+    const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + c) * s.pixels;
+    for_each_vector(plane, plane + s.pixels, f);
+  }
+}
+
+// Sums over the planes of channel c: term(at, n, sums) adds what n values from `at` on contribute, lane by lane; lanes
+// past n are left out. Float for a while, then double.
+template <int S, class F>
+DW_INLINE void sum_channel(const NormShape& s, int c, double (&totals)[S], F term) {
+  constexpr std::ptrdiff_t kWhile = 2048;
+  std::fill_n(totals, S, 0.);
+  for (int image = 0; image < s.batch; image++) {
+    const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + c) * s.pixels;
+    for (std::ptrdiff_t first = 0; first < s.pixels; first += kWhile) {
+      Vec sums[S] = {};
+      for_each_vector(plane + first, plane + std::min(first + kWhile, s.pixels), [&](std::ptrdiff_t at, int n) {
+        Vec terms[S];
+        term(at, n, terms);
+        for (int i = 0; i < S; i++) sums[i] += n < kLanes ? keep_first(terms[i], n) : terms[i];
+      });
+      for (int i = 0; i < S; i++) {
+        for (int lane = 0; lane < kLanes; lane++) totals[i] += sums[i][lane];
+      }
+    }
+  }
+}
+
+// Calls f(activation as a type).
+template <class F>
+void with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::kNone: return f(std::integral_constant<Activation, Activation::kNone>{});
+    case Activation::kRelu: return f(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>{});
+  }
+}
+
+// Mean and variance of the batch [C] as well as y.
+inline void norm_forward(const float* x, const float* weight, const float* bias, float epsilon, Activation activation,
+                         const NormShape& s, float* y, float* mean, float* variance) {
+  with_activation(activation, [&](auto a) {
+#pragma omp parallel for num_threads(omp_get_max_threads())
+    for (int c = 0; c < s.channels; c++) {
+      double sum[1], squares[1];
+      sum_channel(s, c, sum, [&](std::ptrdiff_t at, int n, Vec* terms) { terms[0] = load_first(x + at, n); });
+      const float m = (float)(sum[0] / s.count());
+      sum_channel(s, c, squares, [&](std::ptrdiff_t at, int n, Vec* terms) {
+        const Vec d = load_first(x + at, n) - m;
+        terms[0] = d * d;
+      });
+      mean[c] = m;
+      variance[c] = (float)(squares[0] / s.count());
+      const float scale = weight[c] * inverse_deviation(variance[c], epsilon), shift = bias[c];
+      for_each_vector_of(s, c, [&](std::ptrdiff_t at, int n) {
+        store_first(y + at, activate<a()>((load_first(x + at, n) - m) * scale + shift), n);
+      });
+    }
+  });
+}
+
+// Gradients to x, [C] weight and [C] bias, from what norm_forward was given and gave.
+inline void norm_backward(const float* x, const float* weight, const float* bias, const float* mean, const float* variance,
+                          const float* dy, float epsilon, Activation activation, const NormShape& s, float* dx,
+                          float* dweight, float* dbias) {
+  with_activation(activation, [&](auto a) {
+    // the gradient in front of the activation stays in dx between the two passes, which the caches hold
+    const float* const inner = a == Activation::kNone ? dy : dx;
+#pragma omp parallel for num_threads(omp_get_max_threads())
+    for (int c = 0; c < s.channels; c++) {
+      const float m = mean[c], inverse = inverse_deviation(variance[c], epsilon), scale = weight[c] * inverse, shift = bias[c];
+      double sums[2];  // of g, and of g * (x - mean)
+      sum_channel(s, c, sums, [&](std::ptrdiff_t at, int n, Vec* terms) {
+        const Vec d = load_first(x + at, n) - m;
+        Vec g = load_first(dy + at, n);
+        if (a != Activation::kNone) {
+          g *= derivative<a()>(d * scale + shift);
+          store_first(dx + at, g, n);
+        }
+        terms[0] = g;
+        terms[1] = g * d;
+      });
+      dweight[c] = (float)(sums[1] * inverse);
+      dbias[c] = (float)sums[0];
+      const float per_value = (float)(sums[0] / s.count());
+      const float slope = (float)(sums[1] / s.count() * inverse * inverse);
+      for_each_vector_of(s, c, [&](std::ptrdiff_t at, int n) {
+        const Vec d = load_first(x + at, n) - m;
+        store_first(dx + at, scale * (load_first(inner + at, n) - per_value - d * slope), n);
+      });
+    }
+  });
+}
+
+}  // namespace dwconv
