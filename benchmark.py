@@ -70,14 +70,14 @@ def marked(kinds):
     import replknet
     from large_kernel.fused import can_fuse, conv_block
 
-    def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None):
+    def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None, to_blocks=False):
         kernel = conv._kernel_size[0]
         if conv._groups > 1:
             kinds.append('large depthwise' if kernel >= LARGE_FROM else 'small depthwise')
         else:
             kinds.append('pointwise' if kernel == 1 else 'dense conv')
         with RecordEvent(FUSED) if can_fuse(x, conv, norm, pre_norm, residual) else contextlib.nullcontext():
-            return conv_block(x, conv, norm, activation, pre_norm, residual)
+            return conv_block(x, conv, norm, activation, pre_norm, residual, to_blocks)
 
     with mock.patch.object(replknet, 'conv_block', marking):
         yield

@@ -14,7 +14,7 @@ from paddle import nn
 
 from errors import UserError
 from large_kernel import DepthwiseConv2D, pack_weights
-from large_kernel.fused import BLOCK, PackedConv2D
+from large_kernel.fused import PackedConv2D
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 
@@ -63,19 +63,12 @@ def fuse(model, final_norm=False):
 def pack(model):
     """Prepares a RepLKNet in eval mode, of any form, for inference with the C++ operator on the CPU; in place.
 
-    The weights of dense convolutions are packed, see `large_kernel.pack_weights`. If all widths are multiples of 16,
-    inner feature maps stand in blocks [N, C / 16, H, W, 16]; images, logits and features are as before. Counts of
-    parameters and operations are those of the model before.
+    The weights of dense convolutions are packed, see `large_kernel.pack_weights`; the model computes what it did.
 
     Returns:
         The model.
     """
-    widths = [layer.weight.shape[0] for layer in model.sublayers() if isinstance(layer, nn.Conv2D)]
-    pack_weights(model)
-    first = model.stem[0].conv
-    if isinstance(first, PackedConv2D) and all(width % BLOCK == 0 for width in widths):
-        first.blocked = True
-    return model
+    return pack_weights(model)
 
 
 def is_merged(model):

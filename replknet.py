@@ -17,6 +17,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import DepthwiseConv2D, as_planes, conv_block
+from large_kernel.fused import BLOCK, PackedConv2D
 
 MIN_SIZE = 32  # pixels a side: the network's total stride
 
@@ -53,14 +54,15 @@ class ConvBN(nn.Layer):
         self.norm = _batch_norm(out_channels)
         self.activation = activation
 
-    def forward(self, x, pre_norm=None, residual=None):
+    def forward(self, x, pre_norm=None, residual=None, to_blocks=False):
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)].
 
         Args:
             pre_norm: batch norm to apply to x first.
             residual: to be added at the end, like the result.
+            to_blocks: the result may stand in blocks of channels, see `conv_block`.
         """
-        return conv_block(x, self.conv, self.norm, self.activation, pre_norm, residual)
+        return conv_block(x, self.conv, self.norm, self.activation, pre_norm, residual, to_blocks)
 
 
 class DropPath(nn.Layer):
@@ -228,7 +230,7 @@ def _recompute(block, x):
 @contextlib.contextmanager
 def _as_before(layer, random_state):
     """For a second pass: the random draws of the first, and running statistics that do not move once more."""
-    norms = [m for m in layer.sublayers() if isinstance(m, (nn.BatchNorm2D, nn.SyncBatchNorm))]
+    norms = [m for m in layer.sublayers() if isinstance(m, _NORMS)]
     momenta = [norm._momentum for norm in norms]
     current = paddle.get_rng_state()
     paddle.set_rng_state(random_state)
@@ -303,9 +305,14 @@ class RepLKNet(nn.Layer):
         Each is a pair's output as it goes to the next stage; stages beyond the last one in `out_indices` are not
         computed.
         """
+        return [as_planes(x) for x in self._features(x)]
+
+    def _features(self, x):
+        """As `forward_features`; maps may stand in blocks, see `as_planes`."""
         self._check_input(x)
+        to_blocks = self._keeps_blocks()
         for layer in self.stem:
-            x = layer(x)
+            x = layer(x, to_blocks=to_blocks)
         last = len(self.stages) - 1 if self.out_indices is None else max(self.out_indices, default=-1)
         features = []
         for s in range(last + 1):
@@ -314,7 +321,7 @@ class RepLKNet(nn.Layer):
             if s < last:
                 for layer in self.transitions[s]:
                     x = layer(x)
-        return [as_planes(x) for x in features]
+        return features
 
     def forward(self, x):
         """Images [N, in_channels, H, W] to logits [N, num_classes].
@@ -322,17 +329,37 @@ class RepLKNet(nn.Layer):
         With `out_indices`: the list of those stages' feature maps, shallowest first. Without a head: the last
         stage's feature map.
         """
-        features = self.forward_features(x)
+        features = self._features(x)
         if self.out_indices is not None:
-            return [self.stages[s].norm(features[s]) if hasattr(self.stages[s], 'norm') else features[s]
-                    for s in self.out_indices]
-        if self.num_classes is None:
-            return features[-1]
-        return self.head(self.pool(features[-1]))
+            maps = {s: as_planes(features[s]) for s in self.out_indices}
+            return [self.stages[s].norm(x) if hasattr(self.stages[s], 'norm') else x for s, x in maps.items()]
+        last = as_planes(features[-1])
+        return last if self.num_classes is None else self.head(self.pool(last))
 
     def pool(self, x):
         """The last stage's feature map [N, C, H, W] -> what the head takes, [N, C]."""
         return self.norm(x).mean([2, 3])
+
+    @paddle.jit.not_to_static
+    def _keeps_blocks(self):
+        """Whether inner feature maps may stand in blocks: for inference, if only layers that know them will see them.
+
+        A hook, a layer of another kind or a width that is no multiple of a block speaks against it.
+        """
+        if self.training or (paddle.in_dynamic_mode() and paddle.is_grad_enabled()):
+            return False
+        layers = [self.stem, self.stages, self.transitions]
+        while layers:
+            layer = layers.pop()
+            if type(layer) not in _KNOW_BLOCKS or layer._forward_pre_hooks or layer._forward_post_hooks:
+                return False
+            for inner in layer._sub_layers.values():
+                if isinstance(inner, _CONVOLUTIONS):
+                    if inner._out_channels % BLOCK or inner._forward_pre_hooks or inner._forward_post_hooks:
+                        return False
+                elif inner is not None and not isinstance(inner, _NORMS):  # `conv_block` minds the hooks of norms
+                    layers.append(inner)
+        return True
 
     def num_parameters(self):
         """Trained parameters; running statistics, which Paddle keeps among the parameters, are not counted."""
@@ -351,6 +378,11 @@ class RepLKNet(nn.Layer):
         if x.ndim != 4 or x.shape[1] not in (channels, -1) or any(0 <= side < MIN_SIZE for side in x.shape[2:]):
             raise ValueError(f'input of shape {list(x.shape)}; RepLKNet takes [N, {channels}, H, W] with H and W '
                              f'from {MIN_SIZE} up')
+
+
+_KNOW_BLOCKS = {nn.LayerList, RepLKNetStage, RepLKBlock, ConvFFN, ReparamLargeKernelConv, ConvBN, DropPath}
+_CONVOLUTIONS = (nn.Conv2D, PackedConv2D)
+_NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 
 
 # table 4 and section 4 of the paper; 13B is the kernel-size ablation (table 5)

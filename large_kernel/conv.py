@@ -19,7 +19,7 @@ DTYPES = ('float32', 'float16', 'bfloat16')
 
 def conv_native(x, weight, bias, stride):
     """Paddle's own convolution; same arguments and result as `depthwise_conv2d`."""
-    if _on_cpu(x) and _dtype_name(x.dtype) != 'float32':  # Paddle has no half-precision convolution on the CPU
+    if _on_cpu(x) and dtype_name(x.dtype) != 'float32':  # Paddle has no half-precision convolution on the CPU
         return conv_native(x.astype('float32'), weight, bias, stride).astype(x.dtype)
     return F.conv2d(x, weight.astype(x.dtype), None if bias is None else bias.astype(x.dtype),
                     stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
@@ -39,7 +39,7 @@ _FUNCTIONS = {'custom': conv_custom, 'fft': conv_fft, 'native': conv_native}
 
 
 @functools.lru_cache(maxsize=None)
-def _dtype_name(dtype):
+def dtype_name(dtype):
     return str(dtype).split('.')[-1].lower()
 
 
@@ -66,8 +66,8 @@ def _check(x, weight, bias, stride):
         problem = 'needs a non-empty input'
     elif stride not in (1, 2):
         problem = f'needs stride 1 or 2, not {stride}'
-    elif _dtype_name(x.dtype) not in DTYPES:
-        problem = f'takes {", ".join(DTYPES)}, not {_dtype_name(x.dtype)}'
+    elif dtype_name(x.dtype) not in DTYPES:
+        problem = f'takes {", ".join(DTYPES)}, not {dtype_name(x.dtype)}'
     if problem:
         raise ValueError(f'depthwise_conv2d {problem}: input {list(x_shape)}, weight {list(w_shape)}')
 

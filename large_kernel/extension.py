@@ -191,10 +191,10 @@ def reason_unavailable():
 
 def run(x, weight, bias, stride, input_grad, weight_grad):
     """The depthwise operator itself: arguments as in `depthwise_conv2d`, all of one dtype, on the CPU."""
-    name, inputs = 'large_kernel_conv', {'X': x, 'Filter': weight}
-    if bias is not None:
-        name, inputs['Bias'] = 'large_kernel_conv_bias', bias
-    return _call(name, inputs, {'stride': stride, 'input_grad': input_grad, 'weight_grad': weight_grad})
+    name = 'large_kernel_conv' if bias is None else 'large_kernel_conv_bias'
+    tensors = _without_gradients([x, weight] if bias is None else [x, weight, bias])
+    return _call(name, dict(zip(('X', 'Filter', 'Bias'), tensors)),
+                 {'stride': stride, 'input_grad': input_grad, 'weight_grad': weight_grad})
 
 
 def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
@@ -209,20 +209,24 @@ def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, acti
 
 def run_batch_norm(x, weight, bias, epsilon, activation):
     """The operator of a batch norm in training: its result, and the mean and variance of the batch. Not for tracing."""
-    return _run_operator('batch_norm_act', x, weight, bias, epsilon, activation)
+    return _run_operator('batch_norm_act', _without_gradients([x, weight, bias]) + [epsilon, activation])
 
 
-def _run_operator(name, *arguments):
+def _without_gradients(tensors):
+    """Detached under no_grad, which Paddle overlooks where an operator has a gradient: its result would hold them."""
+    if not paddle.in_dynamic_mode() or paddle.is_grad_enabled():
+        return tensors
+    return [t if t.stop_gradient else t.detach() for t in tensors]
+
+
+def _run_operator(name, arguments):
     operators = paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager
-    if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
-        # Paddle does not look at no_grad here: a result would hold on to the inputs
-        arguments = [a.detach() if isinstance(a, paddle.Tensor) and not a.stop_gradient else a for a in arguments]
     return operators._run_custom_op(name, *arguments)
 
 
 def _call(name, inputs, attributes):
     if paddle.in_dynamic_mode() or not isinstance(inputs['X'], paddle.static.Variable):
-        return _run_operator(name, *inputs.values(), *attributes.values())[0]
+        return _run_operator(name, [*inputs.values(), *attributes.values()])[0]
     from paddle.base.layer_helper import LayerHelper  # Paddle 2.6 traces into a program of operators
     helper = LayerHelper(name)
     y = helper.create_variable_for_type_inference(dtype=inputs['X'].dtype)

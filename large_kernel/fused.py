@@ -5,14 +5,15 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import extension
-from large_kernel.conv import DTYPES, DepthwiseConv2D, runs_custom
+from large_kernel.conv import DTYPES, DepthwiseConv2D, dtype_name, runs_custom
 
 BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
+_NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 
 
 @paddle.jit.not_to_static  # traced as it is
-def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
+def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, to_blocks=False):
     """activation(norm(conv(pre_norm(x)))) + residual, each part but the convolution optional.
 
     Where `can_fuse` says so the C++ operator computes it at once, otherwise the layers are called in turn, norms as
@@ -23,18 +24,18 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None):
         conv: `DepthwiseConv2D`, `nn.Conv2D` or `PackedConv2D`.
         norm, pre_norm: batch norms of the result and of the input; `activation`: 'relu', 'gelu' (exact) or ''.
         residual: like the result.
+        to_blocks: give the result in blocks whatever x is, where the operator computes it.
 
     Returns:
-        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is, or if a packed convolution says so.
+        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is.
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
-        weight, dtype = conv.weight, x.dtype
-        if isinstance(conv, PackedConv2D):
-            blocked, dtype = blocked or conv.blocked, paddle.float32
+        weight = conv.weight
+        dtype = paddle.float32 if isinstance(conv, PackedConv2D) else x.dtype
         return extension.run_fused(x, weight if weight.dtype == dtype else weight.astype(dtype), conv.bias, residual,
                                    _tensors(pre_norm), _tensors(norm), conv._kernel_size[0], conv._stride[0],
-                                   activation, _epsilon(pre_norm), _epsilon(norm), blocked)
+                                   activation, _epsilon(pre_norm), _epsilon(norm), blocked or to_blocks)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
@@ -84,25 +85,42 @@ def _as_blocks(x):
 def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
     """Whether `conv_block` takes the operator.
 
-    It does for a depthwise convolution, a 1x1 one and a packed one, where the C++ operator serves, norms use their
-    running statistics, nobody asks for gradients and no hook waits for a layer's own call. A residual must be that of a
-    dense convolution, a norm before it that of a 1x1.
+    It does for a depthwise convolution and a dense one with "same" padding, where the C++ operator serves, norms use
+    their running statistics, nobody asks for gradients and no hook waits for a layer's own call. A residual must be
+    that of a dense convolution, a norm before it that of a 1x1.
     """
-    packed = isinstance(conv, PackedConv2D)
-    pointwise = (tuple(conv._kernel_size) == (1, 1) and conv._groups == 1 and tuple(conv._stride) == (1, 1)
-                 and (packed or list(conv._updated_padding) == [0, 0]))
-    if not (pointwise or (pre_norm is None and (packed or (isinstance(conv, DepthwiseConv2D) and residual is None)))):
+    if isinstance(conv, DepthwiseConv2D):
+        if residual is not None or pre_norm is not None:
+            return False
+    elif not (isinstance(conv, PackedConv2D) or _is_same(conv)):
         return False
-    norms = [layer for layer in (norm, pre_norm) if layer is not None]
-    layers = [conv, *norms]
-    if any(layer.training for layer in norms) or any(
-            layer._forward_pre_hooks or layer._forward_post_hooks for layer in layers):
+    elif pre_norm is not None and (conv._kernel_size[0] > 1 or conv._stride[0] > 1):
         return False
+    layers = [conv]
+    for layer in (norm, pre_norm):
+        if layer is not None:
+            if layer.training or not isinstance(layer, _NORMS):
+                return False
+            layers.append(layer)
+    for layer in layers:
+        if layer._forward_pre_hooks or layer._forward_post_hooks:
+            return False
     if paddle.in_dynamic_mode() and paddle.is_grad_enabled():
         tensors = [x, residual, *(p for layer in layers for p in layer.parameters())]
         if any(t is not None and not t.stop_gradient for t in tensors):
             return False
-    return str(x.dtype).split('.')[-1].lower() in DTYPES and runs_custom(x)
+    return dtype_name(x.dtype) in DTYPES and runs_custom(x)
+
+
+def _is_same(conv):
+    """Whether an `nn.Conv2D` is dense, of odd K, stride 1 or 2, padded with zeros to "same" size; not of one channel,
+    which the operator would take for depthwise."""
+    kernel, stride = conv._kernel_size[0], conv._stride[0]
+    if kernel > 1 and conv._in_channels == conv._out_channels == 1:
+        return False
+    return (conv._groups == 1 and kernel % 2 == 1 and stride in (1, 2) and conv._padding_mode == 'zeros'
+            and [*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation]
+            == [kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1])
 
 
 class PackedConv2D(nn.Layer):
@@ -115,13 +133,12 @@ class PackedConv2D(nn.Layer):
 
     Attributes:
         weight: float32 [out_channels / 16, in_channels * K * K, 16]; `bias`: as in `conv`.
-        blocked: whether `conv_block` gives its result in blocks, [N, C / 16, H, W, 16], even of an input that is not.
     """
 
     def __init__(self, conv):
         super().__init__()
         self._kernel_size, self._stride, self._groups = conv._kernel_size, conv._stride, conv._groups
-        self._in_channels, self.bias, self.blocked = conv._in_channels, conv.bias, False
+        self._in_channels, self._out_channels, self.bias = conv._in_channels, conv._out_channels, conv.bias
         weight = conv.weight.astype('float32').reshape([conv.weight.shape[0] // BLOCK, BLOCK, -1]).transpose([0, 2, 1])
         self.weight = self.create_parameter(weight.shape, dtype='float32',
                                             default_initializer=nn.initializer.Assign(weight))
@@ -133,11 +150,7 @@ class PackedConv2D(nn.Layer):
         """Whether a layer is a dense convolution of odd K, "same" padding, stride 1 or 2, 16 n channels and no hook."""
         if not isinstance(conv, nn.Conv2D) or conv._forward_pre_hooks or conv._forward_post_hooks:
             return False
-        kernel, stride = conv._kernel_size[0], conv._stride[0]
-        same = [list(values) for values in (conv._kernel_size, conv._updated_padding, conv._stride, conv._dilation)]
-        return (conv._groups == 1 and conv.weight.shape[0] % BLOCK == 0 and conv._padding_mode == 'zeros'
-                and kernel % 2 == 1 and stride in (1, 2)
-                and same == [[kernel] * 2, [kernel // 2] * 2, [stride] * 2, [1, 1]])
+        return _is_same(conv) and conv._out_channels % BLOCK == 0
 
     def forward(self, x):
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
@@ -163,7 +176,12 @@ def pack_weights(model):
 
 
 def _tensors(norm):
-    return None if norm is None else [norm.weight, norm.bias, norm._mean, norm._variance]
+    if norm is None:
+        return None
+    if paddle.in_dynamic_mode():
+        own = norm._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
+        return [own['weight'], own['bias'], own['_mean'], own['_variance']]
+    return [norm.weight, norm.bias, norm._mean, norm._variance]
 
 
 def _epsilon(norm):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import replknet
 from fuse import fuse, pack
 from large_kernel import DepthwiseConv2D, as_planes, conv_block, extension, pack_weights
 from large_kernel.fused import PackedConv2D, can_fuse
@@ -99,6 +100,20 @@ def test_gelu_over_its_whole_range():
     assert (np.abs(got - want) <= 4 * EPS * np.abs(x)).all()
 
 
+@pytest.mark.parametrize('kernel, stride, inputs, outputs', [
+    (3, 2, 3, 17), (3, 1, 1, 5), (5, 2, 4, 1), (1, 2, 6, 7), (3, 1, 1, 1), (7, 1, 2, 3)])
+@pytest.mark.parametrize('added', [False, True])
+def test_dense_convolution_is_paddles(kernel, stride, inputs, outputs, added):
+    conv, after = nn.Conv2D(inputs, outputs, kernel, stride, kernel // 2), norm(outputs)
+    x = paddle.randn([2, inputs, 9, 8])
+    want = nn.functional.relu(after(conv(x)))
+    residual = paddle.randn(want.shape) if added else None
+    assert can_fuse(x, conv, after) == (max(inputs, outputs) > 1)
+    got = conv_block(x, conv, after, 'relu', residual=residual)
+    want = want if residual is None else want + residual
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_reach_their_pixel_only(value):
     conv = nn.Conv2D(20, 24, 1)
@@ -129,8 +144,7 @@ def test_packed_convolution_is_the_plain_one(kernel, stride, inputs, outputs, ba
     arguments = {'norm': after, 'activation': 'gelu'}
     assert can_fuse(x, packed, after, residual=residual)
     results = [conv_block(x, packed, residual=residual, **arguments)]
-    packed.blocked = True
-    results.append(conv_block(x, packed, residual=as_blocks(residual), **arguments))
+    results.append(conv_block(x, packed, residual=as_blocks(residual), to_blocks=True, **arguments))
     if inputs % 16 == 0:
         results.append(conv_block(as_blocks(x), conv, residual=as_blocks(residual), **arguments))
     for result in results[1:]:
@@ -154,7 +168,6 @@ def test_packed_layers_do_without_the_operator_too(monkeypatch):
     packed, x, after = PackedConv2D(conv), paddle.randn([2, 16, 5, 6]), norm(32)
     want = conv(x).numpy()
     after.train()  # statistics of the batch: layer by layer
-    packed.blocked = True
     with paddle.enable_grad():
         got = conv_block(as_blocks(x), packed, after, residual=as_blocks(paddle.zeros([2, 32, 5, 6])))
     np.testing.assert_allclose(as_planes(got).numpy(), norm_of_batch(want, after), rtol=1e-4, atol=1e-4)
@@ -291,7 +304,7 @@ def test_network_computes_the_same_with_and_without(merged, monkeypatch, tmp_pat
     real = extension.run_fused
     monkeypatch.setattr(extension, 'run_fused', lambda *a: calls.append(1) or real(*a))
     fused = model(x).numpy()
-    assert len(calls) == 2 * 5 + 2 * 5 + (5 if merged else 10) + 3 + 6
+    assert len(calls) == 2 * 5 + 2 * 5 + (5 if merged else 10) + 4 + 6
     with paddle.enable_grad():
         plain = model(x).numpy()
     np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
@@ -314,13 +327,91 @@ def test_packed_network_computes_the_same(channels, out_indices, monkeypatch, tm
     images = [paddle.randn([2, 3, 64, 52]), paddle.randn([1, 3, 33, 97])]
     want = [model(x) for x in images]
     packed = pack(copy.deepcopy(model))
-    assert packed.stem[0].conv.blocked if channels[0] % 16 == 0 else not isinstance(packed.stem[0].conv, PackedConv2D)
+    assert isinstance(packed.stem[0].conv, PackedConv2D) == (channels[0] % 16 == 0)
     for _ in range(2):
         for x, expected in zip(images, want):
             found = packed(x)
             for a, b in zip(expected, found) if out_indices else [(expected, found)]:
                 np.testing.assert_allclose(b.numpy(), a.numpy(), rtol=1e-3, atol=1e-4 * float(a.abs().max()))
         monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'fft')  # and without the operator
+
+
+@pytest.fixture
+def network():
+    model = RepLKNet([9, 7, 5, 5], [1, 1, 2, 1], [16, 32, 48, 64], num_classes=5)
+    model.eval()
+    return model
+
+
+def layouts(model, x, monkeypatch):
+    """Numbers of dimensions of the results of all `conv_block`s of a call."""
+    found, real = [], replknet.conv_block
+
+    def watch(*arguments, **named):
+        found.append(real(*arguments, **named))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replknet, 'conv_block', watch)
+        model(x)
+    return [len(y.shape) for y in found]
+
+
+@pytest.mark.parametrize('merged', [False, True])
+def test_inner_maps_stand_in_blocks_and_logits_stay(network, merged, monkeypatch):
+    if merged:
+        network.structural_reparam()
+    x = paddle.randn([2, 3, 64, 52])
+    found = layouts(network, x, monkeypatch)
+    assert set(found) == {5}
+    logits = network(x).numpy()
+    monkeypatch.setattr(RepLKNet, '_keeps_blocks', lambda self: False)
+    assert set(layouts(network, x, monkeypatch)) == {4}
+    want = network(x).numpy()
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('place', ['stages', 'stages.1', 'stages.2.blocks.0.large_kernel', 'stem.1', 'stem.2.conv',
+                                   'transitions.0.1.norm', 'stages.0.blocks.1'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_hook_anywhere_sees_planes(network, place, packed, monkeypatch):
+    if packed:
+        pack(network)
+    seen, layer = [], dict(network.named_sublayers())[place]
+    layer.register_forward_post_hook(lambda layer, inputs, output: seen.append(len(output.shape)))
+    x = paddle.randn([1, 3, 64, 64])
+    found = layouts(network, x, monkeypatch)
+    assert set(found) == ({5} if place.endswith('norm') else {4})  # a norm is called with planes by `conv_block`
+    assert place == 'stages' or set(seen) == {4}  # a list is not called
+    logits = network(x).numpy()
+    monkeypatch.setattr(RepLKNet, '_keeps_blocks', lambda self: False)
+    np.testing.assert_allclose(logits, network(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_other_kinds_widths_or_modes_see_planes(network, monkeypatch):
+    x = paddle.randn([1, 3, 64, 64])
+
+    class Mine(nn.Layer):
+        def forward(self, x):
+            assert len(x.shape) == 4
+            return x
+
+    odd = RepLKNet([9, 7, 5, 5], [1, 1, 2, 1], [16, 24, 48, 64], num_classes=5)
+    odd.eval()
+    assert set(layouts(odd, x, monkeypatch)) == {4}
+    other = copy.deepcopy(network)
+    other.transitions[0][0].norm = nn.GroupNorm(4, 32)  # and is called as it is
+    assert set(layouts(other, x, monkeypatch)) == {4}
+    other = copy.deepcopy(network)
+    other.stages[1].blocks[0] = Mine()
+    assert set(layouts(other, x, monkeypatch)) == {4}
+    with paddle.enable_grad():
+        assert set(layouts(network, x, monkeypatch)) == {4}
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'native')
+    assert set(layouts(network, x, monkeypatch)) == {4}
+    monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL')
+    network.train()
+    assert set(layouts(network, x, monkeypatch)) == {4}
 
 
 def test_conv_bn_trains_as_before():

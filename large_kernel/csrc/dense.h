@@ -117,7 +117,7 @@ void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, i
   }
 }
 
-// Convolution with "same" padding of x, whose shape is `s`, with a weight [Co, Ci] or, of any odd K, a packed one, plus
+// Convolution with "same" padding of x, whose shape is `s`, with a weight [Co, Ci, K, K], K odd, or a packed one, plus
 // `residual`, a map like y, if there is one. With `in_scale` and `in_shift` [Ci], for 1x1 kernels, the input is
 // in_scale * x + in_shift.
 template <class T, class W>

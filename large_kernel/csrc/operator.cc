@@ -142,8 +142,8 @@ dwconv::Activation activation_of(const std::string& name) {
   return dwconv::Activation::kNone;
 }
 
-// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise, 1x1, or dense
-// with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is
+// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise or dense, there
+// also with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is
 // in blocks; the input may be either way, the residual is as the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
@@ -155,7 +155,7 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
            "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K], or either in blocks");
   PD_CHECK(kernel % 2 == 1 && (stride == 1 || stride == 2), "fused_conv takes odd kernels and stride 1 or 2");
   PD_CHECK(x.numel() > 0 && weight.numel() > 0, "fused_conv needs an input and a weight that are not empty");
-  const bool packed = w.size() == 3, is_dense = packed || (kernel == 1 && w[1] == in[1] && stride == 1);
+  const bool packed = w.size() == 3, is_dense = packed || (w[1] == in[1] && (w[0] > 1 || w[1] > 1 || kernel == 1));
   PD_CHECK(packed ? w[1] == in[1] * kernel * kernel : w[2] == kernel && w[3] == kernel, "fused_conv: a weight of ", w[1],
            " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
   PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1 && stride == 1) || !in_norm || in_norm->empty()),

@@ -204,15 +204,65 @@ DW_INLINE Vec move_up(Vec a, Vec b) {
 #endif
 }
 
-// Interleaving the two halves of the rows rotates the bits of (row, column) by one; log2(kLanes) rounds swap them.
+// Shuffles that keep groups of four lanes (128 bits) together, or stay within them, are the fast ones.
+// The even and the odd groups of a and b.
+DW_INLINE void split_groups([[maybe_unused]] Vec* a, [[maybe_unused]] Vec* b) {
+#if defined(__AVX512F__)
+  const Vec even = DW_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  *b = DW_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  *a = even;
+#elif defined(__AVX__)
+  const Vec even = DW_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11);
+  *b = DW_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15);
+  *a = even;
+#endif
+}
+
+// a0 b0 a1 b1 and a2 b2 a3 b3 of each group.
+DW_INLINE void zip_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
+#if defined(__AVX512F__)
+  *low = DW_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  *high = DW_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif defined(__AVX__)
+  *low = DW_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  *high = DW_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+  *low = DW_SHUFFLE(a, b, 0, 4, 1, 5);
+  *high = DW_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// a0 a1 b0 b1 and a2 a3 b2 b3 of each group.
+DW_INLINE void zip_pairs_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
+#if defined(__AVX512F__)
+  *low = DW_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  *high = DW_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#elif defined(__AVX__)
+  *low = DW_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  *high = DW_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+  *low = DW_SHUFFLE(a, b, 0, 1, 4, 5);
+  *high = DW_SHUFFLE(a, b, 2, 3, 6, 7);
+#endif
+}
+
+// First the groups as a matrix of 4x4 matrices, then each of those.
 DW_INLINE void transpose(Vec* rows) {
-  Vec other[kLanes];
-#pragma GCC unroll 4
-  for (int n = kLanes; n > 1; n /= 2) {
+#pragma GCC unroll 2
+  for (int distance = 4; distance < kLanes; distance *= 2) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; i++) interleave(rows[i], rows[i + kLanes / 2], other + 2 * i);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i++) rows[i] = other[i];
+    for (int i = 0; i < kLanes / 2; i++) {
+      Vec* const row = rows + i / distance * 2 * distance + i % distance;
+      split_groups(row, row + distance);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    Vec pairs[4];
+    zip_in_groups(rows[i], rows[i + 1], pairs, pairs + 1);
+    zip_in_groups(rows[i + 2], rows[i + 3], pairs + 2, pairs + 3);
+    zip_pairs_in_groups(pairs[0], pairs[2], rows + i, rows + i + 1);
+    zip_pairs_in_groups(pairs[1], pairs[3], rows + i + 2, rows + i + 3);
   }
 }
 
@@ -239,8 +289,9 @@ inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int
 #pragma GCC unroll 16
         for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
         transpose(rows);
+        Vec* to = out + i * step;
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++) out[(i + j) * step] = rows[j];
+        for (int j = 0; j < kLanes; j++, to += step) *to = rows[j];
       },
       [&] {
         Vec rows[kLanes];

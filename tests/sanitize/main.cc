@@ -138,8 +138,7 @@ bool run_dense(const Shape& s, int out_channels, double rounding, std::mt19937& 
   in_scale.draw(random), in_shift.draw(random), scale.draw(random), shift.draw(random);
   for (int layouts = 0; layouts < 16; layouts++) {
     const bool from_blocks = layouts & 1, to_blocks = layouts & 2, packed = layouts & 4, norm = layouts & 8;
-    if ((from_blocks && s.channels % 16) || ((to_blocks || packed) && out_channels % 16) || (norm && !pointwise) ||
-        (!packed && !pointwise)) {
+    if ((from_blocks && s.channels % 16) || ((to_blocks || packed) && out_channels % 16) || (norm && !pointwise)) {
       continue;
     }
     const Held<T> from(x, from_blocks), residual(added, to_blocks);
