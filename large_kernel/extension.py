@@ -193,23 +193,26 @@ def run(x, weight, bias, stride, input_grad, weight_grad):
     """The depthwise operator itself: arguments as in `depthwise_conv2d`, all of one dtype, on the CPU."""
     name = 'large_kernel_conv' if bias is None else 'large_kernel_conv_bias'
     tensors = _without_gradients([x, weight] if bias is None else [x, weight, bias])
-    return _call(name, dict(zip(('X', 'Filter', 'Bias'), tensors)),
-                 {'stride': stride, 'input_grad': input_grad, 'weight_grad': weight_grad})
+    return _call(name, ('X', 'Filter', 'Bias'), tensors, ('stride', 'input_grad', 'weight_grad'),
+                 [stride, input_grad, weight_grad])
 
 
 def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
               blocked):
     """The operator of `fused.conv_block`; the norms are lists of weight, bias, mean and variance."""
     # by these suffixes Paddle knows inputs that may be missing, or are lists; it leaves out others without a word
-    return _call('fused_conv', {'X': x, 'Filter': weight, 'Bias@OPTIONAL': bias, 'Residual@OPTIONAL': residual,
-                                'InNorm@VECTOR@OPTIONAL': in_norm, 'OutNorm@VECTOR@OPTIONAL': out_norm},
-                 {'kernel': kernel, 'stride': stride, 'activation': activation, 'in_epsilon': in_epsilon,
-                  'out_epsilon': out_epsilon, 'blocked': blocked})
+    return _call('fused_conv', ('X', 'Filter', 'Bias@OPTIONAL', 'Residual@OPTIONAL', 'InNorm@VECTOR@OPTIONAL',
+                                'OutNorm@VECTOR@OPTIONAL'), [x, weight, bias, residual, in_norm, out_norm],
+                 ('kernel', 'stride', 'activation', 'in_epsilon', 'out_epsilon', 'blocked'),
+                 [kernel, stride, activation, in_epsilon, out_epsilon, blocked])
 
 
 def run_batch_norm(x, weight, bias, epsilon, activation):
     """The operator of a batch norm in training: its result, and the mean and variance of the batch. Not for tracing."""
-    return _run_operator('batch_norm_act', _without_gradients([x, weight, bias]) + [epsilon, activation])
+    return _RUN('batch_norm_act', *_without_gradients([x, weight, bias]), epsilon, activation)
+
+
+_RUN = (paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager)._run_custom_op
 
 
 def _without_gradients(tensors):
@@ -219,17 +222,12 @@ def _without_gradients(tensors):
     return [t if t.stop_gradient else t.detach() for t in tensors]
 
 
-def _run_operator(name, arguments):
-    operators = paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager
-    return operators._run_custom_op(name, *arguments)
-
-
-def _call(name, inputs, attributes):
-    if paddle.in_dynamic_mode() or not isinstance(inputs['X'], paddle.static.Variable):
-        return _run_operator(name, [*inputs.values(), *attributes.values()])[0]
+def _call(name, input_names, inputs, attribute_names, attributes):
+    if paddle.in_dynamic_mode() or not isinstance(inputs[0], paddle.static.Variable):
+        return _RUN(name, *inputs, *attributes)[0]
     from paddle.base.layer_helper import LayerHelper  # Paddle 2.6 traces into a program of operators
     helper = LayerHelper(name)
-    y = helper.create_variable_for_type_inference(dtype=inputs['X'].dtype)
-    helper.append_op(type=name, inputs={k: v for k, v in inputs.items() if v is not None}, outputs={'Out': y},
-                     attrs=attributes)
+    y = helper.create_variable_for_type_inference(dtype=inputs[0].dtype)
+    helper.append_op(type=name, inputs={k: v for k, v in zip(input_names, inputs) if v is not None}, outputs={'Out': y},
+                     attrs=dict(zip(attribute_names, attributes)))
     return y
