@@ -13,6 +13,7 @@ from config import get_config
 from cost import model_cost, training_memory
 from doctor import differences, make_plan, report
 from ema import ModelEMA
+from large_kernel import extension
 from optim import build_optimizer, parameter_groups
 from recipes import RECIPES
 from replknet import build_replknet
@@ -51,7 +52,9 @@ def test_parameters_and_multiply_accumulates_are_the_published_ones(name, parame
     pytest.param('31b', ['DATA.BATCH_SIZE', '2'], marks=pytest.mark.long),
     pytest.param('31b', ['DATA.BATCH_SIZE', '4', 'MODEL.RECOMPUTE', 'True'], marks=pytest.mark.long)])
 @pytest.mark.skipif(not hasattr(core, 'host_memory_stat_reset_peak_value'), reason='Paddle 2.6 cannot reset the peak')
-def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts):
+@pytest.mark.parametrize('implementation', ['native', 'auto'])
+def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts, implementation, monkeypatch):
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)  # native: Paddle's layers, as on a GPU
     config = get_config(CONFIGS / f'replknet_{name}.yaml', opts)
     gc.collect()  # models of other tests
     before = core.host_memory_stat_current_value('Allocated', 0)
@@ -66,8 +69,11 @@ def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts):
         optimizer.clear_grad()
     peak = core.host_memory_stat_peak_value('Allocated', 0) - before
     estimate = training_memory(config, model_cost(config), config.MODEL.RECOMPUTE)
-    print(f'peak {peak / 1e6:.1f} MB, estimate {sum(estimate.values()) / 1e6:.1f} MB')
-    assert sum(estimate.values()) == pytest.approx(peak, rel=0.03)
+    print(f'{implementation}: peak {peak / 1e6:.1f} MB, estimate {sum(estimate.values()) / 1e6:.1f} MB')
+    if implementation == 'native' or extension.reason_unavailable():
+        assert sum(estimate.values()) == pytest.approx(peak, rel=0.03)
+    else:  # the operator of norms does not keep GELU's inputs
+        assert 0.85 * sum(estimate.values()) < peak < 1.03 * sum(estimate.values())
     assert (estimate['EMA'] == 0) == (ema is None)
 
 
