@@ -17,7 +17,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import DepthwiseConv2D, as_planes, conv_block
-from large_kernel.fused import BLOCK, PackedConv2D
+from large_kernel.fused import BLOCK, CONVOLUTIONS, NORMS
 
 MIN_SIZE = 32  # pixels a side: the network's total stride
 
@@ -230,7 +230,7 @@ def _recompute(block, x):
 @contextlib.contextmanager
 def _as_before(layer, random_state):
     """For a second pass: the random draws of the first, and running statistics that do not move once more."""
-    norms = [m for m in layer.sublayers() if isinstance(m, _NORMS)]
+    norms = [m for m in layer.sublayers() if isinstance(m, NORMS)]
     momenta = [norm._momentum for norm in norms]
     current = paddle.get_rng_state()
     paddle.set_rng_state(random_state)
@@ -329,7 +329,8 @@ class RepLKNet(nn.Layer):
         With `out_indices`: the list of those stages' feature maps, shallowest first. Without a head: the last
         stage's feature map.
         """
-        features = self._features(x)
+        overridden = getattr(self.forward_features, '__func__', None) is not RepLKNet.forward_features
+        features = self.forward_features(x) if overridden else self._features(x)
         if self.out_indices is not None:
             maps = {s: as_planes(features[s]) for s in self.out_indices}
             return [self.stages[s].norm(x) if hasattr(self.stages[s], 'norm') else x for s, x in maps.items()]
@@ -354,10 +355,10 @@ class RepLKNet(nn.Layer):
             if type(layer) not in _KNOW_BLOCKS or layer._forward_pre_hooks or layer._forward_post_hooks:
                 return False
             for inner in layer._sub_layers.values():
-                if isinstance(inner, _CONVOLUTIONS):
+                if type(inner) in CONVOLUTIONS:
                     if inner._out_channels % BLOCK or inner._forward_pre_hooks or inner._forward_post_hooks:
                         return False
-                elif inner is not None and not isinstance(inner, _NORMS):  # `conv_block` minds the hooks of norms
+                elif inner is not None and type(inner) not in NORMS:  # `conv_block` minds the hooks of norms
                     layers.append(inner)
         return True
 
@@ -381,8 +382,6 @@ class RepLKNet(nn.Layer):
 
 
 _KNOW_BLOCKS = {nn.LayerList, RepLKNetStage, RepLKBlock, ConvFFN, ReparamLargeKernelConv, ConvBN, DropPath}
-_CONVOLUTIONS = (nn.Conv2D, PackedConv2D)
-_NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 
 
 # table 4 and section 4 of the paper; 13B is the kernel-size ablation (table 5)

@@ -179,7 +179,4 @@ class DepthwiseConv2D(nn.Conv2D):
 
     def forward(self, x):
         """[N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
-        if not paddle.in_dynamic_mode():
-            return depthwise_conv2d(x, self.weight, self.bias, self._stride[0])
-        own = self._parameters  # a Layer's attributes are slow
-        return depthwise_conv2d(x, own['weight'], own.get('bias'), self._stride[0])
+        return depthwise_conv2d(x, self.weight, self.bias, self._stride[0])

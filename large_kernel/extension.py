@@ -22,7 +22,7 @@ import paddle  # isort: skip
 
 SOURCES = Path(__file__).parent / 'csrc'
 TIMEOUT = 600  # seconds for the compiler
-OPERATORS = 2  # version of the operators' attributes and weights: programs exported with another one do not run
+OPERATORS = 3  # version of the operators' attributes and weights: programs exported with another one do not run
 
 
 class BuildError(RuntimeError):
@@ -198,18 +198,19 @@ def run(x, weight, bias, stride, input_grad, weight_grad):
 
 
 def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
-              blocked):
+              blocked, depthwise):
     """The operator of `fused.conv_block`; the norms are lists of weight, bias, mean and variance."""
     # by these suffixes Paddle knows inputs that may be missing, or are lists; it leaves out others without a word
     return _call('fused_conv', ('X', 'Filter', 'Bias@OPTIONAL', 'Residual@OPTIONAL', 'InNorm@VECTOR@OPTIONAL',
                                 'OutNorm@VECTOR@OPTIONAL'), [x, weight, bias, residual, in_norm, out_norm],
-                 ('kernel', 'stride', 'activation', 'in_epsilon', 'out_epsilon', 'blocked'),
-                 [kernel, stride, activation, in_epsilon, out_epsilon, blocked])
+                 ('kernel', 'stride', 'activation', 'in_epsilon', 'out_epsilon', 'blocked', 'depthwise'),
+                 [kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise])
 
 
-def run_batch_norm(x, weight, bias, epsilon, activation):
-    """The operator of a batch norm in training: its result, and the mean and variance of the batch. Not for tracing."""
-    return _RUN('batch_norm_act', *_without_gradients([x, weight, bias]), epsilon, activation)
+def run_batch_norm(x, weight, bias, mean, variance, momentum, epsilon, activation):
+    """The operator of a batch norm in training; it moves the running mean and variance. Not for tracing."""
+    tensors = _without_gradients([x, weight, bias, mean, variance])
+    return _RUN('batch_norm_act', *tensors, momentum, epsilon, activation)[0]
 
 
 _RUN = (paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager)._run_custom_op

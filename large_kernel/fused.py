@@ -8,7 +8,7 @@ from large_kernel import extension
 from large_kernel.conv import DTYPES, DepthwiseConv2D, dtype_name, runs_custom
 
 BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
-_NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 
 
@@ -24,10 +24,10 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         conv: `DepthwiseConv2D`, `nn.Conv2D` or `PackedConv2D`.
         norm, pre_norm: batch norms of the result and of the input; `activation`: 'relu', 'gelu' (exact) or ''.
         residual: like the result.
-        to_blocks: give the result in blocks whatever x is, where the operator computes it.
+        to_blocks: give the result in blocks whatever x is, where the operator computes it and the channels allow it.
 
     Returns:
-        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is.
+        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is, or see `to_blocks`.
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
@@ -35,7 +35,9 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         dtype = paddle.float32 if isinstance(conv, PackedConv2D) else x.dtype
         return extension.run_fused(x, weight if weight.dtype == dtype else weight.astype(dtype), conv.bias, residual,
                                    _tensors(pre_norm), _tensors(norm), conv._kernel_size[0], conv._stride[0],
-                                   activation, _epsilon(pre_norm), _epsilon(norm), blocked or to_blocks)
+                                   activation, _epsilon(pre_norm), _epsilon(norm),
+                                   blocked or (to_blocks and conv._out_channels % BLOCK == 0),
+                                   type(conv) is DepthwiseConv2D)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
@@ -51,11 +53,7 @@ def norm_act(x, norm, activation=''):
     """
     if not _trains_fused(x, norm):
         return _ACTIVATIONS[activation](norm(x))
-    y, mean, variance = extension.run_batch_norm(x, norm.weight, norm.bias, norm._epsilon, activation)
-    with paddle.no_grad():  # as Paddle does it, with the variance divided by the number of values
-        norm._mean.lerp_(mean, 1 - norm._momentum)
-        norm._variance.lerp_(variance, 1 - norm._momentum)
-    return y
+    return extension.run_batch_norm(x, *_tensors(norm), float(norm._momentum), norm._epsilon, activation)
 
 
 def _trains_fused(x, norm):
@@ -89,17 +87,23 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
     their running statistics, nobody asks for gradients and no hook waits for a layer's own call. A residual must be
     that of a dense convolution, a norm before it that of a 1x1.
     """
-    if isinstance(conv, DepthwiseConv2D):
+    kind, shape = type(conv), x.shape
+    if kind not in CONVOLUTIONS or 0 in shape or shape[1] * (BLOCK if len(shape) == 5 else 1) not in (
+            conv._in_channels, -1, -BLOCK):
+        return False
+    if kind is DepthwiseConv2D:
         if residual is not None or pre_norm is not None:
             return False
-    elif not (isinstance(conv, PackedConv2D) or _is_same(conv)):
+    elif not (kind is PackedConv2D or _is_same(conv)):
         return False
     elif pre_norm is not None and (conv._kernel_size[0] > 1 or conv._stride[0] > 1):
         return False
     layers = [conv]
     for layer in (norm, pre_norm):
         if layer is not None:
-            if layer.training or not isinstance(layer, _NORMS):
+            if type(layer) not in NORMS or layer.training or layer._use_global_stats is False:
+                return False
+            if layer._parameters.get('weight') is None or layer._parameters.get('bias') is None:
                 return False
             layers.append(layer)
     for layer in layers:
@@ -113,12 +117,10 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
 
 
 def _is_same(conv):
-    """Whether an `nn.Conv2D` is dense, of odd K, stride 1 or 2, padded with zeros to "same" size; not of one channel,
-    which the operator would take for depthwise."""
+    """Whether an `nn.Conv2D` is dense, of odd K, stride 1 or 2, padded with zeros to "same" size."""
     kernel, stride = conv._kernel_size[0], conv._stride[0]
-    if kernel > 1 and conv._in_channels == conv._out_channels == 1:
-        return False
     return (conv._groups == 1 and kernel % 2 == 1 and stride in (1, 2) and conv._padding_mode == 'zeros'
+            and conv._data_format == 'NCHW'
             and [*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation]
             == [kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1])
 
@@ -173,6 +175,10 @@ def pack_weights(model):
             if PackedConv2D.can_pack(conv):
                 layer._sub_layers[name] = PackedConv2D(conv)
     return model
+
+
+# Of these very types: a subclass may compute something else.
+CONVOLUTIONS = (nn.Conv2D, DepthwiseConv2D, PackedConv2D)
 
 
 def _tensors(norm):

@@ -101,14 +101,14 @@ def test_gelu_over_its_whole_range():
 
 
 @pytest.mark.parametrize('kernel, stride, inputs, outputs', [
-    (3, 2, 3, 17), (3, 1, 1, 5), (5, 2, 4, 1), (1, 2, 6, 7), (3, 1, 1, 1), (7, 1, 2, 3)])
+    (3, 2, 3, 17), (3, 1, 1, 5), (5, 2, 4, 1), (1, 2, 6, 7), (3, 1, 1, 1), (7, 1, 2, 3), (3, 2, 16, 16)])
 @pytest.mark.parametrize('added', [False, True])
 def test_dense_convolution_is_paddles(kernel, stride, inputs, outputs, added):
     conv, after = nn.Conv2D(inputs, outputs, kernel, stride, kernel // 2), norm(outputs)
     x = paddle.randn([2, inputs, 9, 8])
     want = nn.functional.relu(after(conv(x)))
     residual = paddle.randn(want.shape) if added else None
-    assert can_fuse(x, conv, after) == (max(inputs, outputs) > 1)
+    assert can_fuse(x, conv, after)
     got = conv_block(x, conv, after, 'relu', residual=residual)
     want = want if residual is None else want + residual
     np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-4, atol=1e-5)
@@ -283,7 +283,7 @@ def test_wrong_shapes_are_errors():
         with pytest.raises((RuntimeError, ValueError, OSError)):
             conv_block(x, conv, **arguments)
     wide = PackedConv2D(nn.Conv2D(36, 16, 1))
-    for layer, shape in ((conv, [1, 5, 3, 3]), (conv, [0, 4, 3, 3]), (wide, [1, 4, 3, 3]), (wide, [1, 48, 3, 3])):
+    for layer, shape in ((conv, [1, 5, 3, 3]), (wide, [1, 4, 3, 3]), (wide, [1, 48, 3, 3])):
         with pytest.raises((RuntimeError, ValueError, OSError)):
             conv_block(paddle.zeros(shape), layer)
 
@@ -334,6 +334,63 @@ def test_packed_network_computes_the_same(channels, out_indices, monkeypatch, tm
             for a, b in zip(expected, found) if out_indices else [(expected, found)]:
                 np.testing.assert_allclose(b.numpy(), a.numpy(), rtol=1e-3, atol=1e-4 * float(a.abs().max()))
         monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'fft')  # and without the operator
+
+
+def test_what_the_operator_would_compute_otherwise_is_left_to_the_layers():
+    class Mine(nn.Conv2D):
+        def forward(self, x):
+            return x * 0 + 42
+
+    class MyNorm(nn.BatchNorm2D):
+        def forward(self, x):
+            return x * 0 + 7
+
+    x, conv = paddle.randn([2, 4, 6, 5]), nn.Conv2D(4, 4, 1)
+    own = MyNorm(4)
+    own.eval()
+    assert float(conv_block(x, Mine(4, 4, 3, padding=1)).mean()) == 42
+    assert float(conv_block(x, conv, own).mean()) == 7
+    for arguments in ({'weight_attr': False}, {'bias_attr': False}, {'use_global_stats': False}):
+        bare = nn.BatchNorm2D(4, **arguments)
+        bare._mean.set_value(paddle.randn([4]))
+        bare.eval()
+        np.testing.assert_allclose(conv_block(x, conv, bare).numpy(), bare(conv(x)).numpy(), rtol=1e-4, atol=1e-5)
+    last = nn.Conv2D(4, 16, 3, padding=1, data_format='NHWC')
+    y = paddle.randn([1, 5, 6, 4])
+    np.testing.assert_array_equal(conv_block(y, last).numpy(), last(y).numpy())
+    assert conv_block(paddle.zeros([0, 4, 6, 5]), nn.Conv2D(4, 16, 3, padding=1)).shape == [0, 16, 6, 5]
+    assert not can_fuse(x, nn.Conv2D(5, 16, 3, padding=1))
+    with pytest.raises(ValueError):
+        conv_block(paddle.randn([2, 1, 9, 9]), DepthwiseConv2D(5, 3))
+
+
+def test_layers_whose_weights_are_no_parameters():
+    x = paddle.randn([2, 4, 6, 5])
+    for conv in (DepthwiseConv2D(4, 3), nn.Conv2D(4, 16, 3, padding=1)):
+        want = conv(x).numpy()
+        np.testing.assert_allclose(conv_block(x, nn.utils.weight_norm(conv)).numpy(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_overridden_forward_features_is_what_forward_calls():
+    class Half(RepLKNet):
+        def forward_features(self, x):
+            return [y / 2 for y in super().forward_features(x)]
+
+    model = Half([5], [1], [16], num_classes=None)
+    model.eval()
+    x = paddle.randn([1, 3, 32, 32])
+    got = model(x)
+    np.testing.assert_allclose(got.numpy(), RepLKNet.forward_features(model, x)[-1].numpy() / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 16])
+def test_a_network_of_images_of_any_channels(channels, monkeypatch):
+    model = RepLKNet([7, 5], [1, 1], [16, 32], in_channels=channels, num_classes=3)
+    model.eval()
+    x = paddle.randn([2, channels, 40, 36])
+    got = model(x).numpy()
+    with paddle.enable_grad():
+        np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

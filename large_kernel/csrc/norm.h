@@ -88,9 +88,11 @@ void with_activation(Activation activation, F f) {
   }
 }
 
-// Mean and variance of the batch [C] as well as y.
+// Mean and variance of the batch [C], divided by the number of its values, as well as y. The running statistics [C] become
+// momentum times what they were, and the batch's times the rest; with a momentum of 1 they are not touched.
 inline void norm_forward(const float* x, const float* weight, const float* bias, float epsilon, Activation activation,
-                         const NormShape& s, float* y, float* mean, float* variance) {
+                         const NormShape& s, float* y, float* mean, float* variance, float momentum, float* running_mean,
+                         float* running_variance) {
   with_activation(activation, [&](auto a) {
 #pragma omp parallel for num_threads(omp_get_max_threads())
     for (int c = 0; c < s.channels; c++) {
@@ -103,6 +105,10 @@ inline void norm_forward(const float* x, const float* weight, const float* bias,
       });
       mean[c] = m;
       variance[c] = (float)(squares[0] / s.count());
+      if (momentum != 1) {
+        running_mean[c] = momentum * running_mean[c] + (1 - momentum) * mean[c];
+        running_variance[c] = momentum * running_variance[c] + (1 - momentum) * variance[c];
+      }
       const float scale = weight[c] * inverse_deviation(variance[c], epsilon), shift = bias[c];
       for_each_vector_of(s, c, [&](std::ptrdiff_t at, int n) {
         store_first(y + at, activate<a()>((load_first(x + at, n) - m) * scale + shift), n);

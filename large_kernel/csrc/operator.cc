@@ -148,16 +148,17 @@ dwconv::Activation activation_of(const std::string& name) {
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
                               const OptionalTensors& out_norm, int kernel, int stride, const std::string& activation,
-                              float in_epsilon, float out_epsilon, bool blocked) {
+                              float in_epsilon, float out_epsilon, bool blocked, bool depthwise) {
   const Tensor x = plain(input);
   const Dims in = plain_shape(x.shape()), w = weight.shape();
   PD_CHECK(in.size() == 4 && (w.size() == 4 || (w.size() == 3 && w[2] == dwconv::kBlock)),
            "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K], or either in blocks");
   PD_CHECK(kernel % 2 == 1 && (stride == 1 || stride == 2), "fused_conv takes odd kernels and stride 1 or 2");
   PD_CHECK(x.numel() > 0 && weight.numel() > 0, "fused_conv needs an input and a weight that are not empty");
-  const bool packed = w.size() == 3, is_dense = packed || (w[1] == in[1] && (w[0] > 1 || w[1] > 1 || kernel == 1));
-  PD_CHECK(packed ? w[1] == in[1] * kernel * kernel : w[2] == kernel && w[3] == kernel, "fused_conv: a weight of ", w[1],
-           " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
+  const bool packed = w.size() == 3, is_dense = !depthwise;
+  PD_CHECK(packed ? is_dense && w[1] == in[1] * kernel * kernel
+                  : w[1] == (is_dense ? in[1] : 1) && w[2] == kernel && w[3] == kernel,
+           "fused_conv: a weight of ", w[1], " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
   PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1 && stride == 1) || !in_norm || in_norm->empty()),
            "fused_conv: residuals are for dense convolutions, input norms for 1x1 ones");
   const std::int64_t channels = out_channels(w);
@@ -235,29 +236,33 @@ std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Te
   return run_backward(x, weight, &bias, dy, stride, input_grad, weight_grad);
 }
 
-dwconv::NormShape check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+dwconv::NormShape check_norm(const Tensor& x, std::initializer_list<const Tensor*> of_channels) {
   const Dims dims = x.shape();
   PD_CHECK(dims.size() == 4 && x.numel() > 0, "batch_norm_act needs an input [N, C, H, W] that is not empty");
-  for (const Tensor* t : {&x, &weight, &bias}) {
-    PD_CHECK(t->is_cpu() && t->dtype() == DataType::FLOAT32 && (t == &x || t->numel() == dims[1]),
-             "batch_norm_act needs input, weight [C] and bias [C] of float32 on the CPU");
-  }
+  auto fits = [](const Tensor& t) { return t.is_cpu() && t.dtype() == DataType::FLOAT32; };
+  bool good = fits(x);
+  for (const Tensor* t : of_channels) good = good && fits(*t) && t->numel() == dims[1];
+  PD_CHECK(good, "batch_norm_act needs an input of float32 on the CPU, and weight, bias and statistics [C] like it");
   return {(int)dims[0], (int)dims[1], dims[2] * dims[3]};
 }
 
-std::vector<Tensor> BatchNormAct(const Tensor& x, const Tensor& weight, const Tensor& bias, float epsilon,
+// As Paddle's own batch norm does it, the running statistics are written where they are; nothing else is told about that.
+std::vector<Tensor> BatchNormAct(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
+                                 const Tensor& running_variance, float momentum, float epsilon,
                                  const std::string& activation) {
-  const dwconv::NormShape s = check_norm(x, weight, bias);
+  const dwconv::NormShape s = check_norm(x, {&weight, &bias, &running_mean, &running_variance});
   Tensor y = paddle::experimental::empty_like(x), mean = paddle::experimental::empty_like(weight),
          variance = paddle::experimental::empty_like(weight);
   dwconv::norm_forward(read<float>(x), read<float>(weight), read<float>(bias), epsilon, activation_of(activation), s,
-                       written<float>(y), written<float>(mean), written<float>(variance));
+                       written<float>(y), written<float>(mean), written<float>(variance), momentum,
+                       const_cast<float*>(read<float>(running_mean)), const_cast<float*>(read<float>(running_variance)));
   return {y, mean, variance};
 }
 
 std::vector<Tensor> BatchNormActGrad(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                                     const Tensor& variance, const Tensor& dy, float epsilon, const std::string& activation) {
-  const dwconv::NormShape s = check_norm(x, weight, bias);
+                                     const Tensor& variance, const Tensor& dy, float, float epsilon,
+                                     const std::string& activation) {
+  const dwconv::NormShape s = check_norm(x, {&weight, &bias, &mean, &variance});
   Tensor dx = paddle::experimental::empty_like(x), dweight = paddle::experimental::empty_like(weight),
          dbias = paddle::experimental::empty_like(bias);
   dwconv::norm_backward(read<float>(x), read<float>(weight), read<float>(bias), read<float>(mean), read<float>(variance),
@@ -266,10 +271,14 @@ std::vector<Tensor> BatchNormActGrad(const Tensor& x, const Tensor& weight, cons
   return {dx, dweight, dbias};
 }
 
-std::vector<Dims> NormShapes(const Dims& x, const Dims& weight, const Dims&, float, const std::string&) {
+std::vector<Dims> NormShapes(const Dims& x, const Dims& weight, const Dims&, const Dims&, const Dims&, float, float,
+                             const std::string&) {
   return {x, weight, weight};
 }
-std::vector<DataType> NormDtypes(const DataType& x, const DataType& weight, const DataType&) { return {x, weight, weight}; }
+std::vector<DataType> NormDtypes(const DataType& x, const DataType& weight, const DataType&, const DataType&,
+                                 const DataType&) {
+  return {x, weight, weight};
+}
 
 std::vector<Dims> InferShape(const Dims& x, const Dims&, int stride, bool, bool) { return {out_shape(x, stride)}; }
 std::vector<Dims> InferShapeBias(const Dims& x, const Dims&, const Dims&, int stride, bool, bool) {
@@ -281,7 +290,7 @@ using OptionalDims = paddle::optional<Dims>;
 using OptionalDimsList = paddle::optional<std::vector<Dims>>;
 std::vector<Dims> FusedShape(const Dims& x, const Dims& weight, const OptionalDims&, const OptionalDims&,
                              const OptionalDimsList&, const OptionalDimsList&, int, int stride, const std::string&, float,
-                             float, bool blocked) {
+                             float, bool blocked, bool) {
   Dims y = out_shape(plain_shape(x), stride);
   y[1] = out_channels(weight);
   return {blocked ? blocked_shape(y) : y};
@@ -327,15 +336,16 @@ PD_BUILD_OP(fused_conv)
     .Inputs({"X", "Filter", paddle::Optional("Bias"), paddle::Optional("Residual"), paddle::Optional(paddle::Vec("InNorm")),
              paddle::Optional(paddle::Vec("OutNorm"))})
     .Outputs({"Out"})
-    .Attrs({"kernel: int", "stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float", "blocked: bool"})
+    .Attrs({"kernel: int", "stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float", "blocked: bool",
+            "depthwise: bool"})
     .SetKernelFn(PD_KERNEL(FusedConv))
     .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));
 
 PD_BUILD_OP(batch_norm_act)
-    .Inputs({"X", "Weight", "Bias"})
+    .Inputs({"X", "Weight", "Bias", "RunningMean", "RunningVariance"})
     .Outputs({"Out", "Mean", "Variance"})
-    .Attrs({"epsilon: float", "activation: std::string"})
+    .Attrs({"momentum: float", "epsilon: float", "activation: std::string"})
     .SetKernelFn(PD_KERNEL(BatchNormAct))
     .SetInferShapeFn(PD_INFER_SHAPE(NormShapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(NormDtypes));
@@ -343,5 +353,5 @@ PD_BUILD_OP(batch_norm_act)
 PD_BUILD_GRAD_OP(batch_norm_act)
     .Inputs({"X", "Weight", "Bias", "Mean", "Variance", paddle::Grad("Out")})
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
-    .Attrs({"epsilon: float", "activation: std::string"})
+    .Attrs({"momentum: float", "epsilon: float", "activation: std::string"})
     .SetKernelFn(PD_KERNEL(BatchNormActGrad));
