@@ -358,7 +358,7 @@ def test_what_the_operator_would_compute_otherwise_is_left_to_the_layers():
     last = nn.Conv2D(4, 16, 3, padding=1, data_format='NHWC')
     y = paddle.randn([1, 5, 6, 4])
     np.testing.assert_array_equal(conv_block(y, last).numpy(), last(y).numpy())
-    assert conv_block(paddle.zeros([0, 4, 6, 5]), nn.Conv2D(4, 16, 3, padding=1)).shape == [0, 16, 6, 5]
+    assert not can_fuse(paddle.zeros([0, 4, 6, 5]), nn.Conv2D(4, 16, 3, padding=1))
     assert not can_fuse(x, nn.Conv2D(5, 16, 3, padding=1))
     with pytest.raises(ValueError):
         conv_block(paddle.randn([2, 1, 9, 9]), DepthwiseConv2D(5, 3))
