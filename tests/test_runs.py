@@ -362,6 +362,8 @@ def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tm
         [sys.executable, f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
          f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # a suite in the background of a shell ignores SIGINT, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert any('epoch 1' in line for line in process.stdout), process.communicate()[1]
     if name == 'SIGINT':

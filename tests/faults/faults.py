@@ -92,6 +92,8 @@ class Fleet:
             [sys.executable, str(ROOT / script), f'-cfg={self.settings}', f'-data_path={self.folder}/data',
              f'-output={folder}', '-device=cpu', *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=self.folder,
+            # a campaign in the background of a shell ignores SIGINT, and so would what it starts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}/tests/faults/inject', **environment})
         process.lines, process.errors = [], ''
 
