@@ -7,6 +7,7 @@
 #include "narrow.h"
 #include "packed.h"
 #include "stencil.h"
+#include "whole.h"
 
 namespace dwconv {
 
@@ -31,12 +32,18 @@ void with_constants(const Shape& s, F f) {
 }
 
 template <class T>
+void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, const Map<T>& y) {
+  if (is_whole(s, kWholeMap) && correlate_whole(x, weight, epilogue, s, order, y)) return;
+  correlate_large(x, weight, epilogue, s, order, y);
+}
+
+template <class T>
 void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
   const bool blocked = x.blocked || y.blocked;
   if (is_large(s) && is_narrow(s) && !blocked) {
     correlate_narrow(x.data, weight, epilogue, s, Order::kForward, y.data);
   } else if (is_large(s)) {
-    correlate_large(x, weight, epilogue, s, Order::kForward, y);
+    correlate(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_stencil(s) && !blocked) {
     (s.stride == 1 ? forward_stencil<1, T> : forward_stencil<2, T>)(x.data, weight, epilogue, s, y.data);
   } else if (is_packed(s) || (blocked && (s.kernel == 3 || s.kernel == 5))) {
@@ -60,8 +67,10 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
   } else if (is_large(s)) {
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
     const Map<const T> from = {dy, s.channels, pixels};
-    if (dx) correlate_large(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
-    if (dweight) weight_gradient_large(x, dy, s, dweight, dbias);
+    if (dx) correlate(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
+    if (dweight && !(is_whole(s, kWholeGradient) && weight_gradient_whole(x, dy, s, dweight, dbias))) {
+      weight_gradient_large(x, dy, s, dweight, dbias);
+    }
   } else if (is_stencil(s)) {
     (s.stride == 1 ? backward_stencil<1, T> : backward_stencil<2, T>)(x, weight, dy, s, dx, dweight, dbias);
   } else if (is_packed(s)) {

@@ -7,14 +7,14 @@
 namespace dwconv {
 
 constexpr int kNarrow = 8;  // pixels of a row at most, and floats of a vector
-constexpr int kPlane = kNarrow * kNarrow + std::max(kLanes, kNarrow);  // memory for a plane and what is written behind it
-constexpr int kTogether = 8;  // channels, and images, whose planes a thread takes through one step before the next: a load of
-                              // what was just stored in other pieces has to wait
+constexpr int kPlane = kNarrow * kNarrow + std::max(kLanes, kNarrow);  // memory for a plane and what is touched behind it
+constexpr int kTogether = 16;  // images whose planes stay in the first cache
 
-// Fewer rows leave too much of the registers empty.
+// Fewer rows or columns leave too much of the registers empty; besides, what is touched behind a plane must be in the next one.
 inline bool is_narrow(const Shape& s) {
   const int longest = std::max(s.height, s.width);
-  return kLanes >= kNarrow && longest <= kNarrow && s.height > kNarrow / 2 && s.kernel / 2 >= longest - 1;
+  return kLanes >= kNarrow && longest <= kNarrow && s.height > kNarrow / 2 && s.width >= kNarrow / 2 &&
+         s.kernel / 2 >= longest - 1;
 }
 
 // Calls f with the height as a type.
@@ -38,20 +38,30 @@ typedef float LineUnaligned __attribute__((vector_size(kLine * 4), aligned(4), m
 DW_INLINE Line load_line(const float* p) { return *reinterpret_cast<const LineUnaligned*>(p); }
 DW_INLINE void store_line(float* p, Line v) { *reinterpret_cast<LineUnaligned*>(p) = v; }
 
-// One plane of H rows. `taps` points to the middle of a kernel rotated by 180 degrees, or for the input gradient as it is.
-// Writes out [H, width], and up to kNarrow - 1 floats behind it.
-template <int H>
-__attribute__((noinline)) void correlate_plane(const float* x, int width, const float* taps, int kernel, float* out) {
+// Lane width - 1 becomes the first one, lane 0 the one at width - 1.
+DW_INLINE Line reverse_line(Line v, int width) {
+  LineBits from;
+  for (int i = 0; i < kLine; i++) from[i] = (width - 1 - i) & (kLine - 1);
+  return __builtin_shuffle(v, from);
+}
+
+// One plane of H rows. `taps` points to the middle of a kernel, which is read as it lies: for the output its rows would have to
+// run backwards, so there the lanes do, until the end. Writes out [H, width]; unless `exact`, up to kNarrow - 1 floats behind
+// it too.
+template <int H, Order order>
+DW_INLINE void correlate_plane(const float* x, int width, const float* taps, int kernel, float* out, bool exact) {
+  constexpr bool forward = order == Order::kForward;
   constexpr int chains = kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
+  const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel;
+  taps -= (H - 1) * down + (forward ? width - 1 : 0);
   Line sum[chains][H] = {};
-  taps += (H - 1) * kernel;  // row y + d of the input meets row -d of the taps
-  for (const float* end = x + width; x < end; x++, taps--) {
+  for (const float* end = x + width; x < end; x++, taps += column) {
     Line value[H];
 #pragma GCC unroll 8
     for (int y = 0; y < H; y++) value[y] = x[y * width] - Line{};
     const float* row = taps;
 #pragma GCC unroll 16
-    for (int d = 1 - H; d < H; d++, row -= kernel) {
+    for (int d = 1 - H; d < H; d++, row += down) {  // row y + d of the input meets this row of the taps
       const Line tap = load_line(row);
 #pragma GCC unroll 8
       for (int y = 0; y < H; y++) {
@@ -60,49 +70,48 @@ __attribute__((noinline)) void correlate_plane(const float* x, int width, const 
     }
   }
 #pragma GCC unroll 8
-  for (int y = 0; y < H; y++) store_line(out + y * width, chains == 2 ? sum[0][y] + sum[chains - 1][y] : sum[0][y]);
-}
-
-// Adds to the gradient of the weight, whose middle is at `sum`, the products of one column of dy with all of x, summed over
-// planes that are kPlane apart.
-template <int H>
-__attribute__((noinline)) void add_column(const float* x, const float* dy, int planes, int width, int column, int kernel,
-                                          float* sum) {
-  Line part[2 * H - 1] = {};
-  for (int i = 0; i < planes; i++, x += kPlane, dy += kPlane) {
-    Line row[H];
-#pragma GCC unroll 8
-    for (int y = 0; y < H; y++) row[y] = load_line(x + y * width);
-#pragma GCC unroll 8
-    for (int y = 0; y < H; y++) {
-      const Line value = dy[y * width + column] - Line{};
-#pragma GCC unroll 8
-      for (int from = 0; from < H; from++) part[from - y + H - 1] += value * row[from];
+  for (int y = 0; y < H; y++) {
+    Line v = chains == 2 ? sum[0][y] + sum[chains - 1][y] : sum[0][y];
+    if (forward) v = reverse_line(v, width);
+    if (y + 1 < H || !exact) {
+      store_line(out + y * width, v);
+    } else {
+      std::memcpy(out + y * width, &v, width * sizeof(float));
     }
   }
+}
+
+// The products of every column of dy with all of x, summed over planes `x_step` and `dy_step` apart: parts
+// [width, 2 H - 1, 3 kNarrow], each in the middle of its row.
+template <int H>
+__attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x_step, const float* dy, std::ptrdiff_t dy_step,
+                                                int planes, int width, float* parts) {
+  constexpr int busy = kRegisters == 32 ? H / 2 : -1;  // rows at most this far from the middle have two chains of additions
   LineBits inside;
   for (int i = 0; i < kLine; i++) inside[i] = i < width ? -1 : 0;
-  sum -= (H - 1) * kernel + column;
+  for (int column = 0; column < width; column++, dy++) {
+    Line sum[2 * H - 1] = {}, other[2 * H - 1] = {};
+    const float *in = x, *from = dy;
+    for (int i = 0; i < planes; i++, in += x_step, from += dy_step) {
+      Line row[H];
+#pragma GCC unroll 8
+      for (int y = 0; y < H; y++) row[y] = load_line(in + y * width);
+#pragma GCC unroll 8
+      for (int y = 0; y < H; y++) {
+        const Line value = from[y * width] - Line{};
+#pragma GCC unroll 8
+        for (int r = 0; r < H; r++) {
+          const int d = r - y;
+          (y % 2 && d <= busy && -d <= busy ? other : sum)[d + H - 1] += value * row[r];
+        }
+      }
+    }
 #pragma GCC unroll 16
-  for (int d = 0; d < 2 * H - 1; d++, sum += kernel) store_line(sum, load_line(sum) + (Line)((LineBits)part[d] & inside));
-}
-
-// A channel's weights, rotated by 180 degrees if `rotated`.
-template <class T>
-void read_taps(const T* weight, int area, bool rotated, float* taps) {
-  for_each_window(
-      area,
-      [&](int i) {
-        const Vec v = load(weight + i);
-        store(taps + (rotated ? area - kLanes - i : i), rotated ? reverse(v) : v);
-      },
-      [] {});  // the smallest kernel is 9x9
-}
-
-// What will be read soon, of the next image or the next channels: the processor does not guess where that is.
-template <class T>
-DW_INLINE void prefetch(const T* from, int count) {
-  for (int i = 0; i < count; i += 64 / (int)sizeof(T)) __builtin_prefetch(from + i);
+    for (int d = 0; d < 2 * H - 1; d++, parts += 3 * kNarrow) {
+      const Line total = d - (H - 1) <= busy && H - 1 - d <= busy ? sum[d] + other[d] : sum[d];
+      store_line(parts + kNarrow, (Line)((LineBits)total & inside));
+    }
+  }
 }
 
 // `count` values to other memory, as another type, through `finish`.
@@ -113,40 +122,53 @@ DW_INLINE void copy_values(const T* from, int count, U* to, F finish = {}) {
       [&] { store_part(to, finish(load_part(from, count)), count); });
 }
 
+// How many of `tasks` a thread takes at a time: few enough to keep all busy, and not many times for what is done so quickly.
+inline std::ptrdiff_t narrow_chunk(std::ptrdiff_t tasks) {
+  return std::max<std::ptrdiff_t>(1, tasks / (4 * omp_get_max_threads()));
+}
+
 // x [N, C, H, W] -> y [N, C, H, W].
-template <class T, int H>
-void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
-  const int area = s.kernel * s.kernel, pixels = H * s.width, groups = (s.channels + kTogether - 1) / kTogether;
-  const std::ptrdiff_t tasks = (std::ptrdiff_t)groups * s.batch, fair = tasks / (4 * omp_get_max_threads());
-  const std::ptrdiff_t chunk = std::clamp<std::ptrdiff_t>(fair, 1, s.batch);
+template <class T, int H, Order order>
+void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+  constexpr bool is_float = std::is_same_v<T, float>;
+  const int area = s.kernel * s.kernel, pixels = H * s.width;
+  const bool plain = is_float && !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
+  const std::ptrdiff_t tasks = (std::ptrdiff_t)s.channels * s.batch, chunk = narrow_chunk(tasks);
 #pragma omp parallel
   {
-    const std::size_t taps_size = area + kLanes;
-    Scratch scratch(kTogether * (taps_size + 2 * kPlane));
-    float *taps = scratch.floats(), *in = taps + kTogether * taps_size, *out = in + kTogether * kPlane;
-    int packed = -1;
-#pragma omp for schedule(monotonic : dynamic, chunk)
-    for (std::ptrdiff_t task = 0; task < tasks; task++) {
-      const int channel = task / s.batch * kTogether, image = task % s.batch, count = std::min(kTogether, s.channels - channel);
-      const std::ptrdiff_t offset = ((std::ptrdiff_t)image * s.channels + channel) * pixels;
-      const T *w = weight + (std::ptrdiff_t)channel * area, *from = x + offset;
-      for (int i = 0; packed != channel && i < count; i++) {
-        read_taps(w + i * area, area, order == Order::kForward, taps + i * taps_size);
-      }
-      packed = channel;
-      if (image + 1 < s.batch) prefetch(from + (std::ptrdiff_t)s.channels * pixels, count * pixels);
-      for (int i = 0; i < count; i++) {
-        const float* plane = in + i * kPlane;
-        if constexpr (std::is_same_v<T, float>) {
-          plane = from + i * pixels;
-        } else {
-          copy_values(from + i * pixels, pixels, in + i * kPlane);
+    Scratch scratch(area + kLanes + 2 * kPlane);
+    float *const in = scratch.floats(), *const out = in + kPlane, *const copied = out + kPlane;
+    const float* taps = nullptr;
+    int channel = -1;
+#pragma omp for schedule(monotonic : dynamic, 1)
+    for (std::ptrdiff_t begin = 0; begin < tasks; begin += chunk) {
+      const std::ptrdiff_t end = std::min(begin + chunk, tasks);
+      for (std::ptrdiff_t task = begin; task < end; task++) {
+        const int image = task % s.batch;
+        const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + task / s.batch) * pixels;
+        if (channel != task / s.batch) {
+          channel = task / s.batch;
+          const T* w = weight + (std::ptrdiff_t)channel * area;
+          taps = copied;
+          if constexpr (is_float) {
+            if (channel + 1 < s.channels) taps = w;  // the last one is copied, since more than it is read
+          }
+          if (taps == copied) copy_values(w, area, copied);
         }
-        correlate_plane<H>(plane, s.width, taps + i * taps_size + area / 2, s.kernel, out + i * kPlane);
-      }
-      for (int i = 0; i < count; i++) {
-        T* to = y + offset + i * pixels;
-        epilogue.with_channel(channel + i, [&](auto finish) { copy_values(out + i * kPlane, pixels, to, finish); });
+        const float* from = in;
+        if constexpr (is_float) {
+          from = x + plane;
+        } else {
+          copy_values(x + plane, pixels, in);
+        }
+        if constexpr (is_float) {
+          if (plain) {  // what is written behind a plane must be this thread's to write, later
+            correlate_plane<H, order>(from, s.width, taps + area / 2, s.kernel, y + plane, task + s.batch >= end);
+            continue;
+          }
+        }
+        correlate_plane<H, order>(from, s.width, taps + area / 2, s.kernel, out, false);
+        epilogue.with_channel(channel, [&](auto finish) { copy_values(out, pixels, y + plane, finish); });
       }
     }
   }
@@ -154,48 +176,73 @@ void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, con
 
 template <class T>
 void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
-  with_height(s, [&](auto height) { correlate_narrow<T, height()>(x, weight, epilogue, s, order, y); });
+  with_height(s, [&](auto height) {
+    if (order == Order::kForward) {
+      correlate_narrow<T, height(), Order::kForward>(x, weight, epilogue, s, y);
+    } else {
+      correlate_narrow<T, height(), Order::kInputGradient>(x, weight, epilogue, s, y);
+    }
+  });
 }
 
 // dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in its order.
 template <class T, int H>
 void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
-  const int area = s.kernel * s.kernel, pixels = H * s.width, groups = (s.channels + kTogether - 1) / kTogether;
+  constexpr bool is_float = std::is_same_v<T, float>;
+  constexpr int rows = 2 * H - 1, row = 3 * kNarrow, parts_size = kNarrow * rows * row, sums_size = rows * 2 * kNarrow;
+  const int k = s.kernel, area = k * k, pixels = H * s.width, reach = s.width - 1;
+  const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels, chunk = narrow_chunk(s.channels);
 #pragma omp parallel
   {
-    constexpr int block = kTogether * kPlane, blocks = kTogether * block;
-    const std::size_t sum_size = area + kLanes;
-    Scratch scratch(2 * blocks + kTogether * sum_size);
-    float *in = scratch.floats(), *out = in + blocks, *sums = out + blocks;
-    std::fill_n(in, 2 * blocks, 0.f);
-#pragma omp for schedule(static)
-    for (int group = 0; group < groups; group++) {
-      const int channel = group * kTogether, count = std::min(kTogether, s.channels - channel);
-      float bias[kTogether] = {};
-      std::fill_n(sums, kTogether * sum_size, 0.f);
+    Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size + area + 2 * kNarrow);
+    float *const in = scratch.floats(), *const out = in + kTogether * kPlane, *const parts = out + kTogether * kPlane;
+    float *const sums = parts + parts_size, *const gradient = sums + sums_size;
+    std::fill_n(in, 2 * kTogether * kPlane + parts_size, 0.f);
+#pragma omp for schedule(monotonic : dynamic, chunk)
+    for (int channel = 0; channel < s.channels; channel++) {
+      float bias = 0;
+      std::fill_n(sums, sums_size, 0.f);
       for (int image = 0; image < s.batch; image += kTogether) {
         const int images = std::min(kTogether, s.batch - image);
-        for (int j = 0; j < images * count; j++) {
-          const int i = j % count;
-          const std::ptrdiff_t plane = (std::ptrdiff_t)(image + j / count) * s.channels + channel + i;
-          prefetch(x + (plane + kTogether) * pixels, pixels);
-          prefetch(dy + (plane + kTogether) * pixels, pixels);
-          copy_values(x + plane * pixels, pixels, in + i * block + j / count * kPlane);
-          copy_values(dy + plane * pixels, pixels, out + i * block + j / count * kPlane);
+        const T *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
+        bool direct = false;
+        if constexpr (is_float) {
+          direct = channel + 1 < s.channels;  // the last one is copied, since more than it is read
+          if (direct) multiply_columns<H>(from, step, grad, step, images, s.width, parts);
         }
-        for (int i = 0; i < count; i++) {
-          for (int column = 0; column < s.width; column++) {
-            add_column<H>(in + i * block, out + i * block, images, s.width, column, s.kernel, sums + i * sum_size + area / 2);
+        if (!direct) {
+          for (int i = 0; i < images; i++) {
+            copy_values(from + i * step, pixels, in + i * kPlane);
+            copy_values(grad + i * step, pixels, out + i * kPlane);
           }
+          multiply_columns<H>(in, kPlane, out, kPlane, images, s.width, parts);
+        }
+        for (int d = 0; d < rows; d++) {
+          for (int i = 0; i < 2 * kNarrow; i += kLanes) {
+            Vec sum = load(sums + d * 2 * kNarrow + i);
+            for (int column = 0; column < s.width; column++) {
+              sum += load(parts + (column * rows + d) * row + kNarrow - reach + column + i);
+            }
+            store(sums + d * 2 * kNarrow + i, sum);
+          }
+        }
+        for (int i = 0; dbias && i < images; i++) {
           Vec sum = {};
-          for (int j = 0; j < images * kPlane; j += kLanes) sum += load(out + i * block + j);
-          bias[i] += sum_lanes(sum);
+          for (int j = 0; j < pixels; j += kLanes) sum += load_first(grad + i * step + j, pixels - j);
+          bias += sum_lanes(sum);
         }
       }
-      for (int i = 0; i < count; i++) {
-        copy_values(sums + i * sum_size, area, dweight + (std::ptrdiff_t)(channel + i) * area);
-        if (dbias) store_part(dbias + channel + i, splat(bias[i]), 1);
+      float* to = gradient;
+      if constexpr (is_float) to = dweight + (std::ptrdiff_t)channel * area;
+      if (k > rows || k / 2 > reach) std::fill_n(to, area, 0.f);
+      for (int d = 0; d < rows; d++) {  // zeros behind a row belong there or are written over by the next row
+        float* at = to + (d + k / 2 - (H - 1)) * k + k / 2 - reach;
+        for (int i = 0; i < 2 * kNarrow; i += kLanes) {
+          store_first(at + i, load(sums + d * 2 * kNarrow + i), d + 1 < rows ? kLanes : 2 * reach + 1 - i);
+        }
       }
+      if constexpr (!is_float) copy_values(gradient, area, dweight + (std::ptrdiff_t)channel * area);
+      if (dbias) store_part(dbias + channel, splat(bias), 1);
     }
   }
 }

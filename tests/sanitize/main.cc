@@ -274,13 +274,19 @@ int main(int argc, char** argv) {
                          Shape{1, 32, 26, 26, 63, 1}, Shape{1, 16, 27, 21, 51, 1}}) {
     bad += !run<float>(s, 0, random), count++;
   }
-  // kernels that reach from every pixel of a small map to every other; 3x3 on maps around a vector's width
+  // kernels that reach from (nearly) every pixel of a small map to every other
   for (int i = 0; i < 12 * shapes; i++, count++) {
-    const bool small = i % 2;
-    const int height = small ? 5 + pick(4) : 1 + pick(9), width = small ? 1 + pick(8) : 10 + pick(40);
-    const int reaching = 2 * std::max(height, width) - 1;
-    const Shape s = {1 + pick(small ? 10 : 3), channels[pick(12)], height, width,
-                     small ? std::max(7, reaching + 2 * pick(3)) : 3, small ? 1 : 1 + pick(2)};
+    const int most = i % 2 ? 8 : 16, height = 5 + pick(most - 4), width = (i % 2 ? 1 : 5) + pick(most - 4);
+    const int longest = std::max(height, width), misses = i % 4 == 2 ? pick(longest / 2) : 0;
+    const Shape s = {1 + pick(i % 4 == 1 ? 34 : 6), channels[pick(12)], height, width,
+                     std::max(7, 2 * (longest - misses + (misses ? 0 : pick(3))) - 1), 1};
+    bad += !run<float>(s, 0, random);
+    if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
+    if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
+  }
+  // 3x3 on maps around a vector's width
+  for (int i = 0; i < 6 * shapes; i++, count++) {
+    const Shape s = {1 + pick(3), channels[pick(12)], 1 + pick(9), 10 + pick(40), 3, 1 + pick(2)};
     bad += !run<float>(s, 0, random);
     if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
     if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
