@@ -50,13 +50,14 @@ def paddle_conv(case, x, weight, gradient):
         return forward, version
     gradient = paddle.to_tensor(gradient)
     x.stop_gradient = weight.stop_gradient = False
+    loss = paddle.zeros([1])
 
     class Next(paddle.autograd.PyLayer):
         """Hands the gradient over as a next layer would: one given to paddle.grad is copied first, by one thread."""
 
         @staticmethod
         def forward(ctx, y):
-            return paddle.zeros([1])
+            return loss
 
         @staticmethod
         def backward(ctx, _):
@@ -64,7 +65,10 @@ def paddle_conv(case, x, weight, gradient):
 
     def training():
         y = depthwise_conv2d(x, weight, None, case['stride'])
-        return [y, *paddle.grad(Next.apply(y), [x, weight])]
+        Next.apply(y).backward()
+        results = [y, x.grad, weight.grad]
+        x.grad = weight.grad = None
+        return results
     return training, version
 
 

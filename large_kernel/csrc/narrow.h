@@ -38,11 +38,17 @@ typedef float LineUnaligned __attribute__((vector_size(kLine * 4), aligned(4), m
 DW_INLINE Line load_line(const float* p) { return *reinterpret_cast<const LineUnaligned*>(p); }
 DW_INLINE void store_line(float* p, Line v) { *reinterpret_cast<LineUnaligned*>(p) = v; }
 
-// Lane width - 1 becomes the first one, lane 0 the one at width - 1.
+// Lanes width - 1 to 0, and after them any.
 DW_INLINE Line reverse_line(Line v, int width) {
+#if defined(__AVX2__)
   LineBits from;
-  for (int i = 0; i < kLine; i++) from[i] = (width - 1 - i) & (kLine - 1);
-  return __builtin_shuffle(v, from);
+  for (int i = 0; i < kLine; i++) from[i] = width - 1 - i;  // of each its last three bits count
+  return (Line)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+#else
+  Line reversed = v;
+  for (int i = 0; i < std::min(width, kLine); i++) reversed[i] = v[width - 1 - i];
+  return reversed;
+#endif
 }
 
 // One plane of H rows. `taps` points to the middle of a kernel, which is read as it lies: for the output its rows would have to

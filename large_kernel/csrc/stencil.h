@@ -6,7 +6,7 @@
 namespace dwconv {
 
 // Measured: maps from this width on. On narrower ones transposing wins, which fills vectors whatever the width.
-constexpr int kStencilFrom = kLanes == 16 ? 12 : kLanes == 8 ? 32 : 1 << 30;
+constexpr int kStencilFrom = kLanes == 16 ? 10 : kLanes == 8 ? 32 : 1 << 30;
 
 inline bool is_stencil(const Shape& s) { return s.kernel == 3 && s.width >= kStencilFrom; }
 
@@ -21,35 +21,28 @@ struct Plane {
   T* row(int y) const { return data + (std::ptrdiff_t)y * width; }
 };
 
-// Column x and those behind it. With Inside all are on the map; else there are zeros behind its right edge.
-template <bool Inside, class T>
-DW_INLINE Vec read_strip(const Plane<const T>& plane, int y, int x) {
-  return Inside ? load(plane.row(y) + x) : load_first(plane.row(y) + x, plane.width - x);
+// The lanes of a strip that are on the map: with Inside all of them, else the first n.
+template <bool Inside>
+struct Strip {
+  First first;
+
+  DW_INLINE explicit Strip(std::ptrdiff_t n) : first(n) {}
+  template <class T>
+  DW_INLINE Vec read(const T* p) const { return Inside ? load(p) : first.read(p); }
+  template <class T>
+  DW_INLINE void write(T* p, Vec v) const { Inside ? store(p, v) : first.write(p, v); }
+};
+
+// Nine weights, each in all lanes.
+DW_INLINE void splat9(const float* weight, Vec* to) {
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; i++) to[i] = splat(weight[i]);
 }
 
-template <bool Inside, class T>
-DW_INLINE void write_strip(const Plane<T>& plane, int y, int x, Vec v) {
-  Inside ? store(plane.row(y) + x, v) : store_first(plane.row(y) + x, v, plane.width - x);
-}
-
-// What the taps of one row of the kernel meet in row y of the input, for output columns x and on.
-template <int S, bool Inside, class T>
+// What the taps of one row of the kernel meet in a row of the input.
 struct Taps3 {
   Vec left, middle, right;
 
-  DW_INLINE Taps3(const Plane<const T>& plane, int y, int x) {
-    const T* ahead = plane.row(y + kAhead) + S * x;
-    __builtin_prefetch(ahead);
-    if (S == 1) {
-      middle = read_strip<Inside>(plane, y, x);
-      left = x == 0 ? move_up(Vec{}, middle) : read_strip<Inside>(plane, y, x - 1);
-      right = read_strip<Inside>(plane, y, x + 1);
-    } else {
-      __builtin_prefetch(ahead + kLanes);
-      deinterleave(read_strip<Inside>(plane, y, 2 * x), read_strip<Inside>(plane, y, 2 * x + kLanes), &middle, &right);
-      left = move_up(x == 0 ? Vec{} : load(plane.row(y) + 2 * x - kLanes), right);
-    }
-  }
   DW_INLINE Vec times(const Vec* weight) const { return left * weight[0] + middle * weight[1] + right * weight[2]; }
   DW_INLINE void add_to(Vec* sums, Vec value) const {
     sums[0] += left * value;
@@ -58,108 +51,287 @@ struct Taps3 {
   }
 };
 
-// Calls f(begin, end, first column, whether all is inside) for rows [begin, end) of the strips of outputs of an input.
-// Strips of wide maps have few rows, so that a plane is passed from front to back.
+// Reads them row after row, for output columns x and on.
+template <int S, bool Inside, class T>
+struct TapReader {
+  const T* at;
+  std::ptrdiff_t pitch;
+  bool first;
+  Strip<Inside> before, from, behind;
+
+  DW_INLINE TapReader(const Plane<const T>& plane, int y, int x)
+      : at(plane.row(y) + S * x), pitch(plane.width), first(x == 0), before(plane.width - x + 1),
+        from(plane.width - S * x), behind(plane.width - S * x - (S == 1 ? 1 : kLanes)) {}
+
+  DW_INLINE Taps3 next() {
+    const T *here = at, *ahead = at + kAhead * pitch;
+    at += pitch;
+    __builtin_prefetch(ahead);
+    if constexpr (S == 1) {
+      const Vec middle = from.read(here);
+      return {first ? move_up(Vec{}, middle) : before.read(here - 1), middle, behind.read(here + 1)};
+    } else {
+      __builtin_prefetch(ahead + kLanes);
+      Vec even, odd;
+      deinterleave(from.read(here), behind.read(here + kLanes), &even, &odd);
+      return {move_up(first ? Vec{} : load(here - kLanes), odd), even, odd};
+    }
+  }
+};
+
+// Calls f(begin, end, first column, last column, whether all is inside) for rows [begin, end) of the strips of outputs of an
+// input. Strips of wide maps have few rows, so that a plane is passed from front to back.
 template <int S, class F>
-DW_INLINE void for_each_strip(int height, int width, int few, F f) {
+DW_INLINE void for_each_strips(int height, int width, int few, F f) {
   const int rows = (height - 1) / S + 1, step = width > 2 * kLanes ? few : rows;
+  const int inside = std::max(0, width - (S == 1)) / (S * kLanes) * kLanes;
   for (int begin = 0; begin < rows; begin += step) {
     const int end = std::min(begin + step, rows);
-    int x = 0;
-    for (; S * (x + kLanes) + (S == 1) <= width; x += kLanes) f(begin, end, x, std::true_type{});
-    for (; S * x < width; x += kLanes) f(begin, end, x, std::false_type{});
+    if (inside > 0) f(begin, end, 0, inside, std::true_type{});
+    if (S * inside < width) f(begin, end, inside, (width - 1) / S + 1, std::false_type{});
   }
 }
 
-// out = finish(the correlation of x with nine weights).
-template <int S, class T, class F>
-void stencil(const Plane<const T>& x, const Vec* weight, const Plane<T>& out, F finish) {
-  for_each_strip<S>(x.height, x.width, 2 * S, [&](int begin, int end, int column, auto is_inside) {
-    constexpr bool inside = is_inside();
-    using Row = Taps3<S, inside, T>;
-    Vec above = {}, sum = {};  // what the row above contributes, and what is known of the next output
+// out = finish(the correlation of x with nine weights), rows [begin, end) of the strips from column `first` to `last`. These are
+// functions of their own, so that what their loops need finds registers.
+template <int S, bool Inside, class T, class F>
+__attribute__((noinline)) void stencil_strips(const Plane<const T>& x, const float* weight, const Plane<T>& out, int begin,
+                                              int end, int first, int last, F finish) {
+  const std::ptrdiff_t pitch = out.width;
+  const int pairs = std::min(end, x.height / 2), reach = std::min(end + 1, x.height);
+  Vec w[9];
+  splat9(weight, w);
+  for (int column = first; column < last; column += kLanes) {
+    const Strip<Inside> strip(out.width - column);
+    TapReader<S, Inside, T> taps(x, begin > 0 ? S * begin - 1 : 0, column);
+    T* to = out.row(begin) + column;
+    auto put = [&](Vec v) {
+      strip.write(to, finish(v));
+      to += pitch;
+    };
+    Vec above = begin > 0 ? taps.next().times(w) : Vec{};  // what the row above contributes to the next output
     if constexpr (S == 1) {
-      for (int y = std::max(begin - 1, 0); y < std::min(end + 1, x.height); y++) {
-        const Row row(x, y, column);
-        if (y > begin) write_strip<inside>(out, y - 1, column, finish(sum + row.times(weight + 6)));
-        sum = above + row.times(weight + 3);
-        above = row.times(weight);
+      Taps3 row = taps.next();
+      Vec sum = above + row.times(w + 3);
+      above = row.times(w);
+      for (int y = begin + 1; y < reach; y++) {
+        row = taps.next();
+        put(sum + row.times(w + 6));
+        sum = above + row.times(w + 3);
+        above = row.times(w);
       }
-      if (end == x.height) write_strip<inside>(out, end - 1, column, finish(sum));
+      if (end == x.height) put(sum);
     } else {
-      if (begin > 0) above = Row(x, 2 * begin - 1, column).times(weight);
-      for (int y = begin; y < end; y++) {
-        sum = above + Row(x, 2 * y, column).times(weight + 3);
-        if (2 * y + 1 < x.height) {
-          const Row row(x, 2 * y + 1, column);
-          sum += row.times(weight + 6);
-          above = row.times(weight);
-        }
-        write_strip<inside>(out, y, column, finish(sum));
+      for (int y = begin; y < pairs; y++) {
+        const Vec sum = above + taps.next().times(w + 3);
+        const Taps3 odd = taps.next();
+        above = odd.times(w);
+        put(sum + odd.times(w + 6));
       }
+      if (pairs < end) put(above + taps.next().times(w + 3));
     }
-  });
+  }
 }
 
 // The input's gradient at stride 2: a pixel of an even row or column met the middle tap alone, one of an odd row or column
 // the last tap of one output and the first of the next.
-template <class T>
-void spread(const Plane<const T>& dy, const Vec* w, const Plane<T>& dx) {
-  for_each_strip<1>(dy.height, dy.width, 4, [&](int begin, int end, int column, auto is_inside) {
-    constexpr bool inside = is_inside();
-    auto put = [&](int y, Vec even, Vec odd) {
+template <bool Inside, class T>
+__attribute__((noinline)) void spread_strips(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, int begin,
+                                             int end, int first, int last) {
+  const std::ptrdiff_t pitch = dy.width, to_pitch = dx.width;
+  const int full = std::min(end, dy.height - 1);
+  Vec w[9];
+  splat9(weight, w);
+  for (int column = first; column < last; column += kLanes) {
+    const Strip<Inside> here(dy.width - column), right(dy.width - column - 1);
+    const Strip<Inside> low(dx.width - 2 * column), high(dx.width - 2 * column - kLanes);
+    const T* from = dy.row(begin) + column;
+    T* to = dx.row(2 * begin) + 2 * column;
+    auto put = [&](Vec even, Vec odd) {
       Vec both[2];
       interleave(even, odd, both);
-      write_strip<inside>(dx, y, 2 * column, both[0]);
-      write_strip<inside>(dx, y, 2 * column + kLanes, both[1]);
+      low.write(to, both[0]);
+      high.write(to + kLanes, both[1]);
+      to += to_pitch;
     };
-    Vec p = read_strip<inside>(dy, begin, column), p1 = read_strip<inside>(dy, begin, column + 1);
-    for (int y = begin; y < end; y++) {
-      __builtin_prefetch(dy.row(y + kAhead) + column);
-      Vec q = {}, q1 = {};
-      if (y + 1 < dy.height) q = read_strip<inside>(dy, y + 1, column), q1 = read_strip<inside>(dy, y + 1, column + 1);
-      put(2 * y, p * w[4], p * w[5] + p1 * w[3]);
-      if (2 * y + 1 < dx.height) put(2 * y + 1, p * w[7] + q * w[1], p * w[8] + p1 * w[6] + (q * w[2] + q1 * w[0]));
+    Vec p = here.read(from), p1 = right.read(from + 1);
+    for (int y = begin; y < full; y++) {
+      from += pitch;
+      __builtin_prefetch(from + (kAhead - 1) * pitch);
+      const Vec q = here.read(from), q1 = right.read(from + 1);
+      put(p * w[4], p * w[5] + p1 * w[3]);
+      put(p * w[7] + q * w[1], p * w[8] + p1 * w[6] + (q * w[2] + q1 * w[0]));
       p = q, p1 = q1;
     }
-  });
+    if (full < end) {
+      put(p * w[4], p * w[5] + p1 * w[3]);
+      if (dx.height % 2 == 0) put(p * w[7], p * w[8] + p1 * w[6]);
+    }
+  }
 }
 
 // Adds the products of dy with the input to the gradients of the nine weights.
-template <int S, class T>
-void add_products(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) {
-  for_each_strip<S>(x.height, x.width, 2 * S, [&](int begin, int end, int column, auto is_inside) {
-    constexpr bool inside = is_inside();
-    using Row = Taps3<S, inside, T>;
-    Vec sum[9];
-    std::copy_n(sums, 9, sum);
-    auto gradient = [&](int y) { return y >= 0 && y < dy.height ? read_strip<inside>(dy, y, column) : Vec{}; };
-    Vec before = gradient(begin - 1), value = gradient(begin);
+template <int S, bool Inside, class T>
+__attribute__((noinline)) void add_products_strips(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums, int begin,
+                                                   int end, int first, int last) {
+  const std::ptrdiff_t pitch = dy.width;
+  Vec sum[9] = {};
+  for (int column = first; column < last; column += kLanes) {
+    TapReader<S, Inside, T> taps(x, S * begin, column);
+    const Strip<Inside> strip(dy.width - column);
+    const T* from = dy.row(begin) + column;
+    Vec before = begin > 0 ? strip.read(from - pitch) : Vec{}, value = strip.read(from);
     for (int y = begin; y < end; y++) {
-      const Vec next = gradient(y + 1);
-      const Row row(x, S * y, column);
+      from += pitch;
+      const Vec next = y + 1 < dy.height ? strip.read(from) : Vec{};
+      const Taps3 row = taps.next();
       row.add_to(sum + 3, value);
       if constexpr (S == 1) {
         row.add_to(sum, next);
         row.add_to(sum + 6, before);
       } else if (2 * y + 1 < x.height) {
-        const Row odd(x, 2 * y + 1, column);
+        const Taps3 odd = taps.next();
         odd.add_to(sum, next);
         odd.add_to(sum + 6, value);
       }
       before = value, value = next;
     }
-    std::copy_n(sum, 9, sums);
+  }
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; i++) sums[i] += sum[i];
+}
+
+// ---- stride 2, two rows of outputs in a vector ----
+
+// On maps this narrow, with 16 lanes: row o of the output in the first half of a vector, row o + 1 in the second.
+#if defined(__AVX512F__)
+inline bool is_paired(int out_width) { return out_width <= kLanes / 2; }
+
+// What taps of a row of the kernel meet, in rows a and b of the input, zeros behind their ends.
+DW_INLINE Taps3 pair_taps(Vec a, Vec b) {
+  const Vec even = DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Vec odd = DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {DW_SHUFFLE(odd, Vec{}, 16, 0, 1, 2, 3, 4, 5, 6, 16, 8, 9, 10, 11, 12, 13, 14), even, odd};
+}
+
+// Calls f(first output row of two, what the taps of the kernel's three rows meet).
+template <class T, class F>
+DW_INLINE void for_each_pair(const Plane<const T>& x, int rows, F f) {
+  const First first(x.width);
+  const T* at = x.data;
+  int y = 0;
+  auto next = [&] {
+    if (y++ >= x.height) return Vec{};
+    const Vec row = first.read(at);
+    at += x.width;
+    return row;
+  };
+  Vec above = {};
+  for (int o = 0; o < rows; o += 2) {
+    __builtin_prefetch(at + kAhead * x.width);
+    __builtin_prefetch(at + (kAhead + 2) * x.width);
+    const Vec a = next(), b = next(), c = next(), d = next();
+    f(o, pair_taps(above, b), pair_taps(a, c), pair_taps(b, d));
+    above = d;
+  }
+}
+
+template <class T, class F>
+__attribute__((noinline)) void stencil_pairs(const Plane<const T>& x, const float* weight, const Plane<T>& out, F finish) {
+  Ints together;  // the lanes of both rows, one behind the other; of each number its last four bits count
+  for (int i = 0; i < kLanes; i++) together[i] = i < out.width ? i : i - out.width + kLanes / 2;
+  Vec w[9];
+  splat9(weight, w);
+  const First both(2 * out.width), one(out.width);
+  for_each_pair(x, out.height, [&](int o, const Taps3& top, const Taps3& middle, const Taps3& bottom) {
+    const Vec sum = finish(top.times(w) + middle.times(w + 3) + bottom.times(w + 6));
+    (o + 1 < out.height ? both : one).write(out.row(o), (Vec)_mm512_permutexvar_ps((__m512i)together, (__m512)sum));
   });
 }
 
-// The nine weights, each in all lanes. Whether all are finite; if not, zeros beyond the border must not meet them.
 template <class T>
-bool splat_weights(const T* weight, Vec* to) {
+__attribute__((noinline)) void add_product_pairs(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) {
+  const First first(dy.width);
+  Vec sum[9] = {};
+  for_each_pair(x, dy.height, [&](int o, const Taps3& top, const Taps3& middle, const Taps3& bottom) {
+    const Vec a = first.read(dy.row(o)), b = o + 1 < dy.height ? first.read(dy.row(o + 1)) : Vec{};
+    const Vec value = DW_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    top.add_to(sum, value);
+    middle.add_to(sum + 3, value);
+    bottom.add_to(sum + 6, value);
+  });
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; i++) sums[i] += sum[i];
+}
+
+// Rows of the input's gradient fit into a vector: each output's gradient in the lanes of the two columns it meets, and the one
+// to the right of it in the second of them.
+template <class T>
+__attribute__((noinline)) void spread_pairs(const Plane<const T>& dy, const float* weight, const Plane<T>& dx) {
+  auto both = [&](int even, int odd) {
+    return DW_SHUFFLE(splat(weight[even]), splat(weight[odd]), 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16);
+  };
+  const Vec even = both(4, 5), even_right = splat(weight[3]), odd = both(7, 8), odd_right = splat(weight[6]);
+  const Vec next = both(1, 2), next_right = splat(weight[0]);
+  const First from(dy.width), to(dx.width);
+  struct Row {
+    Vec here, right;
+    DW_INLINE explicit Row(Vec v)
+        : here(DW_SHUFFLE(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)),
+          right(DW_SHUFFLE(v, Vec{}, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8)) {}
+  };
+  Row p(from.read(dy.data));
+  for (int y = 0; y < dy.height; y++) {
+    const Row q(y + 1 < dy.height ? from.read(dy.row(y + 1)) : Vec{});
+    to.write(dx.row(2 * y), p.here * even + p.right * even_right);
+    if (2 * y + 1 < dx.height) {
+      to.write(dx.row(2 * y + 1), p.here * odd + p.right * odd_right + (q.here * next + q.right * next_right));
+    }
+    p = q;
+  }
+}
+#endif
+
+// ---- whole planes ----
+
+template <int S, class T, class F>
+void stencil(const Plane<const T>& x, const float* weight, const Plane<T>& out, F finish) {
+#if defined(__AVX512F__)
+  if (S == 2 && is_paired(out.width)) return stencil_pairs(x, weight, out, finish);
+#endif
+  for_each_strips<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
+    stencil_strips<S, is_inside(), T>(x, weight, out, begin, end, first, last, finish);
+  });
+}
+
+template <class T>
+void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx) {
+#if defined(__AVX512F__)
+  if (is_paired(dy.width)) return spread_pairs(dy, weight, dx);
+#endif
+  for_each_strips<1>(dy.height, dy.width, 4, [&](int begin, int end, int first, int last, auto is_inside) {
+    spread_strips<is_inside(), T>(dy, weight, dx, begin, end, first, last);
+  });
+}
+
+template <int S, class T>
+void add_products(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) {
+#if defined(__AVX512F__)
+  if (S == 2 && is_paired(dy.width)) return add_product_pairs(x, dy, sums);
+#endif
+  for_each_strips<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
+    add_products_strips<S, is_inside(), T>(x, dy, sums, begin, end, first, last);
+  });
+}
+
+// Nine weights as float. Whether all are finite; if not, zeros beyond the border must not meet them.
+template <class T>
+bool read_weights(const T* weight, float* to) {
   Finite finite;
-  for (int i = 0; i < 9; i++) {
-    to[i] = splat(to_float(weight + i));
-    finite.see(to[i]);
+  for (int i = 0; i < 9; i += kLanes) {
+    const Vec v = load_first(weight + i, 9 - i);
+    finite.see(v);
+    store(to + i, v);
   }
   return finite.all();
 }
@@ -171,8 +343,8 @@ void forward_stencil(const T* x, const T* weight, const Epilogue& epilogue, cons
   for (std::ptrdiff_t plane = 0; plane < (std::ptrdiff_t)s.batch * s.channels; plane++) {
     const int channel = plane % s.channels;
     const T* w = weight + (std::ptrdiff_t)channel * 9;
-    Vec taps[9];
-    if (!splat_weights(w, taps)) {
+    float taps[9 + kLanes];
+    if (!read_weights(w, taps)) {
       exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
       continue;
     }
@@ -190,8 +362,9 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
 #pragma omp parallel for schedule(static)
   for (int channel = 0; channel < s.channels; channel++) {
     const T* w = weight + (std::ptrdiff_t)channel * 9;
-    Vec taps[9], rotated[9], sums[9] = {}, bias = {};  // of whole planes, so that small terms do not drown in large sums
-    const bool finite = splat_weights(w, taps);
+    float taps[9 + kLanes], rotated[9];
+    Vec sums[9] = {}, bias = {};
+    const bool finite = read_weights(w, taps);
     std::reverse_copy(taps, taps + 9, rotated);
     for (int image = 0; image < s.batch; image++) {
       const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
@@ -206,9 +379,13 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
         spread(gradient, taps, to);
       }
       if (dweight) {
-        Vec products[9] = {};
-        add_products<S>(plane, gradient, products);
-        for (int i = 0; i < 9; i++) sums[i] += products[i];
+        if (s.out_width() <= kLanes) {
+          add_products<S>(plane, gradient, sums);
+        } else {  // of each plane by itself, so that small terms do not drown in large sums
+          Vec products[9] = {};
+          add_products<S>(plane, gradient, products);
+          for (int i = 0; i < 9; i++) sums[i] += products[i];
+        }
       }
       if (dbias) {
         Vec sum = {};

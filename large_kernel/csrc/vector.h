@@ -113,6 +113,26 @@ DW_INLINE void store_first(T* p, Vec v, std::ptrdiff_t n) {
   if (n > 0) store_part(p, v, (int)n);
 }
 
+// And for an n that stays the same.
+struct First {
+  std::ptrdiff_t n;
+#if defined(__AVX512F__)
+  __mmask16 mask;
+  DW_INLINE explicit First(std::ptrdiff_t n) : n(n), mask(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0) {}
+#else
+  DW_INLINE explicit First(std::ptrdiff_t n) : n(n) {}
+#endif
+
+  template <class T>
+  DW_INLINE Vec read(const T* p) const { return load_first(p, n); }
+  template <class T>
+  DW_INLINE void write(T* p, Vec v) const { store_first(p, v, n); }
+#if defined(__AVX512F__)
+  DW_INLINE Vec read(const float* p) const { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
+  DW_INLINE void write(float* p, Vec v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+#endif
+};
+
 DW_INLINE float to_float(const float* p) { return *p; }
 DW_INLINE float to_float(const bfloat16* p) { return load_part(p, 1)[0]; }
 DW_INLINE float to_float(const float16* p) { return load_part(p, 1)[0]; }
