@@ -64,11 +64,10 @@ def paddle_conv(case, x, weight, gradient):
             return gradient
 
     def training():
+        x.grad = weight.grad = None  # of the call before, whose results this empties
         y = depthwise_conv2d(x, weight, None, case['stride'])
         Next.apply(y).backward()
-        results = [y, x.grad, weight.grad]
-        x.grad = weight.grad = None
-        return results
+        return [y, x.grad, weight.grad]
     return training, version
 
 

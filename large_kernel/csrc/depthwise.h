@@ -41,7 +41,7 @@ template <class T>
 void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
   const bool blocked = x.blocked || y.blocked;
   if (is_large(s) && is_narrow(s) && !blocked) {
-    correlate_narrow(x.data, weight, epilogue, s, Order::kForward, y.data);
+    forward_narrow(x.data, weight, epilogue, s, y.data);
   } else if (is_large(s)) {
     correlate(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_stencil(s) && !blocked) {
@@ -62,8 +62,7 @@ void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, c
 template <class T>
 void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   if (is_large(s) && is_narrow(s)) {
-    if (dx) correlate_narrow(dy, weight, Epilogue{}, s, Order::kInputGradient, dx);
-    if (dweight) weight_gradient_narrow(x, dy, s, dweight, dbias);
+    backward_narrow(x, weight, dy, s, dx, dweight, dbias);
   } else if (is_large(s)) {
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
     const Map<const T> from = {dy, s.channels, pixels};

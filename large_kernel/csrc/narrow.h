@@ -120,6 +120,29 @@ __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x
   }
 }
 
+// The gradient of the taps out of what multiply_columns wrote and, if there are, sums [2 H - 1, 2 kNarrow] of earlier images:
+// to `to` if given, as such sums, or to a kernel's gradient with its middle at `middle`.
+template <int H>
+__attribute__((noinline)) void merge_columns(const float* parts, int width, const float* from, float* to, float* middle,
+                                             int kernel) {
+  constexpr int rows = 2 * H - 1, row = 3 * kNarrow;
+  const int reach = width - 1;
+  float* at = middle - (H - 1) * kernel - reach;
+  parts += kNarrow - reach;
+  for (int d = 0; d < rows; d++, at += kernel, parts += row) {
+    for (int i = 0; i < 2 * kNarrow; i += kLanes) {
+      Vec sum = from ? load(from + d * 2 * kNarrow + i) : Vec{};
+      const float* part = parts + i;
+      for (int column = 0; column < width; column++, part += rows * row + 1) sum += load(part);
+      if (to) {
+        store(to + d * 2 * kNarrow + i, sum);
+      } else {  // zeros behind a row belong there or are written over by the next row
+        store_first(at + i, sum, d + 1 < rows ? kLanes : 2 * reach + 1 - i);
+      }
+    }
+  }
+}
+
 // `count` values to other memory, as another type, through `finish`.
 template <class T, class U, class F = Identity>
 DW_INLINE void copy_values(const T* from, int count, U* to, F finish = {}) {
@@ -133,81 +156,98 @@ inline std::ptrdiff_t narrow_chunk(std::ptrdiff_t tasks) {
   return std::max<std::ptrdiff_t>(1, tasks / (4 * omp_get_max_threads()));
 }
 
-// x [N, C, H, W] -> y [N, C, H, W].
-template <class T, int H, Order order>
-void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+// The middle of a channel's weights: where they lie, or copied, with what is read behind them.
+template <class T>
+DW_INLINE const float* middle_tap(const T* weight, int channel, const Shape& s, float* copied) {
+  const int area = s.kernel * s.kernel;
+  const T* from = weight + (std::ptrdiff_t)channel * area;
+  if constexpr (std::is_same_v<T, float>) {
+    if (channel + 1 < s.channels) return from + area / 2;
+  }
+  copy_values(from, area, copied);
+  return copied + area / 2;
+}
+
+// Calls f(first channel, last channel) for all channels, a few at a time, on all threads.
+template <class F>
+DW_INLINE void for_channels(const Shape& s, F f) {
+  const int chunk = std::max(1, s.channels / (4 * omp_get_max_threads()));
+// without "monotonic" the library that Paddle brings takes several times as long
+#pragma omp for schedule(monotonic : dynamic, 1)
+  for (int begin = 0; begin < s.channels; begin += chunk) f(begin, std::min(begin + chunk, s.channels));
+}
+
+// One plane of x -> one of y. More than y is written, unless `exact`; `in` and `out` are memory for a plane each.
+template <int H, Order order, class T, class F>
+DW_INLINE void correlate_to(const T* x, const float* taps, const Shape& s, T* y, bool exact, float* in, float* out, F finish) {
+  const int pixels = H * s.width;
   constexpr bool is_float = std::is_same_v<T, float>;
-  const int area = s.kernel * s.kernel, pixels = H * s.width;
-  const bool plain = is_float && !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
-  const std::ptrdiff_t tasks = (std::ptrdiff_t)s.channels * s.batch, chunk = narrow_chunk(tasks);
+  if constexpr (is_float && std::is_same_v<F, Identity>) {
+    return correlate_plane<H, order>(x, s.width, taps, s.kernel, y, exact);
+  }
+  const float* from = in;
+  if constexpr (is_float) {
+    from = x;
+  } else {
+    copy_values(x, pixels, in);
+  }
+  correlate_plane<H, order>(from, s.width, taps, s.kernel, out, false);
+  copy_values(out, pixels, y, finish);
+}
+
+// x [N, C, H, W] -> y [N, C, H, W].
+template <class T, int H>
+void forward_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+  const int pixels = H * s.width;
+  const bool plain = !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
 #pragma omp parallel
   {
-    Scratch scratch(area + kLanes + 2 * kPlane);
+    Scratch scratch(2 * kPlane + s.kernel * s.kernel + kLanes);
     float *const in = scratch.floats(), *const out = in + kPlane, *const copied = out + kPlane;
-    const float* taps = nullptr;
-    int channel = -1;
-#pragma omp for schedule(monotonic : dynamic, 1)
-    for (std::ptrdiff_t begin = 0; begin < tasks; begin += chunk) {
-      const std::ptrdiff_t end = std::min(begin + chunk, tasks);
-      for (std::ptrdiff_t task = begin; task < end; task++) {
-        const int image = task % s.batch;
-        const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + task / s.batch) * pixels;
-        if (channel != task / s.batch) {
-          channel = task / s.batch;
-          const T* w = weight + (std::ptrdiff_t)channel * area;
-          taps = copied;
-          if constexpr (is_float) {
-            if (channel + 1 < s.channels) taps = w;  // the last one is copied, since more than it is read
+    for_channels(s, [&](int begin, int end) {
+      for (int channel = begin; channel < end; channel++) {
+        const float* taps = middle_tap(weight, channel, s, copied);
+        auto run = [&](auto finish) {
+          for (int image = 0; image < s.batch; image++) {
+            const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + channel) * pixels;
+            correlate_to<H, Order::kForward>(x + plane, taps, s, y + plane, channel + 1 == end, in, out, finish);
           }
-          if (taps == copied) copy_values(w, area, copied);
-        }
-        const float* from = in;
-        if constexpr (is_float) {
-          from = x + plane;
-        } else {
-          copy_values(x + plane, pixels, in);
-        }
-        if constexpr (is_float) {
-          if (plain) {  // what is written behind a plane must be this thread's to write, later
-            correlate_plane<H, order>(from, s.width, taps + area / 2, s.kernel, y + plane, task + s.batch >= end);
-            continue;
-          }
-        }
-        correlate_plane<H, order>(from, s.width, taps + area / 2, s.kernel, out, false);
-        epilogue.with_channel(channel, [&](auto finish) { copy_values(out, pixels, y + plane, finish); });
+        };
+        plain ? run(Identity{}) : epilogue.with_channel(channel, run);
       }
-    }
+    });
   }
 }
 
 template <class T>
-void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
-  with_height(s, [&](auto height) {
-    if (order == Order::kForward) {
-      correlate_narrow<T, height(), Order::kForward>(x, weight, epilogue, s, y);
-    } else {
-      correlate_narrow<T, height(), Order::kInputGradient>(x, weight, epilogue, s, y);
-    }
-  });
+void forward_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+  with_height(s, [&](auto height) { forward_narrow<T, height()>(x, weight, epilogue, s, y); });
 }
 
-// dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in its order.
+// dx, dweight [C, K, K] and dbias [C] may be null. One thread sums a channel over the batch, in its order.
 template <class T, int H>
-void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
+void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   constexpr bool is_float = std::is_same_v<T, float>;
-  constexpr int rows = 2 * H - 1, row = 3 * kNarrow, parts_size = kNarrow * rows * row, sums_size = rows * 2 * kNarrow;
-  const int k = s.kernel, area = k * k, pixels = H * s.width, reach = s.width - 1;
-  const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels, chunk = narrow_chunk(s.channels);
+  constexpr int rows = 2 * H - 1, parts_size = kNarrow * rows * 3 * kNarrow, sums_size = rows * 2 * kNarrow;
+  const int k = s.kernel, area = k * k, pixels = H * s.width;
+  const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels;
 #pragma omp parallel
   {
-    Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size + area + 2 * kNarrow);
+    Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size + area + 2 * kNarrow + 2 * kLanes);
     float *const in = scratch.floats(), *const out = in + kTogether * kPlane, *const parts = out + kTogether * kPlane;
-    float *const sums = parts + parts_size, *const gradient = sums + sums_size;
+    float *const sums = parts + parts_size, *const copied = sums + sums_size;  // of taps, then of their gradient
     std::fill_n(in, 2 * kTogether * kPlane + parts_size, 0.f);
-#pragma omp for schedule(monotonic : dynamic, chunk)
-    for (int channel = 0; channel < s.channels; channel++) {
-      float bias = 0;
-      std::fill_n(sums, sums_size, 0.f);
+    auto input_gradient = [&](int channel, bool exact) {
+      const float* taps = middle_tap(weight, channel, s, copied);
+      for (int image = 0; image < s.batch; image++) {
+        const std::ptrdiff_t plane = image * step + (std::ptrdiff_t)channel * pixels;
+        correlate_to<H, Order::kInputGradient>(dy + plane, taps, s, dx + plane, exact, in, out, Identity{});
+      }
+    };
+    auto weight_gradient = [&](int channel) {
+      float bias = 0, *to = copied;
+      if constexpr (is_float) to = dweight + (std::ptrdiff_t)channel * area;
+      if (k > rows || k / 2 > s.width - 1) std::fill_n(to, area, 0.f);
       for (int image = 0; image < s.batch; image += kTogether) {
         const int images = std::min(kTogether, s.batch - image);
         const T *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
@@ -223,39 +263,27 @@ void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight,
           }
           multiply_columns<H>(in, kPlane, out, kPlane, images, s.width, parts);
         }
-        for (int d = 0; d < rows; d++) {
-          for (int i = 0; i < 2 * kNarrow; i += kLanes) {
-            Vec sum = load(sums + d * 2 * kNarrow + i);
-            for (int column = 0; column < s.width; column++) {
-              sum += load(parts + (column * rows + d) * row + kNarrow - reach + column + i);
-            }
-            store(sums + d * 2 * kNarrow + i, sum);
-          }
-        }
+        const bool last = image + images == s.batch;
+        merge_columns<H>(parts, s.width, image ? sums : nullptr, last ? nullptr : sums, to + area / 2, k);
         for (int i = 0; dbias && i < images; i++) {
           Vec sum = {};
           for (int j = 0; j < pixels; j += kLanes) sum += load_first(grad + i * step + j, pixels - j);
           bias += sum_lanes(sum);
         }
       }
-      float* to = gradient;
-      if constexpr (is_float) to = dweight + (std::ptrdiff_t)channel * area;
-      if (k > rows || k / 2 > reach) std::fill_n(to, area, 0.f);
-      for (int d = 0; d < rows; d++) {  // zeros behind a row belong there or are written over by the next row
-        float* at = to + (d + k / 2 - (H - 1)) * k + k / 2 - reach;
-        for (int i = 0; i < 2 * kNarrow; i += kLanes) {
-          store_first(at + i, load(sums + d * 2 * kNarrow + i), d + 1 < rows ? kLanes : 2 * reach + 1 - i);
-        }
-      }
-      if constexpr (!is_float) copy_values(gradient, area, dweight + (std::ptrdiff_t)channel * area);
+      if constexpr (!is_float) copy_values(copied, area, dweight + (std::ptrdiff_t)channel * area);
       if (dbias) store_part(dbias + channel, splat(bias), 1);
-    }
+    };
+    for_channels(s, [&](int begin, int end) {
+      for (int channel = begin; dx && channel < end; channel++) input_gradient(channel, channel + 1 == end);
+      for (int channel = begin; dweight && channel < end; channel++) weight_gradient(channel);
+    });
   }
 }
 
 template <class T>
-void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
-  with_height(s, [&](auto height) { weight_gradient_narrow<T, height()>(x, dy, s, dweight, dbias); });
+void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+  with_height(s, [&](auto height) { backward_narrow<T, height()>(x, weight, dy, s, dx, dweight, dbias); });
 }
 
 }  // namespace dwconv

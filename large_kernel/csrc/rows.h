@@ -347,9 +347,13 @@ void weight_gradient_plane(const T* x, const Shape& s, Workspace& w) {
 // ---- whole tensors ----
 
 DW_INLINE float sum_lanes(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float sum = 0;
   for (int lane = 0; lane < kLanes; lane++) sum += v[lane];
   return sum;
+#endif
 }
 
 // Whether all are finite; if not, zeros of a border must not be multiplied with them.

@@ -92,8 +92,8 @@ DW_INLINE void for_each_strips(int height, int width, int few, F f) {
   }
 }
 
-// out = finish(the correlation of x with nine weights), rows [begin, end) of the strips from column `first` to `last`. These are
-// functions of their own, so that what their loops need finds registers.
+// out = finish(the correlation of x with nine weights), rows [begin, end) of the strips from column `first` to `last`. These
+// are functions of their own, so that what their loops need finds registers.
 template <int S, bool Inside, class T, class F>
 __attribute__((noinline)) void stencil_strips(const Plane<const T>& x, const float* weight, const Plane<T>& out, int begin,
                                               int end, int first, int last, F finish) {
@@ -207,14 +207,25 @@ __attribute__((noinline)) void add_products_strips(const Plane<const T>& x, cons
 #if defined(__AVX512F__)
 inline bool is_paired(int out_width) { return out_width <= kLanes / 2; }
 
-// What taps of a row of the kernel meet, in rows a and b of the input, zeros behind their ends.
-DW_INLINE Taps3 pair_taps(Vec a, Vec b) {
-  const Vec even = DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const Vec odd = DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  return {DW_SHUFFLE(odd, Vec{}, 16, 0, 1, 2, 3, 4, 5, 6, 16, 8, 9, 10, 11, 12, 13, 14), even, odd};
-}
+// The columns of two rows of the input that the middle and the right tap of a row of the kernel meet. The left tap meets `odd`
+// one output further on.
+struct Columns {
+  Vec even, odd;
 
-// Calls f(first output row of two, what the taps of the kernel's three rows meet).
+  // rows a and b, zeros behind their ends
+  DW_INLINE Columns(Vec a, Vec b)
+      : even(DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)),
+        odd(DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)) {}
+  // the second row of a and the first of b
+  DW_INLINE Columns(const Columns& a, const Columns& b) : even(second_first(a.even, b.even)), odd(second_first(a.odd, b.odd)) {}
+
+  static DW_INLINE Vec second_first(Vec a, Vec b) {
+    return DW_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+  }
+  DW_INLINE Vec times(const Vec* weight) const { return even * weight[1] + odd * weight[2]; }
+};
+
+// Calls f(first output row of two, what the kernel's three rows meet).
 template <class T, class F>
 DW_INLINE void for_each_pair(const Plane<const T>& x, int rows, F f) {
   const First first(x.width);
@@ -226,13 +237,14 @@ DW_INLINE void for_each_pair(const Plane<const T>& x, int rows, F f) {
     at += x.width;
     return row;
   };
-  Vec above = {};
+  Columns before(Vec{}, Vec{});
   for (int o = 0; o < rows; o += 2) {
     __builtin_prefetch(at + kAhead * x.width);
     __builtin_prefetch(at + (kAhead + 2) * x.width);
     const Vec a = next(), b = next(), c = next(), d = next();
-    f(o, pair_taps(above, b), pair_taps(a, c), pair_taps(b, d));
-    above = d;
+    const Columns bottom(b, d);
+    f(o, Columns(before, bottom), Columns(a, c), bottom);
+    before = bottom;
   }
 }
 
@@ -243,9 +255,12 @@ __attribute__((noinline)) void stencil_pairs(const Plane<const T>& x, const floa
   Vec w[9];
   splat9(weight, w);
   const First both(2 * out.width), one(out.width);
-  for_each_pair(x, out.height, [&](int o, const Taps3& top, const Taps3& middle, const Taps3& bottom) {
-    const Vec sum = finish(top.times(w) + middle.times(w + 3) + bottom.times(w + 6));
-    (o + 1 < out.height ? both : one).write(out.row(o), (Vec)_mm512_permutexvar_ps((__m512i)together, (__m512)sum));
+  for_each_pair(x, out.height, [&](int o, const Columns& top, const Columns& middle, const Columns& bottom) {
+    const Vec left = top.odd * w[0] + middle.odd * w[3] + bottom.odd * w[6];
+    Vec sum = DW_SHUFFLE(left, Vec{}, 16, 0, 1, 2, 3, 4, 5, 6, 16, 8, 9, 10, 11, 12, 13, 14);
+    sum += top.times(w) + middle.times(w + 3) + bottom.times(w + 6);
+    const Vec rows = (Vec)_mm512_permutexvar_ps((__m512i)together, (__m512)finish(sum));
+    (o + 1 < out.height ? both : one).write(out.row(o), rows);
   });
 }
 
@@ -253,12 +268,18 @@ template <class T>
 __attribute__((noinline)) void add_product_pairs(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) {
   const First first(dy.width);
   Vec sum[9] = {};
-  for_each_pair(x, dy.height, [&](int o, const Taps3& top, const Taps3& middle, const Taps3& bottom) {
+  for_each_pair(x, dy.height, [&](int o, const Columns& top, const Columns& middle, const Columns& bottom) {
     const Vec a = first.read(dy.row(o)), b = o + 1 < dy.height ? first.read(dy.row(o + 1)) : Vec{};
     const Vec value = DW_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    top.add_to(sum, value);
-    middle.add_to(sum + 3, value);
-    bottom.add_to(sum + 6, value);
+    const Vec next = DW_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 17, 18, 19, 20, 21, 22, 23, 24);
+    auto add = [&](Vec* sum, const Columns& row) {
+      sum[0] += row.odd * next;
+      sum[1] += row.even * value;
+      sum[2] += row.odd * value;
+    };
+    add(sum, top);
+    add(sum + 3, middle);
+    add(sum + 6, bottom);
   });
 #pragma GCC unroll 9
   for (int i = 0; i < 9; i++) sums[i] += sum[i];
@@ -339,19 +360,21 @@ bool read_weights(const T* weight, float* to) {
 template <int S, class T>
 void forward_stencil(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-#pragma omp parallel for schedule(static)
-  for (std::ptrdiff_t plane = 0; plane < (std::ptrdiff_t)s.batch * s.channels; plane++) {
-    const int channel = plane % s.channels;
-    const T* w = weight + (std::ptrdiff_t)channel * 9;
-    float taps[9 + kLanes];
-    if (!read_weights(w, taps)) {
-      exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
-      continue;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int image = 0; image < s.batch; image++) {
+    for (int channel = 0; channel < s.channels; channel++) {
+      const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + channel;
+      const T* w = weight + (std::ptrdiff_t)channel * 9;
+      float taps[9 + kLanes];
+      if (!read_weights(w, taps)) {
+        exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
+        continue;
+      }
+      epilogue.with_channel(channel, [&](auto finish) {
+        stencil<S>(Plane<const T>{x + plane * in, s.height, s.width}, taps,
+                   Plane<T>{y + plane * out, s.out_height(), s.out_width()}, finish);
+      });
     }
-    epilogue.with_channel(channel, [&](auto finish) {
-      stencil<S>(Plane<const T>{x + plane * in, s.height, s.width}, taps,
-                 Plane<T>{y + plane * out, s.out_height(), s.out_width()}, finish);
-    });
   }
 }
 
