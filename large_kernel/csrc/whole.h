@@ -149,13 +149,14 @@ __attribute__((noinline)) void correlate_leaf(Grid x, Grid taps, int rows, Grid 
   }
 }
 
-// Adds the gradient of the taps, [2 rows - 1, 2 W - 1], of images whose factors are `step` apart.
+// The gradient of the taps, [2 rows - 1, 2 W - 1], of images whose factors are `step` apart; unless `first`, added to what is
+// there.
 template <int W>
-__attribute__((noinline)) void gradient_leaf(Grid x, Grid dy, std::ptrdiff_t step, int images, int rows, Vec* out) {
+__attribute__((noinline)) void gradient_leaf(Grid x, Grid dy, std::ptrdiff_t step, int images, int rows, bool first, Vec* out) {
   for (int d = 1 - rows; d < rows; d++, out += 2 * W - 1) {
     Vec sum[2 * W - 1];
 #pragma GCC unroll 16
-    for (int i = 0; i < 2 * W - 1; i++) sum[i] = out[i];
+    for (int i = 0; i < 2 * W - 1; i++) sum[i] = first ? Vec{} : out[i];
     const Vec *first_in = x.at + std::max(d, 0) * x.row, *first_from = dy.at + std::max(-d, 0) * dy.row;
     for (int image = 0; image < images; image++, first_in += step, first_from += step) {
       const Vec *in = first_in, *from = first_from;
@@ -283,20 +284,17 @@ bool correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epi
 
 // Row y of `columns` vectors; products are `step` vectors apart.
 inline void merge_row(const Vec* product, std::ptrdiff_t step, const Axis& h, int y, int columns, Vec* out) {
-  const Vec* terms[4];
-  int count = 0;
-  auto add = [&](int i, int y) {
-    if (std::abs(y) < h.half) terms[count++] = product + i * step + (y + h.half - 1) * columns;
-  };
-  for (int i = 0; i < h.products(); i++) add(i, y);
-  if (h.parts == 2) {
-    add(kFirst, y - h.half);
-    add(kSecond, y + h.half);
-  }
-  for (int i = 0; i < columns; i++) {
-    Vec sum = terms[0][i];
-    for (int j = 1; j < count; j++) sum += terms[j][i];
-    out[i] = sum;
+  auto row = [&](int i, int y) { return product + i * step + (y + h.half - 1) * columns; };
+  if (h.parts == 1) {
+    std::copy_n(row(0, y), columns, out);
+  } else if (std::abs(y) >= h.half) {
+    std::copy_n(y > 0 ? row(kFirst, y - h.half) : row(kSecond, y + h.half), columns, out);
+  } else {
+    const Vec *difference = row(kDifference, y), *first = row(kFirst, y), *second = row(kSecond, y);
+    for (int i = 0; i < columns; i++) out[i] = difference[i] + first[i] + second[i];
+    if (y == 0) return;
+    const Vec* far = y > 0 ? row(kFirst, y - h.half) : row(kSecond, y + h.half);
+    for (int i = 0; i < columns; i++) out[i] += far[i];
   }
 }
 
@@ -336,7 +334,6 @@ bool weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
     for (int block = 0; block < s.blocks(); block++) {
       const int lanes = s.lanes(block);
       Vec bias = {};
-      std::fill_n(sums, products * leaf, Vec{});
       for (int image = 0; image < s.batch; image += together) {
         const int images = std::min(together, s.batch - image);
         Factors xs, dys;
@@ -356,7 +353,7 @@ bool weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
         with_leaf(w, [&](auto columns) {
           for (int i = 0; i < h.products(); i++) {
             for (int j = 0; j < w.products(); j++) {
-              gradient_leaf<columns()>(xs.grid[i][j], dys.grid[i][j], map_size, images, h.half,
+              gradient_leaf<columns()>(xs.grid[i][j], dys.grid[i][j], map_size, images, h.half, image == 0,
                                        sums + (i * w.products() + j) * leaf);
             }
           }
@@ -367,9 +364,13 @@ bool weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
         for (int j = 0; j < w.products(); j++) {
           merge_row(sums + j * leaf, w.products() * leaf, h, y, w.half_taps(), line + j * w.half_taps());
         }
-        if (w.parts == 2) merge_columns(line, w, merged);
-        std::copy_n((w.parts == 2 ? merged : line) + w.size() - 1 - wide, 2 * wide + 1,
-                    kernel + (k / 2 + y) * k + k / 2 - wide);
+        Vec* const to = kernel + (k / 2 + y) * k + k / 2 - wide;
+        if (w.parts == 2 && wide == w.size() - 1) {
+          merge_columns(line, w, to);
+        } else {
+          if (w.parts == 2) merge_columns(line, w, merged);
+          std::copy_n((w.parts == 2 ? merged : line) + w.size() - 1 - wide, 2 * wide + 1, to);
+        }
       }
       Finite finite;
       unpack(kernel, area, dweight + (std::ptrdiff_t)block * kLanes * area, area, lanes, [&](Vec v) {
