@@ -33,8 +33,11 @@ void with_constants(const Shape& s, F f) {
 
 template <class T>
 void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, const Map<T>& y) {
-  if (is_whole(s, kWholeMap) && correlate_whole(x, weight, epilogue, s, order, y)) return;
-  correlate_large(x, weight, epilogue, s, order, y);
+  if (is_whole(s, kWholeMap)) {
+    correlate_whole(x, weight, epilogue, s, order, y);
+  } else {
+    correlate_large(x, weight, epilogue, s, order, y);
+  }
 }
 
 template <class T>
@@ -67,7 +70,9 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
     const Map<const T> from = {dy, s.channels, pixels};
     if (dx) correlate(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
-    if (dweight && !(is_whole(s, kWholeGradient) && weight_gradient_whole(x, dy, s, dweight, dbias))) {
+    if (dweight && is_whole(s, kWholeGradient)) {
+      weight_gradient_whole(x, dy, s, dweight, dbias);
+    } else if (dweight) {
       weight_gradient_large(x, dy, s, dweight, dbias);
     }
   } else if (is_stencil(s)) {

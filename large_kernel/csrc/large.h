@@ -4,7 +4,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
+#include <vector>
 
 #include "epilogue.h"
 #include "map.h"
@@ -269,10 +271,10 @@ struct Finite {
 };
 
 // x [N, C, H, W] -> y [N, C, H, W]. Where a value is not finite, differences of rows would carry it to outputs that do not
-// meet it: then the block is computed again without them.
+// meet it: then the block is computed again without them. With `only`, [blocks, N], just where it is set.
 template <class T>
 void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
-                     const Map<T>& y) {
+                     const Map<T>& y, const std::vector<char>& only = {}) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int area = s.kernel * s.kernel, pad = s.kernel / 2, levels = levels_for(s.kernel, s.height);
   const int strip = std::min(s.height, std::max(16, 512 / s.width / 16 * 16));  // rows of output computed together
@@ -294,6 +296,7 @@ void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epi
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
       const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);
       const int channel = block * kLanes;
+      if (!only.empty() && !only[task / cuts]) continue;
       // Cut between groups of rows that are computed out of each other: so results do not depend on the number of threads.
       const int begin = s.height * cut / cuts / kGroup * kGroup;
       const int end = cut + 1 == cuts ? s.height : s.height * (cut + 1) / cuts / kGroup * kGroup;
@@ -360,9 +363,9 @@ inline void weight_gradient_rows(const Levels& x, const Levels& dy, const Shape&
 }
 
 // dweight [C, K, K], dbias [C] or null. Each value is summed by one thread in the order of the batch, so the result
-// does not depend on the number of threads.
+// does not depend on the number of threads. With `only`, just the blocks where it is set.
 template <class T>
-void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
+void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias, const std::vector<char>& only = {}) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int k = s.kernel, pad = k / 2, area = k * k, threads = omp_get_max_threads(), cuts = parts(s.blocks(), (k + 7) / 8);
   const int levels = levels_for(s.height, s.kernel);
@@ -375,6 +378,7 @@ void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, 
 #pragma omp for schedule(monotonic : dynamic, 1)
     for (int task = 0; task < s.blocks() * cuts; task++) {
       const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block);
+      if (!only.empty() && !only[block]) continue;
       const int begin = k * cut / cuts, end = k * (cut + 1) / cuts, count = (end - begin) * k;
       Vec total = {};
       auto compute = [&](int levels) {

@@ -131,9 +131,10 @@ __attribute__((noinline)) void merge_columns(const float* parts, int width, cons
   parts += kNarrow - reach;
   for (int d = 0; d < rows; d++, at += kernel, parts += row) {
     for (int i = 0; i < 2 * kNarrow; i += kLanes) {
-      Vec sum = from ? load(from + d * 2 * kNarrow + i) : Vec{};
+      Vec sum = {};
       const float* part = parts + i;
       for (int column = 0; column < width; column++, part += rows * row + 1) sum += load(part);
+      if (from) sum += load(from + d * 2 * kNarrow + i);
       if (to) {
         store(to + d * 2 * kNarrow + i, sum);
       } else {  // zeros behind a row belong there or are written over by the next row
@@ -151,11 +152,6 @@ DW_INLINE void copy_values(const T* from, int count, U* to, F finish = {}) {
       [&] { store_part(to, finish(load_part(from, count)), count); });
 }
 
-// How many of `tasks` a thread takes at a time: few enough to keep all busy, and not many times for what is done so quickly.
-inline std::ptrdiff_t narrow_chunk(std::ptrdiff_t tasks) {
-  return std::max<std::ptrdiff_t>(1, tasks / (4 * omp_get_max_threads()));
-}
-
 // The middle of a channel's weights: where they lie, or copied, with what is read behind them.
 template <class T>
 DW_INLINE const float* middle_tap(const T* weight, int channel, const Shape& s, float* copied) {
@@ -171,7 +167,7 @@ DW_INLINE const float* middle_tap(const T* weight, int channel, const Shape& s, 
 // Calls f(first channel, last channel) for all channels, a few at a time, on all threads.
 template <class F>
 DW_INLINE void for_channels(const Shape& s, F f) {
-  const int chunk = std::max(1, s.channels / (4 * omp_get_max_threads()));
+  const int chunk = std::max(1, s.channels / (4 * omp_get_num_threads()));
 // without "monotonic" the library that Paddle brings takes several times as long
 #pragma omp for schedule(monotonic : dynamic, 1)
   for (int begin = 0; begin < s.channels; begin += chunk) f(begin, std::min(begin + chunk, s.channels));

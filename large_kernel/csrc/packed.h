@@ -149,23 +149,26 @@ void packed_input_gradient(const Shape& s, PackedWorkspace& w) {
   }
 }
 
-// Adds KY rows of one image's weight gradient, from kernel row ky on, to w.sum.
+// Adds KY rows of one image's weight gradient, from kernel row ky on, to w.sum: few rows of the image at a time, so that small
+// terms do not drown in large sums.
 template <int K, int S, int KY>
 void packed_weight_gradient(const Shape& s, PackedWorkspace& w, int ky) {
-  Vec sum[KY * K];
+  constexpr int terms = 256;
+  const int rows = std::max(1, terms / s.out_width());
+  for (int begin = 0; begin < s.out_height(); begin += rows) {
+    Vec sum[KY * K] = {};
+    for (int row = begin; row < std::min(begin + rows, s.out_height()); row++) {
+      const Vec* dy = w.dy + (row + K) * w.dy_pitch + K;
+      const Vec* x = w.x + (row * S + ky) * w.x_pitch;
+      for (int column = 0; column < s.out_width(); column++, x += S) {
+        const Vec value = dy[column];
 #pragma GCC unroll 32
-  for (int i = 0; i < KY * K; i++) sum[i] = w.sum[ky * K + i];
-  for (int row = 0; row < s.out_height(); row++) {
-    const Vec* dy = w.dy + (row + K) * w.dy_pitch + K;
-    const Vec* x = w.x + (row * S + ky) * w.x_pitch;
-    for (int column = 0; column < s.out_width(); column++, x += S) {
-      const Vec value = dy[column];
-#pragma GCC unroll 32
-      for (int i = 0; i < KY * K; i++) sum[i] += value * x[i / K * w.x_pitch + i % K];
+        for (int i = 0; i < KY * K; i++) sum[i] += value * x[i / K * w.x_pitch + i % K];
+      }
     }
-  }
 #pragma GCC unroll 32
-  for (int i = 0; i < KY * K; i++) w.sum[ky * K + i] = sum[i];
+    for (int i = 0; i < KY * K; i++) w.sum[ky * K + i] += sum[i];
+  }
 }
 
 // dx, dweight and dbias may be null. One thread sums a block of channels over the batch, in its order.
@@ -188,7 +191,7 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
         const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
         read_bordered(Map<const T>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
                       s.out_height() + K, w.plane, w.dy, w.dy_pitch, K);
-        if (dbias) bias_sum = std::accumulate(w.plane, w.plane + out, bias_sum);
+        if (dbias) bias_sum += std::accumulate(w.plane, w.plane + out, Vec{});
         if (dx && finite) {
           packed_input_gradient<K, S>(s, w);
           unpack(w.plane, (int)in, dx + plane * in, in, lanes);

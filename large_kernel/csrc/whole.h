@@ -1,8 +1,6 @@
 // Large kernels, stride 1, on small maps, where they reach from nearly every pixel to every other: channels in vector lanes,
 // no taps skipped, and three products instead of four along either axis.
 #pragma once
-#include <atomic>
-
 #include "large.h"
 
 namespace dwconv {
@@ -11,7 +9,7 @@ namespace dwconv {
 // `half` pixels. With t = taps[d], t+ = taps[d + half] and t- = taps[d - half], |d| < half, the halves of the output are
 //   (t+ + t) x1 + t (x0 - x1)   and   (t- + t) x0 - t (x0 - x1):
 // three products of Toeplitz matrices and vectors instead of four (Winograd, 1980). Transposed, the same three give the
-// gradient of the taps.
+// gradient of the taps. Rounding errors are relative to the whole map, met by a kernel or not.
 constexpr int kLeaf = 8;
 
 enum Product { kDifference, kFirst, kSecond };  // t (x0 - x1), what else the first half of the output needs, the second
@@ -36,6 +34,7 @@ struct Grid {
 };
 
 inline void copy_rows(Grid from, Grid to, int rows, int columns) {
+  if (from.at == to.at) from.at += from.row, to.at += to.row, rows--;  // the first one is there
   for (; rows > 0; rows--, from.at += from.row, to.at += to.row) std::copy_n(from.at, columns, to.at);
 }
 
@@ -60,7 +59,7 @@ inline int tap_factors_size(const Axis& h, const Axis& w) {
 // Of an input, or of the gradient of an output.
 inline Factors map_factors(const Grid& map, bool output, const Axis& h, const Axis& w, Vec* memory) {
   const Product low = output ? kFirst : kSecond, high = output ? kSecond : kFirst;
-  Factors factors;
+  Factors factors = {};
   Grid columns[3] = {map};
   if (w.parts == 2) {
     columns[low] = map;
@@ -108,7 +107,7 @@ inline Factors tap_factors(const Grid& taps, const Axis& h, const Axis& w, Vec* 
                rows[i].moved(low, -before[i]));
     }
   }
-  Factors factors;
+  Factors factors = {};
   for (int i = 0; i < w.products(); i++) {
     factors.grid[0][i] = columns[i];
     factors.grid[kFirst][i] = i == kSecond ? rows[kFirst].moved(0, -w.half) : rows[i];
@@ -150,13 +149,11 @@ __attribute__((noinline)) void correlate_leaf(Grid x, Grid taps, int rows, Grid 
 }
 
 // The gradient of the taps, [2 rows - 1, 2 W - 1], of images whose factors are `step` apart; unless `first`, added to what is
-// there.
+// there: images are summed by themselves, so that small terms do not drown in large sums.
 template <int W>
 __attribute__((noinline)) void gradient_leaf(Grid x, Grid dy, std::ptrdiff_t step, int images, int rows, bool first, Vec* out) {
   for (int d = 1 - rows; d < rows; d++, out += 2 * W - 1) {
-    Vec sum[2 * W - 1];
-#pragma GCC unroll 16
-    for (int i = 0; i < 2 * W - 1; i++) sum[i] = first ? Vec{} : out[i];
+    Vec sum[2 * W - 1] = {};
     const Vec *first_in = x.at + std::max(d, 0) * x.row, *first_from = dy.at + std::max(-d, 0) * dy.row;
     for (int image = 0; image < images; image++, first_in += step, first_from += step) {
       const Vec *in = first_in, *from = first_from;
@@ -173,7 +170,7 @@ __attribute__((noinline)) void gradient_leaf(Grid x, Grid dy, std::ptrdiff_t ste
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < 2 * W - 1; i++) out[i] = sum[i];
+    for (int i = 0; i < 2 * W - 1; i++) out[i] = first ? sum[i] : out[i] + sum[i];
   }
 }
 
@@ -214,6 +211,8 @@ void correlate_products(const Factors& x, const Factors& taps, const Axis& h, co
   }
 }
 
+inline bool is_any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
+
 // Whether kernels reach at least this share of the longest way across the map: those that do not would waste more products
 // on taps they do not have than are saved.
 inline bool is_whole(const Shape& s, float share) {
@@ -223,10 +222,10 @@ inline bool is_whole(const Shape& s, float share) {
 
 constexpr float kWholeMap = 0.75f, kWholeGradient = 0.55f;  // measured
 
-// x [N, C, H, W] -> y [N, C, H, W]; false if a result is not finite: what is not may have been carried to outputs that do not
-// meet it.
+// x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
+// it: those blocks of an image are left to `correlate_large`.
 template <class T>
-bool correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
+void correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
                      const Map<T>& y) {
   const Axis h(s.height), w(s.width);
   const int k = s.kernel, area = k * k, pixels = s.height * s.width, size = h.size() * w.size();
@@ -235,7 +234,7 @@ bool correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epi
   const int in_size = size + map_factors_size(h, w);
   const std::ptrdiff_t tasks = (std::ptrdiff_t)s.blocks() * s.batch;
   const std::ptrdiff_t chunk = std::max<std::ptrdiff_t>(1, tasks / (8 * omp_get_max_threads()));
-  std::atomic<bool> all_finite = true;
+  std::vector<char> failed(tasks);
 #pragma omp parallel
   {
     Scratch scratch((std::size_t)(taps_size + in_size + 3 * size) * kLanes);
@@ -271,11 +270,11 @@ bool correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epi
           finite.see(v);
           return finish(v);
         });
-        if (!finite.all()) all_finite = false;
+        failed[task] = !finite.all();
       });
     }
   }
-  return all_finite;
+  if (is_any(failed)) correlate_large(x, weight, epilogue, s, order, y, failed);
 }
 
 // ---- gradients of the products back to those of the taps ----
@@ -310,17 +309,17 @@ inline void merge_columns(const Vec* difference, const Axis& w, Vec* out) {
   for (int i = half - 1; i < 2 * half - 1; i++) out[2 * half + i] = first[i];
 }
 
-// dweight [C, K, K], dbias [C] or null; false if a value is not finite. One thread sums a block of channels over the batch,
-// in its order.
+// dweight [C, K, K], dbias [C] or null. One thread sums a block of channels over the batch, in its order. Blocks with a value
+// that is not finite are left to `weight_gradient_large`.
 template <class T>
-bool weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
+void weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
   constexpr int together = 4;  // images
   const Axis h(s.height), w(s.width);
   const int k = s.kernel, area = k * k, pixels = s.height * s.width, size = h.size() * w.size();
   const bool exact = pixels == size;
   const int map_size = size + map_factors_size(h, w), leaf = h.half_taps() * w.half_taps();
   const int products = h.products() * w.products();
-  std::atomic<bool> all_finite = true;
+  std::vector<char> failed(s.blocks());
 #pragma omp parallel
   {
     Scratch scratch((std::size_t)(2 * together * map_size + products * leaf + area + pixels + 3 * w.half_taps() + w.taps()) *
@@ -348,7 +347,7 @@ bool weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
           dys = read(dy, true, i, from + i * map_size);
         }
         for (int i = 0; i < (dbias ? images : 0); i++) {
-          for (int j = 0; j < size; j++) bias += from[i * map_size + j];
+          bias += std::accumulate(from + i * map_size, from + i * map_size + size, Vec{});
         }
         with_leaf(w, [&](auto columns) {
           for (int i = 0; i < h.products(); i++) {
@@ -377,11 +376,11 @@ bool weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
         finite.see(v);
         return v;
       });
-      if (!finite.all()) all_finite = false;
+      failed[block] = !finite.all();
       if (dbias) store_part(dbias + block * kLanes, bias, lanes);
     }
   }
-  return all_finite;
+  if (is_any(failed)) weight_gradient_large(x, dy, s, dweight, dbias, failed);
 }
 
 }  // namespace dwconv

@@ -75,8 +75,9 @@ double worst(const Buffer<T>& got, const Reference& want, double rounding) {
   return result / std::ldexp(1.0, -23);
 }
 
+// With `offset`, x and dy are that much off zero, so that sums grow with the number of terms.
 template <class T>
-bool run(const Shape& s, double rounding, std::mt19937& random) {
+bool run(const Shape& s, double rounding, std::mt19937& random, float offset = 0) {
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
   const std::size_t planes = (std::size_t)s.batch * s.channels, area = (std::size_t)s.kernel * s.kernel;
   Held<T> map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
@@ -84,6 +85,9 @@ bool run(const Shape& s, double rounding, std::mt19937& random) {
   Buffer<T> weight(s.channels * area), bias(s.channels), dy(planes * out);
   Buffer<T> dx(planes * in), dweight(s.channels * area), dbias(s.channels);
   x.draw(random), weight.draw(random), bias.draw(random), dy.draw(random);
+  for (Buffer<T>* map : {&x, &dy}) {
+    for (std::size_t i = 0; offset && i < map->size; i++) dwconv::store_part(&map->data[i], dwconv::splat(offset + (float)map->at(i) / 8), 1);
+  }
   std::vector<float> shift(s.channels);
   for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
   dwconv::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
@@ -283,6 +287,11 @@ int main(int argc, char** argv) {
     bad += !run<float>(s, 0, random);
     if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
     if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
+  }
+  // batches whose sums are much larger than their terms
+  for (const Shape& s : {Shape{64, 3, 14, 14, 27, 1}, Shape{70, 5, 7, 7, 13, 1}, Shape{24, 2, 28, 28, 29, 1},
+                         Shape{64, 3, 14, 14, 3, 2}, Shape{24, 3, 28, 28, 5, 1}, Shape{24, 16, 28, 28, 5, 1}}) {
+    bad += !run<float>(s, 0, random, 1), count++;
   }
   // 3x3 on maps around a vector's width
   for (int i = 0; i < 6 * shapes; i++, count++) {
