@@ -10,6 +10,8 @@ constexpr int kStencilFrom = kLanes == 16 ? 10 : kLanes == 8 ? 32 : 1 << 30;
 
 inline bool is_stencil(const Shape& s) { return s.kernel == 3 && s.width >= kStencilFrom; }
 
+constexpr int kBand = 4;  // rows of outputs, in wide maps
+
 // Rows asked for before they are needed: the processor does not guess them.
 constexpr int kAhead = 8;
 
@@ -325,12 +327,41 @@ void stencil(const Plane<const T>& x, const float* weight, const Plane<T>& out, 
   });
 }
 
+// Whether gradients [N, C, H, W] of these planes are written past the caches, which could not keep them but would first read
+// what is written over; of the network's layers those at 224 pixels with a batch of 4 or more.
+inline bool is_streamed([[maybe_unused]] const Shape& s, [[maybe_unused]] const void* dx) {
+#if defined(__AVX512F__)
+  constexpr std::ptrdiff_t least = 2 << 20;  // pixels
+  const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
+  return plane * s.channels * s.batch >= least && plane % kLanes == 0 && s.width % 2 == 0 && (std::uintptr_t)dx % 64 == 0;
+#else
+  return false;
+#endif
+}
+
+// Rows of dx that are written together.
+inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBand : s.height; }
+
+// With `band`, memory for band_rows(), dx is written past the caches.
 template <class T>
-void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx) {
+void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, [[maybe_unused]] float* band) {
 #if defined(__AVX512F__)
   if (is_paired(dy.width)) return spread_pairs(dy, weight, dx);
 #endif
-  for_each_strips<1>(dy.height, dy.width, 4, [&](int begin, int end, int first, int last, auto is_inside) {
+  for_each_strips<1>(dy.height, dy.width, kBand, [&](int begin, int end, int first, int last, auto is_inside) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) {
+      if (band) {
+        const std::ptrdiff_t before = (std::ptrdiff_t)2 * begin * dx.width;
+        spread_strips<is_inside(), T>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last);
+        const std::ptrdiff_t pixels = (std::ptrdiff_t)std::min(2 * end, dx.height) * dx.width - before;
+        for (std::ptrdiff_t i = 0; last == dy.width && i < pixels; i += kLanes) {
+          _mm512_stream_ps(dx.data + before + i, (__m512)load(band + i));
+        }
+        return;
+      }
+    }
+#endif
     spread_strips<is_inside(), T>(dy, weight, dx, begin, end, first, last);
   });
 }
@@ -382,51 +413,60 @@ void forward_stencil(const T* x, const T* weight, const Epilogue& epilogue, cons
 template <int S, class T>
 void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-#pragma omp parallel for schedule(static)
-  for (int channel = 0; channel < s.channels; channel++) {
-    const T* w = weight + (std::ptrdiff_t)channel * 9;
-    float taps[9 + kLanes], rotated[9];
-    Vec sums[9] = {}, bias = {};
-    const bool finite = read_weights(w, taps);
-    std::reverse_copy(taps, taps + 9, rotated);
-    for (int image = 0; image < s.batch; image++) {
-      const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
-      const Plane<const T> plane = {x + index * in, s.height, s.width};
-      const Plane<const T> gradient = {dy + index * out, s.out_height(), s.out_width()};
-      const Plane<T> to = {dx ? dx + index * in : nullptr, s.height, s.width};
-      if (dx && !finite) {
-        exact_input_gradient(gradient.data, w, s, to.data);
-      } else if (dx && S == 1) {
-        stencil<1>(gradient, rotated, to, Identity{});
-      } else if (dx) {
-        spread(gradient, taps, to);
-      }
-      if (dweight) {
-        if (s.out_width() <= kLanes) {
-          add_products<S>(plane, gradient, sums);
-        } else {  // of each plane by itself, so that small terms do not drown in large sums
-          Vec products[9] = {};
-          add_products<S>(plane, gradient, products);
-          for (int i = 0; i < 9; i++) sums[i] += products[i];
+  const bool streamed = S == 2 && std::is_same_v<T, float> && dx && is_streamed(s, dx);
+#pragma omp parallel
+  {
+    Scratch memory(streamed ? (std::size_t)band_rows(s) * s.width : 0);
+    float* const band = streamed ? memory.floats() : nullptr;
+#pragma omp for schedule(static)
+    for (int channel = 0; channel < s.channels; channel++) {
+      const T* w = weight + (std::ptrdiff_t)channel * 9;
+      float taps[9 + kLanes], rotated[9];
+      Vec sums[9] = {}, bias = {};
+      const bool finite = read_weights(w, taps);
+      std::reverse_copy(taps, taps + 9, rotated);
+      for (int image = 0; image < s.batch; image++) {
+        const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
+        const Plane<const T> plane = {x + index * in, s.height, s.width};
+        const Plane<const T> gradient = {dy + index * out, s.out_height(), s.out_width()};
+        const Plane<T> to = {dx ? dx + index * in : nullptr, s.height, s.width};
+        if (dx && !finite) {
+          exact_input_gradient(gradient.data, w, s, to.data);
+        } else if (dx && S == 1) {
+          stencil<1>(gradient, rotated, to, Identity{});
+        } else if (dx) {
+          spread(gradient, taps, to, band);
+        }
+        if (dweight) {
+          if (s.out_width() <= kLanes) {
+            add_products<S>(plane, gradient, sums);
+          } else {  // of each plane by itself, so that small terms do not drown in large sums
+            Vec products[9] = {};
+            add_products<S>(plane, gradient, products);
+            for (int i = 0; i < 9; i++) sums[i] += products[i];
+          }
+        }
+        if (dbias) {
+          Vec sum = {};
+          for (std::ptrdiff_t i = 0; i < out; i += kLanes) sum += load_first(gradient.data + i, out - i);
+          bias += sum;
         }
       }
-      if (dbias) {
-        Vec sum = {};
-        for (std::ptrdiff_t i = 0; i < out; i += kLanes) sum += load_first(gradient.data + i, out - i);
-        bias += sum;
+      if (dweight) {
+        float sum[9 + kLanes] = {};  // whole vectors are read
+        for (int i = 0; i < 9; i++) sum[i] = sum_lanes(sums[i]);
+        T* to = dweight + (std::ptrdiff_t)channel * 9;
+        if (all_finite(sum, 9)) {
+          write_row(sum, 9, to, to + 9);
+        } else {
+          exact_weight_gradient(x + channel * in, dy + channel * out, s, to);
+        }
       }
+      if (dbias) store_part(dbias + channel, splat(sum_lanes(bias)), 1);
     }
-    if (dweight) {
-      float sum[9 + kLanes] = {};  // whole vectors are read
-      for (int i = 0; i < 9; i++) sum[i] = sum_lanes(sums[i]);
-      T* to = dweight + (std::ptrdiff_t)channel * 9;
-      if (all_finite(sum, 9)) {
-        write_row(sum, 9, to, to + 9);
-      } else {
-        exact_weight_gradient(x + channel * in, dy + channel * out, s, to);
-      }
-    }
-    if (dbias) store_part(dbias + channel, splat(sum_lanes(bias)), 1);
+#if defined(__AVX512F__)
+    if (streamed) _mm_sfence();  // so that other threads see what was written
+#endif
   }
 }
 
