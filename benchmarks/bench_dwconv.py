@@ -53,7 +53,7 @@ def paddle_conv(case, x, weight, gradient):
     loss = paddle.zeros([1])
 
     class Next(paddle.autograd.PyLayer):
-        """Hands the gradient over as a next layer would: one given to paddle.grad is copied first, by one thread."""
+        """Hands the gradient over as a next layer would: one given as an argument is copied first, by one thread."""
 
         @staticmethod
         def forward(ctx, y):
