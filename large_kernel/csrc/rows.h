@@ -348,7 +348,10 @@ void weight_gradient_plane(const T* x, const Shape& s, Workspace& w) {
 
 DW_INLINE float sum_lanes(Vec v) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
+  v += DW_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += DW_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += DW_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] + v[1];
 #else
   float sum = 0;
   for (int lane = 0; lane < kLanes; lane++) sum += v[lane];
