@@ -21,6 +21,21 @@ struct Shape {
   int lanes(int block) const { return std::min(kLanes, channels - block * kLanes); }
 };
 
+constexpr int kLargestSize = 8;
+
+// Calls f with a size from 5 to kLargestSize, rows or columns that are held in registers, as a type.
+template <class F>
+void with_size(int size, F f) {
+  using std::integral_constant;
+  static_assert(kLargestSize == 8);
+  switch (size) {
+    case 5: return f(integral_constant<int, 5>{});
+    case 6: return f(integral_constant<int, 6>{});
+    case 7: return f(integral_constant<int, 7>{});
+    case 8: return f(integral_constant<int, 8>{});
+  }
+}
+
 // ---- the inner kernel ----
 // Output j < W of a run gets from[j], or 0 without `from`, plus the sum over rows and over steps s in [first, last) of
 //   stream[row][s] * table[row][length - 1 - s + j],   where that entry of the table exists.

@@ -6,7 +6,7 @@
 
 namespace dwconv {
 
-constexpr int kNarrow = 8;  // pixels of a row at most, and floats of a vector
+constexpr int kNarrow = kLargestSize;  // pixels of a row at most, and floats of a vector
 constexpr int kPlane = kNarrow * kNarrow + std::max(kLanes, kNarrow);  // memory for a plane and what is touched behind it
 constexpr int kTogether = 16;  // images whose planes stay in the first cache
 
@@ -15,19 +15,6 @@ inline bool is_narrow(const Shape& s) {
   const int longest = std::max(s.height, s.width);
   return kLanes >= kNarrow && longest <= kNarrow && s.height > kNarrow / 2 && s.width >= kNarrow / 2 &&
          s.kernel / 2 >= longest - 1;
-}
-
-// Calls f with the height as a type.
-template <class F>
-void with_height(const Shape& s, F f) {
-  using std::integral_constant;
-  static_assert(kNarrow == 8);
-  switch (s.height) {
-    case 5: return f(integral_constant<int, 5>{});
-    case 6: return f(integral_constant<int, 6>{});
-    case 7: return f(integral_constant<int, 7>{});
-    case 8: return f(integral_constant<int, 8>{});
-  }
 }
 
 constexpr int kLine = std::min(kNarrow, kLanes);  // with fewer lanes than kNarrow this only has to compile
@@ -217,7 +204,7 @@ void forward_narrow(const T* x, const T* weight, const Epilogue& epilogue, const
 
 template <class T>
 void forward_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
-  with_height(s, [&](auto height) { forward_narrow<T, height()>(x, weight, epilogue, s, y); });
+  with_size(s.height, [&](auto height) { forward_narrow<T, height()>(x, weight, epilogue, s, y); });
 }
 
 // dx, dweight [C, K, K] and dbias [C] may be null. One thread sums a channel over the batch, in its order.
@@ -279,7 +266,7 @@ void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T
 
 template <class T>
 void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
-  with_height(s, [&](auto height) { backward_narrow<T, height()>(x, weight, dy, s, dx, dweight, dbias); });
+  with_size(s.height, [&](auto height) { backward_narrow<T, height()>(x, weight, dy, s, dx, dweight, dbias); });
 }
 
 }  // namespace dwconv

@@ -10,7 +10,7 @@ namespace dwconv {
 //   (t+ + t) x1 + t (x0 - x1)   and   (t- + t) x0 - t (x0 - x1):
 // three products of Toeplitz matrices and vectors instead of four (Winograd, 1980). Transposed, the same three give the
 // gradient of the taps. Rounding errors are relative to the whole map, met by a kernel or not.
-constexpr int kLeaf = 8;
+constexpr int kLeaf = kLargestSize;
 
 enum Product { kDifference, kFirst, kSecond };  // t (x0 - x1), what else the first half of the output needs, the second
 
@@ -174,19 +174,6 @@ __attribute__((noinline)) void gradient_leaf(Grid x, Grid dy, std::ptrdiff_t ste
   }
 }
 
-// Calls f with the columns of a leaf as a type.
-template <class F>
-void with_leaf(const Axis& w, F f) {
-  using std::integral_constant;
-  static_assert(kLeaf == 8);
-  switch (w.half) {
-    case 5: return f(integral_constant<int, 5>{});
-    case 6: return f(integral_constant<int, 6>{});
-    case 7: return f(integral_constant<int, 7>{});
-    case 8: return f(integral_constant<int, 8>{});
-  }
-}
-
 // ---- the whole map ----
 
 // out [h.size(), w.size()]; `work` [h.half, w.size() + w.half].
@@ -262,7 +249,7 @@ void correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epi
       x.read(image, channel, lanes, 0, pixels, exact ? in : out);
       if (!exact) copy_rows({out, s.width}, {in, w.size()}, s.height, s.width);
       const Factors map = map_factors({in, w.size()}, false, h, w, in + size);
-      with_leaf(w, [&](auto columns) { correlate_products<columns()>(map, taps, h, w, work, {out, w.size()}); });
+      with_size(w.half, [&](auto columns) { correlate_products<columns()>(map, taps, h, w, work, {out, w.size()}); });
       if (!exact) copy_rows({out, w.size()}, {out, s.width}, s.height, s.width);
       epilogue.with_channels(channel, lanes, [&](auto finish) {
         Finite finite;
@@ -349,7 +336,7 @@ void weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
         for (int i = 0; i < (dbias ? images : 0); i++) {
           bias += std::accumulate(from + i * map_size, from + i * map_size + size, Vec{});
         }
-        with_leaf(w, [&](auto columns) {
+        with_size(w.half, [&](auto columns) {
           for (int i = 0; i < h.products(); i++) {
             for (int j = 0; j < w.products(); j++) {
               gradient_leaf<columns()>(xs.grid[i][j], dys.grid[i][j], map_size, images, h.half, image == 0,
