@@ -7,7 +7,7 @@
 #include "narrow.h"
 #include "packed.h"
 #include "stencil.h"
-#include "whole.h"
+#include "whole_gradient.h"
 
 namespace dwconv {
 
@@ -34,7 +34,7 @@ void with_constants(const Shape& s, F f) {
 template <class T>
 void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, const Map<T>& y) {
   if (is_whole(s, kWholeMap)) {
-    correlate_whole(x, weight, epilogue, s, order, y);
+    with_correlation(s.height, s.width, [&](const Correlation& c) { correlate_whole(x, weight, epilogue, s, order, y, c); });
   } else {
     correlate_large(x, weight, epilogue, s, order, y);
   }
