@@ -307,6 +307,7 @@ void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epi
     Vec *out = in + in_size, *table = out + strip * s.width;
     Levels filter = {};
     int packed = -1;
+    // without "monotonic" the library that Paddle brings takes several times as long
 #pragma omp for schedule(monotonic : dynamic, chunk)
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
       const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);

@@ -200,7 +200,6 @@ void correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epi
   const bool exact = pixels == size, covers = k / 2 >= height - 1 && k / 2 >= width - 1;
   const int padded = covers ? 0 : (2 * height - 1) * (2 * width - 1);
   const std::ptrdiff_t tasks = (std::ptrdiff_t)s.blocks() * s.batch;
-  const std::ptrdiff_t chunk = std::max<std::ptrdiff_t>(1, tasks / (8 * omp_get_max_threads()));
   std::vector<char> failed(tasks);
 #pragma omp parallel
   {
@@ -211,7 +210,7 @@ void correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epi
     const Grid kernel = {table + area / 2, k}, inside = {table + area + padded / 2, 2 * width - 1};
     const Grid taps = covers ? kernel : inside;
     int packed = -1;
-#pragma omp for schedule(monotonic : dynamic, chunk)
+#pragma omp for schedule(static)  // a thread finds in its caches what it had in the call before
     for (std::ptrdiff_t task = 0; task < tasks; task++) {
       const int image = task % s.batch, block = task / s.batch, lanes = s.lanes(block), channel = block * kLanes;
       if (packed != block) {

@@ -191,7 +191,7 @@ void weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
     Vec* const merged = line + 3 * half_taps(w);
     std::fill_n(in, 2 * together * map_size, Vec{});
     std::fill_n(kernel, area, Vec{});
-#pragma omp for schedule(monotonic : dynamic, 1)
+#pragma omp for schedule(static)
     for (int block = 0; block < s.blocks(); block++) {
       const int lanes = s.lanes(block);
       Vec bias = {};
