@@ -30,6 +30,30 @@ struct Blocks {
   std::ptrdiff_t block;
 };
 
+// Memory that will be needed next: `streams` of `bytes` each, `stride` bytes apart. It is fetched into the second-level cache a
+// few lines at a time while tiles are multiplied, or every panel would begin by waiting for its weights.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* data, std::ptrdiff_t stride, int streams, int bytes, int times)
+      : at_(static_cast<const char*>(data)), stride_(stride), bytes_(bytes), streams_(streams),
+        each_((streams * ((bytes + kLine - 1) / kLine) + times - 1) / times) {}
+
+  // To be called `times` times.
+  DW_INLINE void fetch() {
+    for (int i = 0; i < each_ && streams_ > 0; i++) {
+      __builtin_prefetch(at_ + done_, 0, 2);
+      if ((done_ += kLine) >= bytes_) at_ += stride_, streams_--, done_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  const char* at_ = nullptr;
+  std::ptrdiff_t stride_ = 0;
+  int bytes_ = 0, streams_ = 0, each_ = 0, done_ = 0;
+};
+
 template <int V, int... I>
 DW_INLINE void tile_step(Vec (&sum)[V * kTile], const Blocks& weight, const float* x, std::integer_sequence<int, I...>) {
   ((sum[I] += load(weight.data + I / kTile * kLanes / kBlock * weight.block + I / kTile * kLanes % kBlock) *
@@ -48,18 +72,20 @@ DW_INLINE void tile_store(Vec (&sum)[V * kTile], Vec* to, std::ptrdiff_t pitch, 
 
 // to[v][p] = (add ? to[v][p] : 0) + the sum over k < depth of weight[k][v] * x[k][p].
 template <int V>
-__attribute__((noinline)) void multiply_tile(Blocks weight, Blocks x, int depth, bool add, Vec* to, std::ptrdiff_t pitch) {
+__attribute__((noinline)) void multiply_tile(Blocks weight, Blocks x, int depth, bool add, Vec* to, std::ptrdiff_t pitch,
+                                             Ahead& ahead) {
   constexpr auto all = std::make_integer_sequence<int, V * kTile>{};
   Vec sum[V * kTile];
   tile_load<V>(sum, add ? to : nullptr, pitch, all);
   for (; depth > 0; depth -= kBlock, x.data += x.block) {
+    ahead.fetch();
     const int count = std::min(depth, kBlock);
     for (int k = 0; k < count; k++, weight.data += kBlock) tile_step<V>(sum, weight, x.data + k, all);
   }
   tile_store<V>(sum, to, pitch, all);
 }
 
-using MultiplyTile = void (*)(Blocks, Blocks, int, bool, Vec*, std::ptrdiff_t);
+using MultiplyTile = void (*)(Blocks, Blocks, int, bool, Vec*, std::ptrdiff_t, Ahead&);
 
 inline MultiplyTile select_tile_product(int vectors) {
   static constexpr MultiplyTile products[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<std::min(3, kPanel)>,
@@ -82,6 +108,20 @@ Blocks panel_weights(const T* weight, int in_channels, int out_channels, int cha
 inline Blocks panel_weights(Packed weight, int in_channels, int, int channel, int, int k, int, float*) {
   const std::ptrdiff_t block = (std::ptrdiff_t)in_channels * kBlock;
   return {weight.data + channel / kBlock * block + channel % kBlock + (std::ptrdiff_t)k * kBlock, block};
+}
+
+// The same weights where they lie.
+template <class T>
+Ahead ahead_of(const T* weight, int in_channels, int out_channels, int channel, int vectors, int k, int depth, int times) {
+  const int size = sizeof(T), rows = std::min(vectors * kLanes, out_channels - channel);
+  return {weight + (std::ptrdiff_t)channel * in_channels + k, (std::ptrdiff_t)in_channels * size, rows, depth * size, times};
+}
+
+inline Ahead ahead_of(Packed weight, int in_channels, int, int channel, int vectors, int k, int depth, int times) {
+  constexpr int size = sizeof(float) * kBlock;
+  const std::ptrdiff_t stride = (std::ptrdiff_t)in_channels * size;
+  const char* const first = reinterpret_cast<const char*>(weight.data) + channel / kBlock * stride;
+  return {first + k * size, stride, (vectors * kLanes + kBlock - 1) / kBlock, depth * size, times};
 }
 
 // `count` pixels of an image from `pixel` on, as scale * x + shift -> [Ci / kBlock][count][kBlock].
@@ -173,6 +213,15 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
         for (int k = 0; k < terms; k += kDepth) {
           const int depth = std::min(kDepth, terms - k);
           const Blocks w = panel_weights(weight, terms, y.channels, begin * kLanes, end - begin, k, depth, table);
+          // most likely this thread takes the next panel too
+          const bool same = k + depth < terms;
+          const int next = same ? begin : end, next_k = same ? k + depth : 0, next_depth = std::min(kDepth, terms - next_k);
+          const int next_vectors = (same ? end : vectors * (panel + 2) / panels) - next;
+          const int times = images * ((count + kTile - 1) / kTile) * ((depth + kBlock - 1) / kBlock);
+          Ahead ahead;
+          if (next < vectors) {
+            ahead = ahead_of(weight, terms, y.channels, next * kLanes, next_vectors, next_k, next_depth, times);
+          }
           for (int i = 0; i < images; i++) {
             Blocks in = {copy + (i * in_blocks + k / kBlock) * copy_block, copy_block};
             if constexpr (std::is_same_v<T, float>) {
@@ -180,7 +229,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
             }
             for (int p = 0; p < count; p += kTile) {
               const int start = in_place ? std::min(p, count - kTile) : p;
-              product(w, {in.data + start * kBlock, in.block}, depth, k > 0, sums + i * kPanel * pitch + p, pitch);
+              product(w, {in.data + start * kBlock, in.block}, depth, k > 0, sums + i * kPanel * pitch + p, pitch, ahead);
             }
           }
         }

@@ -25,7 +25,7 @@ DW_INLINE void for_constants(F f) {
 template <int M>
 class Dft {
  public:
-  static constexpr int kPairs = 2 * M, kPixels = 2 * M, kTaps = 4 * M - 1;
+  static constexpr int kPairs = 2 * M, kPixels = 2 * M;
 
   // There and back, with a scale of 1, is a product with 2 M.
   explicit Dft(float scale = 1) : one_(splat(scale)), half_(splat(scale / 2)) {
