@@ -174,7 +174,10 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   if (is_packed && chunks * batch < threads) chunks = std::min(threads, std::max(1, map_tiles / 8));
   const int tiles = (map_tiles + chunks - 1) / chunks;
   const int group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTile)));
-  const std::ptrdiff_t parts = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
+  const std::ptrdiff_t places = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
+  // Where there are fewer of them than threads, these share the panels, each of them a run of neighbours.
+  const int shares = std::min(panels, (int)((threads + places - 1) / places));
+  const std::ptrdiff_t parts = places * shares;
   // Pixels that stand as they are needed are not copied. There the last tile begins earlier, not to reach behind the map.
   const bool pointwise = s.kernel == 1 && s.stride == 1;
   const bool in_place = std::is_same_v<T, float> && x.blocked && pointwise && !in_scale && pixels >= kTile;
@@ -196,10 +199,12 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
     // Each thread begins with parts of its own, so that few pixels are packed twice, and ends by helping others.
     for (std::ptrdiff_t i = 0; i < parts; i++) {
       const std::ptrdiff_t part = (parts * thread / threads + i) % parts;
-      const int chunk = part % chunks, image = (int)(part / chunks) * group, images = std::min(group, batch - image);
+      const std::ptrdiff_t place = part / shares;
+      const int chunk = place % chunks, image = (int)(place / chunks) * group, images = std::min(group, batch - image);
+      const int share = part % shares, first_panel = panels * share / shares, last_panel = panels * (share + 1) / shares;
       const int first = (int)((std::ptrdiff_t)map_tiles * chunk / chunks) * kTile;
       const int last = (int)((std::ptrdiff_t)map_tiles * (chunk + 1) / chunks) * kTile, count = std::min(last, pixels) - first;
-      for (int panel, packed = in_place ? images : 0; (panel = taken[part]++) < panels;) {
+      for (int panel, packed = in_place ? images : 0; (panel = first_panel + taken[part]++) < last_panel;) {
         for (; packed < images; packed++) {
           float* to = copy + packed * in_blocks * copy_block;
           if (pointwise) {
@@ -219,7 +224,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
           const int next_vectors = (same ? end : vectors * (panel + 2) / panels) - next;
           const int times = images * ((count + kTile - 1) / kTile) * ((depth + kBlock - 1) / kBlock);
           Ahead ahead;
-          if (next < vectors) {
+          if (same || panel + 1 < last_panel) {
             ahead = ahead_of(weight, terms, y.channels, next * kLanes, next_vectors, next_k, next_depth, times);
           }
           for (int i = 0; i < images; i++) {
