@@ -166,7 +166,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   constexpr bool is_packed = std::is_same_v<W, Packed>;
   const int threads = omp_get_max_threads(), pixels = (int)y.pixels, batch = s.batch;
   const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the weight
-  const int vectors = (y.channels + kLanes - 1) / kLanes, panels = (vectors + kPanel - 1) / kPanel;
+  const int vectors = (y.channels + kLanes - 1) / kLanes;
   // A part is the pixels that meet the weights of a panel at once, about 256: a chunk of one large map, or several small
   // maps. Packed weights cost nothing to take up again: with them one map is divided among the threads.
   const int map_tiles = (pixels + kTile - 1) / kTile;
@@ -175,8 +175,9 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   const int tiles = (map_tiles + chunks - 1) / chunks;
   const int group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTile)));
   const std::ptrdiff_t places = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
-  // Where there are fewer of them than threads, these share the panels, each of them a run of neighbours.
-  const int shares = std::min(panels, (int)((threads + places - 1) / places));
+  // Where there are fewer of them than threads, these share the panels: each has as many, which are neighbours.
+  const int shares = (int)std::min<std::ptrdiff_t>(vectors, (threads + places - 1) / places);
+  const int panels_each = ((vectors + shares - 1) / shares + kPanel - 1) / kPanel, panels = shares * panels_each;
   const std::ptrdiff_t parts = places * shares;
   // Pixels that stand as they are needed are not copied. There the last tile begins earlier, not to reach behind the map.
   const bool pointwise = s.kernel == 1 && s.stride == 1;
@@ -201,7 +202,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
       const std::ptrdiff_t part = (parts * thread / threads + i) % parts;
       const std::ptrdiff_t place = part / shares;
       const int chunk = place % chunks, image = (int)(place / chunks) * group, images = std::min(group, batch - image);
-      const int share = part % shares, first_panel = panels * share / shares, last_panel = panels * (share + 1) / shares;
+      const int first_panel = part % shares * panels_each, last_panel = first_panel + panels_each;
       const int first = (int)((std::ptrdiff_t)map_tiles * chunk / chunks) * kTile;
       const int last = (int)((std::ptrdiff_t)map_tiles * (chunk + 1) / chunks) * kTile, count = std::min(last, pixels) - first;
       for (int panel, packed = in_place ? images : 0; (panel = first_panel + taken[part]++) < last_panel;) {
