@@ -27,8 +27,9 @@ def conv_native(x, weight, bias, stride):
 
 def conv_custom(x, weight, bias, stride):
     """The C++ operator; same arguments and result as `depthwise_conv2d`."""
-    weight = weight if weight.dtype == x.dtype else weight.astype(x.dtype)
-    bias = bias if bias is None or bias.dtype == x.dtype else bias.astype(x.dtype)
+    dtype = x.dtype
+    weight = as_dtype(weight, dtype)
+    bias = bias if bias is None else as_dtype(bias, dtype)
     # A traced program does not know yet who will ask for gradients.
     traced = not paddle.in_dynamic_mode()
     return extension.run(x, weight, bias, stride, traced or not x.stop_gradient,
@@ -41,6 +42,16 @@ _FUNCTIONS = {'custom': conv_custom, 'fft': conv_fft, 'native': conv_native}
 @functools.lru_cache(maxsize=None)
 def dtype_name(dtype):
     return str(dtype).split('.')[-1].lower()
+
+
+def as_dtype(tensor, dtype):
+    own = tensor.dtype
+    return tensor if own is dtype or own == dtype else tensor.astype(dtype)  # comparing Paddle's dtypes is slow
+
+
+def is_float(dtype):
+    """Whether the implementations take it."""
+    return dtype is paddle.float32 or dtype_name(dtype) in DTYPES
 
 
 def _on_cpu(x):
@@ -66,7 +77,7 @@ def _check(x, weight, bias, stride):
         problem = 'needs a non-empty input'
     elif stride not in (1, 2):
         problem = f'needs stride 1 or 2, not {stride}'
-    elif dtype_name(x.dtype) not in DTYPES:
+    elif not is_float(x.dtype):
         problem = f'takes {", ".join(DTYPES)}, not {dtype_name(x.dtype)}'
     if problem:
         raise ValueError(f'depthwise_conv2d {problem}: input {list(x_shape)}, weight {list(w_shape)}')

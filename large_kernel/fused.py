@@ -5,7 +5,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import extension
-from large_kernel.conv import DTYPES, DepthwiseConv2D, dtype_name, runs_custom
+from large_kernel.conv import DepthwiseConv2D, as_dtype, is_float, runs_custom
 
 BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
@@ -31,11 +31,13 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
-        weight = conv.weight
-        dtype = paddle.float32 if isinstance(conv, PackedConv2D) else x.dtype
-        return extension.run_fused(x, weight if weight.dtype == dtype else weight.astype(dtype), conv.bias, residual,
-                                   _tensors(pre_norm), _tensors(norm), conv._kernel_size[0], conv._stride[0],
-                                   activation, _epsilon(pre_norm), _epsilon(norm),
+        weight, bias = _tensors(conv, ('weight', 'bias'))
+        dtype = paddle.float32 if type(conv) is PackedConv2D else x.dtype
+        return extension.run_fused(x, as_dtype(weight, dtype), bias, residual,
+                                   None if pre_norm is None else _tensors(pre_norm),
+                                   None if norm is None else _tensors(norm), conv._kernel_size[0], conv._stride[0],
+                                   activation, 0.0 if pre_norm is None else pre_norm._epsilon,
+                                   0.0 if norm is None else norm._epsilon,
                                    blocked or (to_blocks and conv._out_channels % BLOCK == 0),
                                    type(conv) is DepthwiseConv2D)
     x = as_planes(x)
@@ -113,7 +115,7 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
         tensors = [x, residual, *(p for layer in layers for p in layer.parameters())]
         if any(t is not None and not t.stop_gradient for t in tensors):
             return False
-    return dtype_name(x.dtype) in DTYPES and runs_custom(x)
+    return is_float(x.dtype) and runs_custom(x)
 
 
 def _is_same(conv):
@@ -121,8 +123,8 @@ def _is_same(conv):
     kernel, stride = conv._kernel_size[0], conv._stride[0]
     return (conv._groups == 1 and kernel % 2 == 1 and stride in (1, 2) and conv._padding_mode == 'zeros'
             and conv._data_format == 'NCHW'
-            and [*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation]
-            == [kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1])
+            and (*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation)
+            == (kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1))
 
 
 class PackedConv2D(nn.Layer):
@@ -181,14 +183,8 @@ def pack_weights(model):
 CONVOLUTIONS = (nn.Conv2D, DepthwiseConv2D, PackedConv2D)
 
 
-def _tensors(norm):
-    if norm is None:
-        return None
+def _tensors(layer, names=('weight', 'bias', '_mean', '_variance')):
     if paddle.in_dynamic_mode():
-        own = norm._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
-        return [own['weight'], own['bias'], own['_mean'], own['_variance']]
-    return [norm.weight, norm.bias, norm._mean, norm._variance]
-
-
-def _epsilon(norm):
-    return 0.0 if norm is None else norm._epsilon
+        own = layer._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
+        return [own.get(name) for name in names]
+    return [getattr(layer, name) for name in names]
