@@ -16,7 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import DepthwiseConv2D, as_planes, conv_block
+from large_kernel import DepthwiseConv2D, as_planes, computed, conv_block, defer
 from large_kernel.fused import BLOCK, CONVOLUTIONS, NORMS
 
 MIN_SIZE = 32  # pixels a side: the network's total stride
@@ -311,14 +311,16 @@ class RepLKNet(nn.Layer):
         """As `forward_features`; maps may stand in blocks, see `as_planes`."""
         self._check_input(x)
         to_blocks = self._keeps_blocks()
+        later = defer if to_blocks and self._is_merged() else lambda x: x
+        x = later(x)
         for layer in self.stem:
             x = layer(x, to_blocks=to_blocks)
         last = len(self.stages) - 1 if self.out_indices is None else max(self.out_indices, default=-1)
         features = []
         for s in range(last + 1):
-            x = self.stages[s](x)
-            features.append(x)
+            features.append(computed(self.stages[s](x)))
             if s < last:
+                x = later(features[-1])
                 for layer in self.transitions[s]:
                     x = layer(x)
         return features
@@ -361,6 +363,12 @@ class RepLKNet(nn.Layer):
                 elif inner is not None and type(inner) not in NORMS:  # `conv_block` minds the hooks of norms
                     layers.append(inner)
         return True
+
+    @paddle.jit.not_to_static
+    def _is_merged(self):
+        """Whether all large kernels are."""
+        return all(block.large_kernel.merged for stage in self.stages for block in stage.blocks
+                   if type(block) is RepLKBlock)
 
     def num_parameters(self):
         """Trained parameters; running statistics, which Paddle keeps among the parameters, are not counted."""

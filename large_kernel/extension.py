@@ -207,6 +207,11 @@ def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, acti
                  [kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise])
 
 
+def run_fused_sequence(x, parameters, kernels, strides, parts, residuals, activations, epsilons):
+    """The operator of `deferred.computed`; the arguments are described in operator.cc. Not for tracing."""
+    return _RUN('fused_convs', x, parameters, kernels, strides, parts, residuals, activations, epsilons)[0]
+
+
 def run_batch_norm(x, weight, bias, mean, variance, momentum, epsilon, activation):
     """The operator of a batch norm in training; it moves the running mean and variance. Not for tracing."""
     tensors = _without_gradients([x, weight, bias, mean, variance])

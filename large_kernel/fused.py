@@ -6,8 +6,8 @@ from paddle import nn
 
 from large_kernel import extension
 from large_kernel.conv import DepthwiseConv2D, as_dtype, is_float, runs_custom
+from large_kernel.deferred import BLOCK, Deferred, computed
 
-BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 
@@ -20,26 +20,29 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
     `norm_act` does it.
 
     Args:
-        x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16].
+        x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16]; a tensor or deferred, see `large_kernel.deferred`.
         conv: `DepthwiseConv2D`, `nn.Conv2D` or `PackedConv2D`.
         norm, pre_norm: batch norms of the result and of the input; `activation`: 'relu', 'gelu' (exact) or ''.
         residual: like the result.
         to_blocks: give the result in blocks whatever x is, where the operator computes it and the channels allow it.
 
     Returns:
-        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is, or see `to_blocks`.
+        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is, or see `to_blocks`; deferred if x is, where the
+        operator computes it.
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
+        run = extension.run_fused
+        if type(x) is Deferred and x.takes(residual):
+            run = Deferred.then
+        else:
+            x, residual = computed(x), computed(residual)
         weight, bias = _tensors(conv, ('weight', 'bias'))
         dtype = paddle.float32 if type(conv) is PackedConv2D else x.dtype
-        return extension.run_fused(x, as_dtype(weight, dtype), bias, residual,
-                                   None if pre_norm is None else _tensors(pre_norm),
-                                   None if norm is None else _tensors(norm), conv._kernel_size[0], conv._stride[0],
-                                   activation, 0.0 if pre_norm is None else pre_norm._epsilon,
-                                   0.0 if norm is None else norm._epsilon,
-                                   blocked or (to_blocks and conv._out_channels % BLOCK == 0),
-                                   type(conv) is DepthwiseConv2D)
+        return run(x, as_dtype(weight, dtype), bias, residual, None if pre_norm is None else _tensors(pre_norm),
+                   None if norm is None else _tensors(norm), conv._kernel_size[0], conv._stride[0], activation,
+                   0.0 if pre_norm is None else pre_norm._epsilon, 0.0 if norm is None else norm._epsilon,
+                   blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
@@ -73,6 +76,7 @@ def _trains_fused(x, norm):
 
 def as_planes(x):
     """A feature map [N, C, H, W] as it is, or one in blocks [N, C / 16, H, W, 16] in that layout."""
+    x = computed(x)
     return x.transpose([0, 1, 4, 2, 3]).flatten(1, 2) if len(x.shape) == 5 else x
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import replknet
 from fuse import fuse, pack
-from large_kernel import DepthwiseConv2D, as_planes, conv_block, extension, pack_weights
+from large_kernel import DepthwiseConv2D, as_planes, computed, conv_block, defer, extension, pack_weights
 from large_kernel.fused import PackedConv2D, can_fuse
 from replknet import ConvBN, RepLKNet
 
@@ -303,6 +303,7 @@ def test_network_computes_the_same_with_and_without(merged, monkeypatch, tmp_pat
     calls = []
     real = extension.run_fused
     monkeypatch.setattr(extension, 'run_fused', lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(replknet, 'defer', lambda x: x)
     fused = model(x).numpy()
     assert len(calls) == 2 * 5 + 2 * 5 + (5 if merged else 10) + 4 + 6
     with paddle.enable_grad():
@@ -469,6 +470,93 @@ def test_layers_of_other_kinds_widths_or_modes_see_planes(network, monkeypatch):
     monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL')
     network.train()
     assert set(layouts(network, x, monkeypatch)) == {4}
+
+
+@pytest.fixture
+def sequences(monkeypatch):
+    """The numbers of convolutions of each sequence that is computed."""
+    found, real = [], extension.run_fused_sequence
+
+    def watch(x, parameters, kernels, *more):
+        found.append(len(kernels))
+        return real(x, parameters, kernels, *more)
+
+    monkeypatch.setattr(extension, 'run_fused_sequence', watch)
+    return found
+
+
+@pytest.mark.parametrize('form', ['merged', 'fused', 'packed'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_network_as_sequences_is_the_network(network, form, dtype, sequences, monkeypatch):
+    network.structural_reparam()
+    network = {'merged': lambda n: n, 'fused': fuse, 'packed': lambda n: pack(fuse(n))}[form](network)
+    x = paddle.randn([2, 3, 64, 52]).astype(dtype)
+    found = network._features(x)
+    assert sequences == [4 + 5, 2 + 5, 2 + 10, 2 + 5]
+    monkeypatch.setattr(replknet, 'defer', lambda x: x)
+    for a, b in zip(found, network._features(x)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.astype('float32').numpy(), b.astype('float32').numpy())
+
+
+def test_what_a_sequence_cannot_hold_is_called(network, sequences, monkeypatch):
+    x = paddle.randn([1, 3, 64, 64])
+    network(x)
+    assert not sequences  # the branches of the training form are added by Paddle
+    network.structural_reparam()
+    with paddle.enable_grad():
+        network(x)
+    hook = network.stages[2].blocks[1].pw_conv_1.register_forward_post_hook(lambda *_: None)
+    network(x)
+    hook.remove()
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'native')
+    network(x)
+    assert not sequences
+    monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL')
+    network(x)
+    assert len(sequences) == 4
+
+
+@pytest.mark.parametrize('place', ['stages.2.blocks.0.pw_conv_2.norm', 'stages.2.blocks.2.pre_large_kernel_bn',
+                                   'stem.0.norm'])
+def test_a_norm_in_training_mode_amid_a_sequence(network, place, monkeypatch):
+    network.structural_reparam()
+    dict(network.named_sublayers())[place].train()
+    other, x = copy.deepcopy(network), paddle.randn([2, 3, 64, 64])
+    got = network(x).numpy()
+    monkeypatch.setattr(replknet, 'defer', lambda x: x)
+    np.testing.assert_allclose(got, other(x).numpy(), rtol=1e-5, atol=1e-6)
+    for a, b in zip(network.parameters(), other.parameters()):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_sequences_that_part_and_meet():
+    first, second, third = nn.Conv2D(4, 16, 3, 2, 1), DepthwiseConv2D(16, 5), nn.Conv2D(16, 16, 1)
+    x = paddle.randn([2, 4, 9, 6])
+    a = conv_block(defer(x), first, activation='relu')
+    b = conv_block(a, second)
+    c = conv_block(b, third, residual=a)
+    d = conv_block(a, third, residual=b)  # from an earlier map: computed at once
+    assert (a.shape, b.dtype, c.shape) == ([2, 16, 5, 3], x.dtype, [2, 16, 5, 3])
+    want_a = conv_block(x, first, activation='relu')
+    want_b = conv_block(want_a, second)
+    for got, want in ((a, want_a), (b, want_b), (c, conv_block(want_b, third, residual=want_a)),
+                      (d, conv_block(want_a, third, residual=want_b)),
+                      (conv_block(c, third, residual=want_a), conv_block(computed(c), third, residual=want_a)),
+                      (as_planes(conv_block(c, third, to_blocks=True)), conv_block(computed(c), third))):
+        np.testing.assert_allclose(computed(got).numpy(), want.numpy(), rtol=1e-6, atol=1e-6)
+    assert computed(x) is x and computed(defer(x)) is x
+
+
+def test_wrong_shapes_in_a_sequence_are_errors():
+    x, conv = defer(paddle.randn([1, 4, 3, 3])), nn.Conv2D(4, 6, 1)
+    for arguments in ({'residual': x}, {'norm': norm(5)}, {'pre_norm': norm(6)}):
+        with pytest.raises((RuntimeError, ValueError, OSError)):
+            computed(conv_block(defer(computed(x)), conv, **arguments))
+    with pytest.raises((RuntimeError, ValueError, OSError)):
+        extension.run_fused_sequence(computed(x), [conv.weight], [1], [1], [1], [-1], [''], [0.0, 0.0])
+    with pytest.raises((RuntimeError, ValueError, OSError)):
+        extension.run_fused_sequence(computed(x), [conv.weight], [1], [1], [0], [1], [''], [0.0, 0.0])
 
 
 def test_conv_bn_trains_as_before():

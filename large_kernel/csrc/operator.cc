@@ -1,6 +1,6 @@
 // The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients,
-// `fused_conv`, depthwise or dense with what stands around it, for inference, and `batch_norm_act`, a batch norm with its
-// activation, for training.
+// `fused_conv`, depthwise or dense with what stands around it, for inference, `fused_convs`, a sequence of these, and
+// `batch_norm_act`, a batch norm with its activation, for training.
 #include <string>
 #include <vector>
 
@@ -200,6 +200,46 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
   return {y};
 }
 
+enum Part { kBias = 1, kInNorm = 2, kOutNorm = 4, kBlocked = 8, kDepthwise = 16 };
+
+// One after another what FusedConv computes; for each there is an element of the attributes, two of `epsilons`. `parameters` holds
+// of each the weight, and as `parts` says the bias, the norm before and the norm after. Residual 0 is the input x, i > 0 the
+// result of the i-th convolution, a negative one is none.
+std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& parameters, const std::vector<int>& kernels,
+                               const std::vector<int>& strides, const std::vector<int>& parts, const std::vector<int>& residuals,
+                               const std::vector<std::string>& activations, const std::vector<float>& epsilons) {
+  const std::size_t count = kernels.size();
+  PD_CHECK(count > 0 && strides.size() == count && parts.size() == count && residuals.size() == count &&
+               activations.size() == count && epsilons.size() == 2 * count,
+           "fused_convs needs attributes of every convolution");
+  std::vector<Tensor> values = {x};
+  std::vector<std::size_t> needed(count + 1);  // by which convolutions last
+  for (std::size_t i = 0; i < count; i++) {
+    PD_CHECK(residuals[i] <= (int)i, "fused_convs: a residual that is not computed before");
+    needed[i] = i;
+    if (residuals[i] >= 0) needed[residuals[i]] = i;
+  }
+  std::size_t next = 0;
+  auto take = [&](std::size_t n) {
+    PD_CHECK(next + n <= parameters.size(), "fused_convs: too few parameters");
+    next += n;
+    return std::vector<Tensor>(parameters.begin() + (next - n), parameters.begin() + next);
+  };
+  auto norm = [&](bool wanted) { return wanted ? OptionalTensors(take(4)) : OptionalTensors(); };
+  for (std::size_t i = 0; i < count; i++) {
+    const Tensor weight = take(1)[0];
+    const auto bias = parts[i] & kBias ? OptionalTensor(take(1)[0]) : OptionalTensor();
+    const auto before = norm(parts[i] & kInNorm), after = norm(parts[i] & kOutNorm);
+    const auto residual = residuals[i] < 0 ? OptionalTensor() : OptionalTensor(values[residuals[i]]);
+    values.push_back(FusedConv(values[i], weight, bias, residual, before, after, kernels[i], strides[i], activations[i],
+                               epsilons[2 * i], epsilons[2 * i + 1], parts[i] & kBlocked, parts[i] & kDepthwise)[0]);
+    for (std::size_t j = 0; j <= i; j++) {
+      if (needed[j] == i) values[j] = Tensor();
+    }
+  }
+  return {values.back()};
+}
+
 // A gradient that nobody asked for comes back as zeros.
 std::vector<Tensor> run_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& dy, int stride,
                                  bool input_grad, bool weight_grad) {
@@ -341,6 +381,13 @@ PD_BUILD_OP(fused_conv)
     .SetKernelFn(PD_KERNEL(FusedConv))
     .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));
+
+PD_BUILD_OP(fused_convs)
+    .Inputs({"X", paddle::Vec("Parameters")})
+    .Outputs({"Out"})
+    .Attrs({"kernels: std::vector<int>", "strides: std::vector<int>", "parts: std::vector<int>", "residuals: std::vector<int>",
+            "activations: std::vector<std::string>", "epsilons: std::vector<float>"})
+    .SetKernelFn(PD_KERNEL(FusedConvs));
 
 PD_BUILD_OP(batch_norm_act)
     .Inputs({"X", "Weight", "Bias", "RunningMean", "RunningVariance"})

@@ -1,0 +1,99 @@
+"""Feature maps computed later: a sequence of fused convolutions as one call of the operator.
+
+A convolution streams megabytes of weights through the caches, so that the interpreter's code and data come back from
+memory for every call of an operator: 0.1 ms, a fifteenth of a network's time for one image. Of a sequence, all that
+Python has to do is done at once, and then everything is computed.
+"""
+import paddle
+
+from large_kernel import extension
+from large_kernel.conv import runs_custom
+
+BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
+_BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
+
+
+class Deferred:
+    """A feature map that `conv_block` takes and gives like a tensor, and that `computed` computes.
+
+    Attributes:
+        shape, dtype, place, stop_gradient: as a tensor's.
+    """
+
+    __slots__ = ('_sequence', '_index', 'shape')
+    stop_gradient = True
+
+    def __init__(self, sequence, index, shape):
+        self._sequence, self._index, self.shape = sequence, index, shape
+
+    @property
+    def dtype(self):
+        return self._sequence.x.dtype
+
+    @property
+    def place(self):
+        return self._sequence.x.place
+
+    def takes(self, residual):
+        """Whether `then` can go on from here with this residual."""
+        return self._index == len(self._sequence.kernels) and (
+            residual is None or type(residual) is Deferred and residual._sequence is self._sequence)
+
+    def then(self, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
+             blocked, depthwise):
+        """The result of a convolution of this map; arguments as in `extension.run_fused`."""
+        sequence = self._sequence
+        sequence.parameters.append(weight)
+        parts = _BLOCKED * blocked + _DEPTHWISE * depthwise
+        if bias is not None:
+            sequence.parameters.append(bias)
+            parts += _BIAS
+        if in_norm is not None:
+            sequence.parameters += in_norm
+            parts += _IN_NORM
+        if out_norm is not None:
+            sequence.parameters += out_norm
+            parts += _OUT_NORM
+        sequence.ends.append(len(sequence.parameters))
+        sequence.kernels.append(kernel)
+        sequence.strides.append(stride)
+        sequence.parts.append(parts)
+        sequence.residuals.append(-1 if residual is None else residual._index)
+        sequence.activations.append(activation)
+        sequence.epsilons += (in_epsilon, out_epsilon)
+
+        batch, _, *sides = self.shape[:4]
+        sides = [(side - 1) // stride + 1 for side in sides]
+        shape = weight.shape
+        channels = shape[0] * (1 if len(shape) == 4 else BLOCK)
+        shape = [batch, channels // BLOCK, *sides, BLOCK] if blocked else [batch, channels, *sides]
+        return Deferred(sequence, self._index + 1, shape)
+
+
+class _Sequence:
+    """The first map of a sequence, and of each convolution what the operator `fused_convs` takes."""
+
+    def __init__(self, x):
+        self.x = x
+        self.parameters, self.ends = [], []
+        self.kernels, self.strides, self.parts, self.residuals, self.activations, self.epsilons = [], [], [], [], [], []
+
+    def value(self, count):
+        if not count:
+            return self.x
+        return extension.run_fused_sequence(
+            self.x, self.parameters[:self.ends[count - 1]], self.kernels[:count], self.strides[:count],
+            self.parts[:count], self.residuals[:count], self.activations[:count], self.epsilons[:2 * count])
+
+
+def defer(x):
+    """A tensor as the first map of a sequence; the tensor itself where the C++ operator does not serve or in tracing.
+
+    For inference only, and for layers that do nothing with their maps but hand them to `conv_block`.
+    """
+    return Deferred(_Sequence(x), 0, x.shape) if paddle.in_dynamic_mode() and runs_custom(x) else x
+
+
+def computed(x):
+    """The tensor of a map, deferred or not."""
+    return x._sequence.value(x._index) if type(x) is Deferred else x
