@@ -16,6 +16,7 @@ namespace dwconv {
 // A tile is kTile pixels by up to kPanel vectors of output channels; its sums fill the registers.
 constexpr int kTile = kRegisters == 32 && kLanes == 16 ? 7 : 6;
 constexpr int kPanel = kRegisters == 16 ? 2 : kLanes == 16 ? 3 : 4;  // another vector would spill
+constexpr int kUnit = std::min(kPanel, kBlockVectors);  // a panel begins at a multiple, so as to hold parts of one block or all
 constexpr int kDepth = 512;  // input channels whose weights, kPanel vectors each, stay in the second-level cache
 
 // The weight [Co / kBlock, Ci * K * K, kBlock] of a convolution, packed ahead of the call.
@@ -176,8 +177,10 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   const int group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTile)));
   const std::ptrdiff_t places = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
   // Where there are fewer of them than threads, these share the panels: each has as many, which are neighbours.
-  const int shares = (int)std::min<std::ptrdiff_t>(vectors, (threads + places - 1) / places);
-  const int panels_each = ((vectors + shares - 1) / shares + kPanel - 1) / kPanel, panels = shares * panels_each;
+  const int units = (vectors + kUnit - 1) / kUnit, most = kPanel / kUnit;
+  const int shares = (int)std::min<std::ptrdiff_t>(units, (threads + places - 1) / places);
+  const int panels_each = ((units + shares - 1) / shares + most - 1) / most, panels = shares * panels_each;
+  auto first_vector = [&](int panel) { return std::min(vectors, units * panel / panels * kUnit); };
   const std::ptrdiff_t parts = places * shares;
   // Pixels that stand as they are needed are not copied. There the last tile begins earlier, not to reach behind the map.
   const bool pointwise = s.kernel == 1 && s.stride == 1;
@@ -214,7 +217,8 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
             pack_windows(x, s, image + packed, first, count, to, copy_block);
           }
         }
-        const int begin = vectors * panel / panels, end = vectors * (panel + 1) / panels;
+        const int begin = first_vector(panel), end = first_vector(panel + 1);
+        if (begin == end) continue;  // fewer units than panels
         const MultiplyTile product = select_tile_product(end - begin);
         for (int k = 0; k < terms; k += kDepth) {
           const int depth = std::min(kDepth, terms - k);
@@ -222,7 +226,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
           // most likely this thread takes the next panel too
           const bool same = k + depth < terms;
           const int next = same ? begin : end, next_k = same ? k + depth : 0, next_depth = std::min(kDepth, terms - next_k);
-          const int next_vectors = (same ? end : vectors * (panel + 2) / panels) - next;
+          const int next_vectors = (same ? end : first_vector(panel + 2)) - next;
           const int times = images * ((count + kTile - 1) / kTile) * ((depth + kBlock - 1) / kBlock);
           Ahead ahead;
           if (same || panel + 1 < last_panel) {
