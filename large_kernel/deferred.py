@@ -7,7 +7,7 @@ Python has to do is done at once, and then everything is computed.
 import paddle
 
 from large_kernel import extension
-from large_kernel.conv import runs_custom
+from large_kernel.conv import is_float, runs_custom
 
 BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
 _BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
@@ -17,7 +17,7 @@ class Deferred:
     """A feature map that `conv_block` takes and gives like a tensor, and that `computed` computes.
 
     Attributes:
-        shape, dtype, place, stop_gradient: as a tensor's.
+        shape, dtype, stop_gradient: as a tensor's.
     """
 
     __slots__ = ('_sequence', '_index', 'shape')
@@ -29,10 +29,6 @@ class Deferred:
     @property
     def dtype(self):
         return self._sequence.x.dtype
-
-    @property
-    def place(self):
-        return self._sequence.x.place
 
     def takes(self, residual):
         """Whether `then` can go on from here with this residual."""
@@ -91,7 +87,8 @@ def defer(x):
 
     For inference only, and for layers that do nothing with their maps but hand them to `conv_block`.
     """
-    return Deferred(_Sequence(x), 0, x.shape) if paddle.in_dynamic_mode() and runs_custom(x) else x
+    serves = paddle.in_dynamic_mode() and is_float(x.dtype) and runs_custom(x)
+    return Deferred(_Sequence(x), 0, x.shape) if serves else x
 
 
 def computed(x):
