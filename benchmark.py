@@ -62,8 +62,7 @@ def images_of(case):
 
 @contextlib.contextmanager
 def marked(kinds):
-    """Adds the kind of each convolution that a model computes here, one by one, to `kinds`, and marks fused ones for a
-    profile."""
+    """Has models compute convolutions one by one, adds their kinds to `kinds`, and marks fused ones for a profile."""
     from unittest import mock
 
     from paddle.profiler import RecordEvent

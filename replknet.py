@@ -311,7 +311,7 @@ class RepLKNet(nn.Layer):
         """As `forward_features`; maps may stand in blocks, see `as_planes`."""
         self._check_input(x)
         to_blocks = self._keeps_blocks()
-        later = defer if to_blocks and self._is_merged() else lambda x: x
+        later = defer if to_blocks and self._all_merged() else lambda x: x
         x = later(x)
         for layer in self.stem:
             x = layer(x, to_blocks=to_blocks)
@@ -365,7 +365,7 @@ class RepLKNet(nn.Layer):
         return True
 
     @paddle.jit.not_to_static
-    def _is_merged(self):
+    def _all_merged(self):
         """Whether all large kernels are."""
         return all(block.large_kernel.merged for stage in self.stages for block in stage.blocks
                    if type(block) is RepLKBlock)

@@ -12,4 +12,4 @@ from large_kernel.extension import BuildError, load_operator
 from large_kernel.fused import as_planes, conv_block, pack_weights
 
 __all__ = ['BuildError', 'DepthwiseConv2D', 'as_planes', 'computed', 'conv_block', 'defer', 'depthwise_conv2d',
-           'describe_choices',           'load_operator', 'operator_serves', 'pack_weights']
+           'describe_choices', 'load_operator', 'operator_serves', 'pack_weights']

@@ -50,7 +50,7 @@ def as_dtype(tensor, dtype):
 
 
 def is_float(dtype):
-    """Whether the implementations take it."""
+    """Whether the implementations take values of this dtype."""
     return dtype is paddle.float32 or dtype_name(dtype) in DTYPES
 
 

@@ -37,11 +37,9 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
             run = Deferred.then
         else:
             x, residual = computed(x), computed(residual)
-        weight, bias = _tensors(conv, ('weight', 'bias'))
-        dtype = paddle.float32 if type(conv) is PackedConv2D else x.dtype
-        return run(x, as_dtype(weight, dtype), bias, residual, None if pre_norm is None else _tensors(pre_norm),
-                   None if norm is None else _tensors(norm), conv._kernel_size[0], conv._stride[0], activation,
-                   0.0 if pre_norm is None else pre_norm._epsilon, 0.0 if norm is None else norm._epsilon,
+        dtype = paddle.float32 if isinstance(conv, PackedConv2D) else x.dtype
+        return run(x, as_dtype(conv.weight, dtype), conv.bias, residual, _tensors(pre_norm), _tensors(norm),
+                   conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
                    blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
@@ -127,8 +125,8 @@ def _is_same(conv):
     kernel, stride = conv._kernel_size[0], conv._stride[0]
     return (conv._groups == 1 and kernel % 2 == 1 and stride in (1, 2) and conv._padding_mode == 'zeros'
             and conv._data_format == 'NCHW'
-            and (*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation)
-            == (kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1))
+            and [*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation]
+            == [kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1])
 
 
 class PackedConv2D(nn.Layer):
@@ -187,8 +185,14 @@ def pack_weights(model):
 CONVOLUTIONS = (nn.Conv2D, DepthwiseConv2D, PackedConv2D)
 
 
-def _tensors(layer, names=('weight', 'bias', '_mean', '_variance')):
+def _tensors(norm):
+    if norm is None:
+        return None
     if paddle.in_dynamic_mode():
-        own = layer._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
-        return [own.get(name) for name in names]
-    return [getattr(layer, name) for name in names]
+        own = norm._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
+        return [own['weight'], own['bias'], own['_mean'], own['_variance']]
+    return [norm.weight, norm.bias, norm._mean, norm._variance]
+
+
+def _epsilon(norm):
+    return 0.0 if norm is None else norm._epsilon

@@ -370,6 +370,12 @@ def test_layers_whose_weights_are_no_parameters():
     for conv in (DepthwiseConv2D(4, 3), nn.Conv2D(4, 16, 3, padding=1)):
         want = conv(x).numpy()
         np.testing.assert_allclose(conv_block(x, nn.utils.weight_norm(conv)).numpy(), want, rtol=1e-4, atol=1e-5)
+        nn.utils.remove_weight_norm(conv)
+        weight = conv.weight.detach()
+        del conv.weight
+        conv.weight = weight  # a tensor that is no parameter of the layer
+        assert conv._parameters.get('weight') is None and can_fuse(x, conv)
+        np.testing.assert_allclose(conv_block(x, conv).numpy(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_overridden_forward_features_is_what_forward_calls():
