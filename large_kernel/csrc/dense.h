@@ -2,6 +2,7 @@
 // everything around it fused.
 #pragma once
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,7 +18,16 @@ namespace dwconv {
 constexpr int kTile = kRegisters == 32 && kLanes == 16 ? 7 : 6;
 constexpr int kPanel = kRegisters == 16 ? 2 : kLanes == 16 ? 3 : 4;  // another vector would spill
 constexpr int kUnit = std::min(kPanel, kBlockVectors);  // a panel begins at a multiple, so as to hold parts of one block or all
-constexpr int kDepth = 512;  // input channels whose weights, kPanel vectors each, stay in the second-level cache
+
+// Input channels whose weights, kPanel vectors each, stay in half of the first-level cache where that has 48 KB, else in the
+// second-level cache: with 32 KB it holds too little beside them.
+inline int pass_depth() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+  if (large) return 128;
+#endif
+  return 512;
+}
 
 // The weight [Co / kBlock, Ci * K * K, kBlock] of a convolution, packed ahead of the call.
 struct Packed {
@@ -71,15 +81,20 @@ DW_INLINE void tile_store(Vec (&sum)[V * kTile], Vec* to, std::ptrdiff_t pitch, 
   ((to[I / kTile * pitch + I % kTile] = sum[I]), ...);
 }
 
-// to[v][p] = (add ? to[v][p] : 0) + the sum over k < depth of weight[k][v] * x[k][p].
+// to[v][p] = (add ? to[v][p] : 0) + the sum over k < depth of weight[k][v] * x[k][p]. The pixels of the next block, or of the
+// next tile, are asked for ahead: their lines lie too far apart for the processor to guess.
 template <int V>
 __attribute__((noinline)) void multiply_tile(Blocks weight, Blocks x, int depth, bool add, Vec* to, std::ptrdiff_t pitch,
                                              Ahead& ahead) {
   constexpr auto all = std::make_integer_sequence<int, V * kTile>{};
   Vec sum[V * kTile];
   tile_load<V>(sum, add ? to : nullptr, pitch, all);
+  const float* const first = x.data;
   for (; depth > 0; depth -= kBlock, x.data += x.block) {
     ahead.fetch();
+    const float* const next = depth > kBlock ? x.data + x.block : first + kTile * kBlock;
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; i++) __builtin_prefetch(next + i * kBlock);
     const int count = std::min(depth, kBlock);
     for (int k = 0; k < count; k++, weight.data += kBlock) tile_step<V>(sum, weight, x.data + k, all);
   }
@@ -164,15 +179,13 @@ void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, i
 template <class T, class W>
 void dense(const Map<const T>& x, W weight, const float* in_scale, const float* in_shift, const Epilogue& epilogue,
            const T* residual, const Shape& s, const Map<T>& y) {
-  constexpr bool is_packed = std::is_same_v<W, Packed>;
-  const int threads = omp_get_max_threads(), pixels = (int)y.pixels, batch = s.batch;
+  const int most_depth = pass_depth(), threads = omp_get_max_threads(), pixels = (int)y.pixels, batch = s.batch;
   const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the weight
   const int vectors = (y.channels + kLanes - 1) / kLanes;
   // A part is the pixels that meet the weights of a panel at once, about 256: a chunk of one large map, or several small
-  // maps. Packed weights cost nothing to take up again: with them one map is divided among the threads.
+  // maps.
   const int map_tiles = (pixels + kTile - 1) / kTile;
-  int chunks = std::max(1, (pixels + 128) / 256);
-  if (is_packed && chunks * batch < threads) chunks = std::min(threads, std::max(1, map_tiles / 8));
+  const int chunks = std::max(1, (pixels + 128) / 256);
   const int tiles = (map_tiles + chunks - 1) / chunks;
   const int group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTile)));
   const std::ptrdiff_t places = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
@@ -190,7 +203,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   const std::ptrdiff_t copy_block = (std::ptrdiff_t)pitch * kBlock + kBlock;
   const std::size_t copied = in_place ? 0 : (std::size_t)group * in_blocks * copy_block;
   constexpr int panel_channels = std::max(kBlock, kPanel * kLanes);
-  const std::size_t table_size = is_packed ? 0 : (std::size_t)panel_channels * std::min(terms, kDepth);
+  const std::size_t table_size = std::is_same_v<W, Packed> ? 0 : (std::size_t)panel_channels * std::min(terms, most_depth);
   const std::size_t per_thread = (copied + table_size + (std::size_t)group * kPanel * pitch * kLanes + 15) / 16 * 16;
   Scratch scratch(per_thread * threads);
   std::vector<std::atomic<int>> taken(parts);  // panels of each part
@@ -220,12 +233,12 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
         const int begin = first_vector(panel), end = first_vector(panel + 1);
         if (begin == end) continue;  // fewer units than panels
         const MultiplyTile product = select_tile_product(end - begin);
-        for (int k = 0; k < terms; k += kDepth) {
-          const int depth = std::min(kDepth, terms - k);
+        for (int k = 0; k < terms; k += most_depth) {
+          const int depth = std::min(most_depth, terms - k);
           const Blocks w = panel_weights(weight, terms, y.channels, begin * kLanes, end - begin, k, depth, table);
           // most likely this thread takes the next panel too
           const bool same = k + depth < terms;
-          const int next = same ? begin : end, next_k = same ? k + depth : 0, next_depth = std::min(kDepth, terms - next_k);
+          const int next = same ? begin : end, next_k = same ? k + depth : 0, next_depth = std::min(most_depth, terms - next_k);
           const int next_vectors = (same ? end : first_vector(panel + 2)) - next;
           const int times = images * ((count + kTile - 1) / kTile) * ((depth + kBlock - 1) / kBlock);
           Ahead ahead;

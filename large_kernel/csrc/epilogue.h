@@ -16,7 +16,7 @@ DW_INLINE Vec erf(Vec x) {
   const Vec q = 1.f + u * (0.504859354f + u * (0.115350921f + u * (0.015207446f + u * (0.00118559667f +
                 u * 3.74202498e-05f))));
   const Vec one = splat(1.f);
-  return x >= 4.f ? one : x <= -4.f ? -one : p / q;
+  return x >= 4.f ? one : x <= -4.f ? -one : divide(p, q);
 }
 
 template <Activation A>
