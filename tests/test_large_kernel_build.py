@@ -118,12 +118,13 @@ def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypa
         extension.load_operator(tmp_path / 'broken.so')
 
 
-TARGETS = {
-    'native': ['-O2', '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'],
-    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma'],
-    'baseline': ['-O1'],
-    'sanitized': ['-O1', '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native',
-                  '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
+NATIVE = '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'
+TARGETS = {  # what depends on the size of the cache is compiled for either size
+    'native': ['-O2', NATIVE, '-DDW_LARGE_CACHE=false'],
+    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma', '-DDW_LARGE_CACHE=true'],
+    'baseline': ['-O1', '-DDW_LARGE_CACHE=true'],
+    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all',
+                  '-DDW_LARGE_CACHE=false'],
 }
 
 

@@ -2,7 +2,6 @@
 // everything around it fused.
 #pragma once
 #include <omp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,15 +18,9 @@ constexpr int kTile = kRegisters == 32 && kLanes == 16 ? 7 : 6;
 constexpr int kPanel = kRegisters == 16 ? 2 : kLanes == 16 ? 3 : 4;  // another vector would spill
 constexpr int kUnit = std::min(kPanel, kBlockVectors);  // a panel begins at a multiple, so as to hold parts of one block or all
 
-// Input channels whose weights, kPanel vectors each, stay in half of the first-level cache where that has 48 KB, else in the
-// second-level cache: with 32 KB it holds too little beside them.
-inline int pass_depth() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
-  if (large) return 128;
-#endif
-  return 512;
-}
+// Input channels whose weights, kPanel vectors each, stay in half of the first-level cache where it is large, else in the
+// second-level cache.
+inline int pass_depth() { return has_large_cache() ? 128 : 512; }
 
 // The weight [Co / kBlock, Ci * K * K, kBlock] of a convolution, packed ahead of the call.
 struct Packed {

@@ -236,7 +236,7 @@ void correlate_rows(const Levels& filter, const Levels& input, int node, int lo,
 // How many levels pay, measured: combining rows costs less than what it saves from here on.
 inline int levels_for(int filter_rows, int input_rows) {
   const int rows = std::min(filter_rows, input_rows);
-  return rows >= 24 ? 3 : rows >= 12 ? 2 : rows >= 8 ? 1 : 0;
+  return rows >= 24 && !has_large_cache() ? 3 : rows >= 12 ? 2 : rows >= 8 ? 1 : 0;
 }
 
 // Rows [begin, end) of the output of one block of channels, from the packed input and the packed kernel, [K][K] with each

@@ -1,6 +1,8 @@
 // Vectors of float for the machine this is compiled for, and the way between them and float32/bfloat16/float16 memory.
 // Only GCC/clang vector extensions: AVX-512, AVX and any other target (NEON, SSE) come from the same source.
 #pragma once
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -373,6 +375,19 @@ inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_str
           store_part(plane[c], added ? rows[c] + load_part(plane[c] + to_added, count) : rows[c], count);
         }
       });
+}
+
+// Whether the first-level cache holds 48 KB. Processors that have as much (Intel's since Ice Lake, AMD's since Zen 5) also
+// multiply and add two of the widest vectors in a cycle: beside products, loads and sums cost them more.
+inline bool has_large_cache() {
+#if defined(DW_LARGE_CACHE)  // tests want both
+  return DW_LARGE_CACHE;
+#elif defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+  return large;
+#else
+  return false;
+#endif
 }
 
 // ---- scratch memory, aligned for vectors ----
