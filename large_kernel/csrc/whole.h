@@ -143,10 +143,11 @@ template <int M>
 class FrequencyCorrelation : public Correlation {
  public:
   explicit FrequencyCorrelation(const Axis& axis)
-      : Correlation(axis.size(), D::kPixels, D::kPairs * 2 * (3 * axis.size() - 1)), axis_(axis) {}
+      : Correlation(axis.size(), D::kPixels, D::kPairs * 2 * (3 * axis.size() - 1)), axis_(axis),
+        back_(1.f / D::kPixels) {}
 
   __attribute__((flatten)) void prepare(Grid middle, Vec* memory) const override {
-    const D dft;
+    const D dft = there_;
     const Grid first = middle.moved(1 - height, 0);
     for (int y = 0; y < taps(); y++) {
       dft.taps(first.moved(y, 0).at, [&](int pair, Vec a, Vec b) { put(memory + 2 * (pair * taps() + y), a, b); });
@@ -155,7 +156,7 @@ class FrequencyCorrelation : public Correlation {
 
   __attribute__((flatten)) void apply(const Vec* in, Grid, Vec* memory, Vec* out) const override {
     Vec* const columns = memory + D::kPairs * 2 * taps();
-    const D dft, back(1.f / D::kPixels);
+    const D dft = there_, back = back_;  // copies, which writing results cannot change
     for (int y = 0; y < height; y++) {
       dft.pixels(in + y * width, [&](int pair, Vec a, Vec b) { put(columns + 2 * (pair * height + y), a, b); });
     }
@@ -173,6 +174,7 @@ class FrequencyCorrelation : public Correlation {
  private:
   using D = Dft<M>;
   const Axis axis_;
+  const D there_, back_;
 
   int taps() const { return 2 * height - 1; }
   static DW_INLINE void put(Vec* to, Vec a, Vec b) { to[0] = a, to[1] = b; }
