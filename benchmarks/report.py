@@ -180,7 +180,7 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('results', nargs='+', help='CSV files of bench_dwconv.py and bench_model.py')
     parser.add_argument('-page', '--page', default=os.path.join(harness.ROOT, 'docs', 'benchmarks.md'),
-                        help='page to fill; the pictures go beside it (%(default)s)')
+                        help='page to fill; PAGE_layers.png and PAGE_growth.png go beside it (%(default)s)')
     arguments = parser.parse_args()
     results = [harness.read_csv(path) for path in arguments.results]
     try:
@@ -199,7 +199,7 @@ def main():
         page = fill(page, {name: f'{provenance(header)}\n{text}' for name, text in sections.items()})
     for draw, rows, name in ((draw_layers, layers, 'layers'), (draw_growth, models, 'growth')):
         if rows:
-            draw(pyplot, rows, os.path.join(os.path.dirname(arguments.page), f'benchmarks_{name}.png'))
+            draw(pyplot, rows, f'{os.path.splitext(arguments.page)[0]}_{name}.png')
     with open(arguments.page, 'w', encoding='utf-8') as file:
         file.write(page)
 

@@ -127,7 +127,7 @@ def test_report_fills_its_sections_and_leaves_the_rest(run_script, tmp_path):
     text = page.read_text()
     assert 'old' not in text and 'machine: a: b' in text and re.search(r'\| 51 +\| 12 \(700\)', text), text
     assert text.startswith('above\n') and text.endswith('between\n<!-- size -->\nkept\n<!-- end -->\n')
-    assert (tmp_path / 'benchmarks_growth.png').stat().st_size > 1000
+    assert (tmp_path / 'page_growth.png').stat().st_size > 1000
     page.write_text('nothing to fill')
     done = run_script('benchmarks/report.py', results, f'-page={page}')
     assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
