@@ -120,11 +120,10 @@ def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypa
 
 NATIVE = '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'
 TARGETS = {  # what depends on the size of the cache is compiled for either size
-    'native': ['-O2', NATIVE, '-DDW_LARGE_CACHE=false'],
+    'native': ['-O2', NATIVE, '-DDW_LARGE_CACHE=true'],
     'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma', '-DDW_LARGE_CACHE=true'],
     'baseline': ['-O1', '-DDW_LARGE_CACHE=true'],
-    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all',
-                  '-DDW_LARGE_CACHE=false'],
+    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-DDW_LARGE_CACHE=false'],
 }
 
 

@@ -175,8 +175,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   const int most_depth = pass_depth(), threads = omp_get_max_threads(), pixels = (int)y.pixels, batch = s.batch;
   const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the weight
   const int vectors = (y.channels + kLanes - 1) / kLanes;
-  // A part is the pixels that meet the weights of a panel at once, about 256: a chunk of one large map, or several small
-  // maps.
+  // A part is the pixels that meet the weights of a panel at once, about 256: a chunk of one large map, or several small ones.
   const int map_tiles = (pixels + kTile - 1) / kTile;
   const int chunks = std::max(1, (pixels + 128) / 256);
   const int tiles = (map_tiles + chunks - 1) / chunks;

@@ -8,7 +8,7 @@ namespace dwconv {
 
 enum class Activation { kNone, kRelu, kGelu };
 
-// erf to 3.3e-7, relative: an odd polynomial over an even one, fitted on [-4, 4]; beyond it erf is 1 in float.
+// erf to 3.6e-7, relative: an odd polynomial over an even one, fitted on [-4, 4]; beyond it erf is 1 in float.
 DW_INLINE Vec erf(Vec x) {
   const Vec u = x * x;
   const Vec p = x * (1.12837914f + u * (0.193547267f + u * (0.0531020469f + u * (0.00388344286f +

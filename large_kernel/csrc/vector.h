@@ -37,7 +37,7 @@ struct float16 { uint16_t bits; };
 
 DW_INLINE Vec splat(float value) { return value - Vec{}; }
 
-// a / b to a unit in the last place, where 1 / b is a normal number. Dividing 16 lanes takes as long as 30 multiply-adds.
+// a / b to a unit in the last place, where 1 / b is a normal number; much faster than dividing 16 lanes.
 DW_INLINE Vec divide(Vec a, Vec b) {
 #if defined(__AVX512F__)
   const Vec reciprocal = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);  // GCC 12 warns of its own header without the mask
@@ -377,8 +377,8 @@ inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_str
       });
 }
 
-// Whether the first-level cache holds 48 KB. Processors that have as much (Intel's since Ice Lake, AMD's since Zen 5) also
-// multiply and add two of the widest vectors in a cycle: beside products, loads and sums cost them more.
+// Whether the first-level cache holds 48 KB. Most processors that have as much (Intel's servers since Ice Lake, AMD's since
+// Zen 5) also multiply and add two of the widest vectors in a cycle: beside products, loads and sums cost them more.
 inline bool has_large_cache() {
 #if defined(DW_LARGE_CACHE)  // tests want both
   return DW_LARGE_CACHE;
