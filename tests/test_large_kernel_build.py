@@ -119,11 +119,11 @@ def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypa
 
 
 NATIVE = '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'
-TARGETS = {  # what depends on the size of the cache is compiled for either size
-    'native': ['-O2', NATIVE, '-DDW_LARGE_CACHE=true'],
-    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma', '-DDW_LARGE_CACHE=true'],
-    'baseline': ['-O1', '-DDW_LARGE_CACHE=true'],
-    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-DDW_LARGE_CACHE=false'],
+TARGETS = {
+    'native': ['-O2', NATIVE],
+    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma'],
+    'baseline': ['-O1'],
+    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
 }
 
 
@@ -131,7 +131,7 @@ TARGETS = {  # what depends on the size of the cache is compiled for either size
 @pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long)
                                     if t in ('avx2', 'native') else t for t in TARGETS])
 def test_kernels_alone(tmp_path, target):
-    """Every shape of a table, in buffers of exactly the tensors' size."""
+    """Shapes in buffers of exactly the tensors' size, as on processors with a small first-level cache and with a large one."""
     flags = TARGETS[target]
     if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this processor has no AVX2')
@@ -142,8 +142,8 @@ def test_kernels_alone(tmp_path, target):
         pytest.skip(f'{COMPILER} lacks {" ".join(flags)}')
     subprocess.run([COMPILER, *flags, '-ffp-contract=fast', '-std=c++17', '-fopenmp', '-Wall', '-Wextra', '-Werror',
                     '-I', str(SOURCES), str(ROOT / 'tests' / 'sanitize' / 'main.cc'), '-o', str(program)], check=True)
-    shapes = '2' if target == 'sanitized' else '5'
+    shapes = '2' if target == 'sanitized' else '3'
     result = subprocess.run([str(program), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'}, capture_output=True,
                             text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    assert ', 0 failures' in result.stdout
+    assert result.stdout.count(', 0 failures') == 2  # as if the first-level cache were small, and large

@@ -33,7 +33,9 @@ void with_constants(const Shape& s, F f) {
 
 template <class T>
 void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, const Map<T>& y) {
-  if (is_whole(s, kWholeMap)) {
+  if (is_narrow(s) && !x.blocked && !y.blocked) {
+    correlate_narrow(x.data, weight, epilogue, s, order, y.data);
+  } else if (is_whole(s, kWholeMap)) {
     with_correlation(s.height, s.width, [&](const Correlation& c) { correlate_whole(x, weight, epilogue, s, order, y, c); });
   } else {
     correlate_large(x, weight, epilogue, s, order, y);
@@ -43,9 +45,7 @@ void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue,
 template <class T>
 void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
   const bool blocked = x.blocked || y.blocked;
-  if (is_large(s) && is_narrow(s) && !blocked) {
-    forward_narrow(x.data, weight, epilogue, s, y.data);
-  } else if (is_large(s)) {
+  if (is_large(s)) {
     correlate(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_stencil(s) && !blocked) {
     (s.stride == 1 ? forward_stencil<1, T> : forward_stencil<2, T>)(x.data, weight, epilogue, s, y.data);
@@ -64,13 +64,13 @@ void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, c
 // dx, dweight and dbias may be null, dbias must be where dweight is: what is null is not computed.
 template <class T>
 void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
-  if (is_large(s) && is_narrow(s)) {
-    backward_narrow(x, weight, dy, s, dx, dweight, dbias);
-  } else if (is_large(s)) {
+  if (is_large(s)) {
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
     const Map<const T> from = {dy, s.channels, pixels};
     if (dx) correlate(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
-    if (dweight && is_whole(s, kWholeGradient)) {
+    if (dweight && is_narrow(s) && !has_pairs()) {
+      weight_gradient_narrow(x, dy, s, dweight, dbias);
+    } else if (dweight && is_whole(s, kWholeGradient)) {
       weight_gradient_whole(x, dy, s, dweight, dbias);
     } else if (dweight) {
       weight_gradient_large(x, dy, s, dweight, dbias);

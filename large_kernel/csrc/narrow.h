@@ -6,18 +6,25 @@
 
 namespace dwconv {
 
-constexpr int kNarrow = kLargestSize;  // pixels of a row at most, and floats of a vector
+constexpr int kNarrow = kLargestSize;  // pixels of a row at most, and floats of a line
 constexpr int kPlane = kNarrow * kNarrow + std::max(kLanes, kNarrow);  // memory for a plane and what is touched behind it
 constexpr int kTogether = 16;  // images whose planes stay in the first cache
+#if defined(__AVX512DQ__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
 
 // Fewer rows or columns leave too much of the registers empty; besides, what is touched behind a plane must be in the next one.
-// Where two vectors of 16 lanes are multiplied in a cycle, those of 8 give away more than transposing costs.
 inline bool is_narrow(const Shape& s) {
   const int longest = std::max(s.height, s.width);
-  const bool serves = kLanes == kNarrow || (kLanes > kNarrow && !has_large_cache());
-  return serves && longest <= kNarrow && s.height > kNarrow / 2 && s.width >= kNarrow / 2 &&
+  return kLanes >= kNarrow && longest <= kNarrow && s.height > kNarrow / 2 && s.width >= kNarrow / 2 &&
          s.kernel / 2 >= longest - 1;
 }
+
+// Where two vectors of 16 lanes are multiplied in a cycle, those of 8 would give half of it away: there the lines of two planes
+// share a vector. The gradient of the taps is the exception: transposing costs it less than putting lines together.
+inline bool has_pairs() { return kPairs && has_large_cache(); }
 
 constexpr int kLine = std::min(kNarrow, kLanes);  // with fewer lanes than kNarrow this only has to compile
 typedef float Line __attribute__((vector_size(kLine * 4), may_alias));
@@ -27,37 +34,78 @@ typedef float LineUnaligned __attribute__((vector_size(kLine * 4), aligned(4), m
 DW_INLINE Line load_line(const float* p) { return *reinterpret_cast<const LineUnaligned*>(p); }
 DW_INLINE void store_line(float* p, Line v) { *reinterpret_cast<LineUnaligned*>(p) = v; }
 
-// Lanes width - 1 to 0, and after them any.
-DW_INLINE Line reverse_line(Line v, int width) {
-#if defined(__AVX2__)
-  LineBits from;
-  for (int i = 0; i < kLine; i++) from[i] = width - 1 - i;  // of each its last three bits count
-  return (Line)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
-#else
-  Line reversed = v;
-  for (int i = 0; i < std::min(width, kLine); i++) reversed[i] = v[width - 1 - i];
-  return reversed;
-#endif
-}
+// How vectors hold the planes that are computed together: `step` is the way from the first one to the second. `reverse` returns
+// lanes width - 1 to 0 of each plane, and after them any.
+struct OnePlane {
+  typedef Line Vector;
+  static constexpr int kPlanes = 1;
 
-// One plane of H rows. `taps` points to the middle of a kernel, which is read as it lies: for the output its rows would have to
-// run backwards, so there the lanes do, until the end. Writes out [H, width]; unless `exact`, up to kNarrow - 1 floats behind
-// it too.
-template <int H, Order order>
-DW_INLINE void correlate_plane(const float* x, int width, const float* taps, int kernel, float* out, bool exact) {
+  static DW_INLINE Vector splat(const float* x, std::ptrdiff_t) { return *x - Line{}; }
+  static DW_INLINE Vector load_taps(const float* taps, std::ptrdiff_t) { return load_line(taps); }
+  static DW_INLINE Line get(Vector v, int) { return v; }
+  static DW_INLINE Vector reverse(Vector v, int width) {
+#if defined(__AVX2__)
+    LineBits from;
+    for (int i = 0; i < kLine; i++) from[i] = width - 1 - i;  // of each its last three bits count
+    return (Line)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+#else
+    Line reversed = v;
+    for (int i = 0; i < std::min(width, kLine); i++) reversed[i] = v[width - 1 - i];
+    return reversed;
+#endif
+  }
+};
+
+#if defined(__AVX512DQ__)
+// Planes of one channel share its taps, those of two channels have their own.
+template <bool kSameTaps>
+struct TwoPlanes {
+  typedef Vec Vector;
+  static constexpr int kPlanes = 2;
+
+  static DW_INLINE Vector splat(const float* x, std::ptrdiff_t step) {
+    return (Vec)_mm512_mask_broadcastss_ps((__m512)dwconv::splat(*x), 0xff00, _mm_load_ss(x + step));
+  }
+  static DW_INLINE Vector load_taps(const float* taps, std::ptrdiff_t step) {
+    const __m256 first = _mm256_loadu_ps(taps);
+    if (kSameTaps) return (Vec)_mm512_maskz_broadcast_f32x8(0xffff, first);  // GCC 12 warns of its own header without the mask
+    return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(first), _mm256_loadu_ps(taps + step), 1);
+  }
+  static DW_INLINE Line get(Vector v, int plane) {
+    return (Line)(plane ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1) : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
+  }
+  static DW_INLINE Vector reverse(Vector v, int width) {
+    Ints from;
+    for (int i = 0; i < kLanes; i++) from[i] = (i & 8) | ((width - 1 - i) & 7);
+    return (Vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)from, (__m512)v);
+  }
+};
+typedef TwoPlanes<true> TwoImages;
+typedef TwoPlanes<false> TwoChannels;
+#else
+typedef OnePlane TwoImages, TwoChannels;  // not used
+#endif
+
+// Planes of H rows, `step` apart in memory as in `out`. `taps` points to the middle of a kernel, and taps_step further is that of
+// the second plane. They are read as they lie: for the output their rows would have to run backwards, so there the lanes do,
+// until the end. Writes out [H, width]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
+template <class P, int H, Order order, class Width>
+DW_INLINE void correlate_planes(const float* x, std::ptrdiff_t step, Width width, const float* taps, std::ptrdiff_t taps_step,
+                                int kernel, float* out, bool exact) {
+  typedef typename P::Vector Vector;
   constexpr bool forward = order == Order::kForward;
   constexpr int chains = kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
   const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel;
   taps -= (H - 1) * down + (forward ? width - 1 : 0);
-  Line sum[chains][H] = {};
+  Vector sum[chains][H] = {};
   for (const float* end = x + width; x < end; x++, taps += column) {
-    Line value[H];
+    Vector value[H];
 #pragma GCC unroll 8
-    for (int y = 0; y < H; y++) value[y] = x[y * width] - Line{};
+    for (int y = 0; y < H; y++) value[y] = P::splat(x + y * width, step);
     const float* row = taps;
 #pragma GCC unroll 16
     for (int d = 1 - H; d < H; d++, row += down) {  // row y + d of the input meets this row of the taps
-      const Line tap = load_line(row);
+      const Vector tap = P::load_taps(row, taps_step);
 #pragma GCC unroll 8
       for (int y = 0; y < H; y++) {
         if (y + d >= 0 && y + d < H) sum[d & (chains - 1)][y] += tap * value[y + d];
@@ -66,12 +114,19 @@ DW_INLINE void correlate_plane(const float* x, int width, const float* taps, int
   }
 #pragma GCC unroll 8
   for (int y = 0; y < H; y++) {
-    Line v = chains == 2 ? sum[0][y] + sum[chains - 1][y] : sum[0][y];
-    if (forward) v = reverse_line(v, width);
-    if (y + 1 < H || !exact) {
-      store_line(out + y * width, v);
-    } else {
-      std::memcpy(out + y * width, &v, width * sizeof(float));
+    if (chains == 2) sum[0][y] += sum[chains - 1][y];
+    if (forward) sum[0][y] = P::reverse(sum[0][y], width);
+  }
+#pragma GCC unroll 2
+  for (int plane = 0; plane < P::kPlanes; plane++, out += step) {  // in order: what is behind one may be the next one
+#pragma GCC unroll 8
+    for (int y = 0; y < H; y++) {
+      const Line v = P::get(sum[0][y], plane);
+      if (y + 1 < H || !exact) {
+        store_line(out + y * width, v);
+      } else {
+        std::memcpy(out + y * width, &v, width * sizeof(float));
+      }
     }
   }
 }
@@ -162,56 +217,78 @@ DW_INLINE void for_channels(const Shape& s, F f) {
   if (first(thread) < first(thread + 1)) f(first(thread), first(thread + 1));
 }
 
-// One plane of x -> one of y. More than y is written, unless `exact`; `in` and `out` are memory for a plane each.
-template <int H, Order order, class T, class F>
-DW_INLINE void correlate_to(const T* x, const float* taps, const Shape& s, T* y, bool exact, float* in, float* out, F finish) {
-  const int pixels = H * s.width;
+// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for two planes of input, two of output, and two
+// channels' weights.
+template <int H, Order order, class T>
+void correlate_channels(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, int begin, int end, T* y,
+                        float* memory) {
   constexpr bool is_float = std::is_same_v<T, float>;
-  if constexpr (is_float && std::is_same_v<F, Identity>) {
-    return correlate_plane<H, order>(x, s.width, taps, s.kernel, y, exact);
+  const int pixels = H * s.width;
+  const std::ptrdiff_t image_step = (std::ptrdiff_t)s.channels * pixels;
+  const bool direct = is_float && !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
+  float *const in = memory, *const out = in + 2 * kPlane, *const copied = out + 2 * kPlane;
+  const std::ptrdiff_t copied_step = s.kernel * s.kernel + kLanes;
+
+  // One plane, of this image and channel, or two, the other one of the next image or the next channel.
+  auto run = [&](auto planes, int image, int channel, const float* taps, const float* next_taps) {
+    typedef decltype(planes) P;
+    constexpr int channel_step = P::kPlanes == 2 && std::is_same_v<P, TwoChannels> ? 1 : 0;
+    const std::ptrdiff_t first = image * image_step + (std::ptrdiff_t)channel * pixels, step = channel_step ? pixels : image_step;
+    const bool exact = channel + channel_step + 1 == end;
+    const float* from = in;
+    float* to = out;
+    std::ptrdiff_t between = kPlane;
+    if constexpr (is_float) {
+      if (direct) from = x + first, to = y + first, between = step;
+    }
+    for (int i = 0; !direct && i < P::kPlanes; i++) copy_values(x + first + i * step, pixels, in + i * kPlane);
+    auto correlate = [&](auto width) {
+      correlate_planes<P, H, order>(from, between, width, taps, next_taps - taps, s.kernel, to, direct && exact);
+    };
+    s.width == H ? correlate(std::integral_constant<int, H>{}) : correlate(s.width);  // a tenth faster where it is known
+    for (int i = 0; !direct && i < P::kPlanes; i++) {
+      epilogue.with_channel(channel + i * channel_step, [&](auto finish) {
+        copy_values(out + i * kPlane, pixels, y + first + i * step, finish);
+      });
+    }
+  };
+
+  const int paired = has_pairs() ? s.batch / 2 * 2 : 0;  // images
+  for (int channel = begin; channel < end; channel++) {
+    const float* taps = middle_tap(weight, channel, s, copied);
+    for (int image = 0; image < paired; image += 2) run(TwoImages{}, image, channel, taps, taps);
   }
-  const float* from = in;
-  if constexpr (is_float) {
-    from = x;
-  } else {
-    copy_values(x, pixels, in);
+  for (int channel = begin; paired < s.batch && channel < end; channel++) {
+    const float* taps = middle_tap(weight, channel, s, copied);
+    if (has_pairs() && channel + 1 < end) {  // of the image that is left
+      run(TwoChannels{}, paired, channel, taps, middle_tap(weight, channel + 1, s, copied + copied_step));
+      channel++;
+    } else {
+      for (int image = paired; image < s.batch; image++) run(OnePlane{}, image, channel, taps, taps);
+    }
   }
-  correlate_plane<H, order>(from, s.width, taps, s.kernel, out, false);
-  copy_values(out, pixels, y, finish);
 }
+
+// Floats of memory that correlate_channels needs.
+inline std::size_t correlation_memory(const Shape& s) { return 4 * kPlane + 2 * (s.kernel * s.kernel + kLanes); }
 
 // x [N, C, H, W] -> y [N, C, H, W].
-template <class T, int H>
-void forward_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
-  const int pixels = H * s.width;
-  const bool plain = !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
-#pragma omp parallel
-  {
-    Scratch scratch(2 * kPlane + s.kernel * s.kernel + kLanes);
-    float *const in = scratch.floats(), *const out = in + kPlane, *const copied = out + kPlane;
-    for_channels(s, [&](int begin, int end) {
-      for (int channel = begin; channel < end; channel++) {
-        const float* taps = middle_tap(weight, channel, s, copied);
-        auto run = [&](auto finish) {
-          for (int image = 0; image < s.batch; image++) {
-            const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + channel) * pixels;
-            correlate_to<H, Order::kForward>(x + plane, taps, s, y + plane, channel + 1 == end, in, out, finish);
-          }
-        };
-        plain ? run(Identity{}) : epilogue.with_channel(channel, run);
-      }
-    });
-  }
-}
-
 template <class T>
-void forward_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
-  with_size(s.height, [&](auto height) { forward_narrow<T, height()>(x, weight, epilogue, s, y); });
+void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
+  with_size(s.height, [&](auto height) {
+    const auto run = order == Order::kForward ? correlate_channels<height(), Order::kForward, T>
+                                              : correlate_channels<height(), Order::kInputGradient, T>;
+#pragma omp parallel
+    {
+      Scratch scratch(correlation_memory(s));
+      for_channels(s, [&](int begin, int end) { run(x, weight, epilogue, s, begin, end, y, scratch.floats()); });
+    }
+  });
 }
 
-// dx, dweight [C, K, K] and dbias [C] may be null. One thread sums a channel over the batch, in its order.
+// dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in its order.
 template <class T, int H>
-void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
   constexpr bool is_float = std::is_same_v<T, float>;
   constexpr int rows = 2 * H - 1, parts_size = kNarrow * rows * 3 * kNarrow, sums_size = rows * 2 * kNarrow;
   const int k = s.kernel, area = k * k, pixels = H * s.width;
@@ -219,16 +296,9 @@ void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T
 #pragma omp parallel
   {
     Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size + area + 2 * kNarrow + 2 * kLanes);
-    float *const in = scratch.floats(), *const out = in + kTogether * kPlane, *const parts = out + kTogether * kPlane;
-    float *const sums = parts + parts_size, *const copied = sums + sums_size;  // of taps, then of their gradient
+    float *const in = scratch.floats(), *const grads = in + kTogether * kPlane, *const parts = grads + kTogether * kPlane;
+    float *const sums = parts + parts_size, *const copied = sums + sums_size;
     std::fill_n(in, 2 * kTogether * kPlane + parts_size, 0.f);
-    auto input_gradient = [&](int channel, bool exact) {
-      const float* taps = middle_tap(weight, channel, s, copied);
-      for (int image = 0; image < s.batch; image++) {
-        const std::ptrdiff_t plane = image * step + (std::ptrdiff_t)channel * pixels;
-        correlate_to<H, Order::kInputGradient>(dy + plane, taps, s, dx + plane, exact, in, out, Identity{});
-      }
-    };
     auto weight_gradient = [&](int channel) {
       float bias = 0, *to = copied;
       if constexpr (is_float) to = dweight + (std::ptrdiff_t)channel * area;
@@ -244,9 +314,9 @@ void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T
         if (!direct) {
           for (int i = 0; i < images; i++) {
             copy_values(from + i * step, pixels, in + i * kPlane);
-            copy_values(grad + i * step, pixels, out + i * kPlane);
+            copy_values(grad + i * step, pixels, grads + i * kPlane);
           }
-          multiply_columns<H>(in, kPlane, out, kPlane, images, s.width, parts);
+          multiply_columns<H>(in, kPlane, grads, kPlane, images, s.width, parts);
         }
         const bool last = image + images == s.batch;
         merge_columns<H>(parts, s.width, image ? sums : nullptr, last ? nullptr : sums, to + area / 2, k);
@@ -260,15 +330,14 @@ void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T
       if (dbias) store_part(dbias + channel, splat(bias), 1);
     };
     for_channels(s, [&](int begin, int end) {
-      for (int channel = begin; dx && channel < end; channel++) input_gradient(channel, channel + 1 == end);
-      for (int channel = begin; dweight && channel < end; channel++) weight_gradient(channel);
+      for (int channel = begin; channel < end; channel++) weight_gradient(channel);
     });
   }
 }
 
 template <class T>
-void backward_narrow(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
-  with_size(s.height, [&](auto height) { backward_narrow<T, height()>(x, weight, dy, s, dx, dweight, dbias); });
+void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
+  with_size(s.height, [&](auto height) { weight_gradient_narrow<T, height()>(x, dy, s, dweight, dbias); });
 }
 
 }  // namespace dwconv

@@ -7,6 +7,9 @@
 #include <random>
 #include <vector>
 
+static bool large_cache;  // what depends on the size of the cache is run for either size
+#define DW_LARGE_CACHE large_cache
+
 #include "dense.h"
 #include "depthwise.h"
 #include "norm.h"
@@ -259,11 +262,9 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
   return true;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int shapes = argc > 1 ? std::atoi(argv[1]) : 8;  // of each kernel and stride
-  std::mt19937 random(1);
+// Runs the table and returns how many cases failed; `shapes` of each kernel and stride.
+int run_all(int shapes) {
+  std::mt19937 random(1 + large_cache);
   const int channels[] = {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 48}, kernels[] = {1, 3, 5, 7, 9, 13, 21, 31, 63};
   int bad = 0, count = 0;
   auto pick = [&](int n) { return (int)(random() % n); };
@@ -293,6 +294,11 @@ int main(int argc, char** argv) {
     bad += !run<float>(s, 0, random);
     if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
     if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
+  }
+  // the same, whose planes are computed in pairs, of images or of channels
+  for (const Shape& s : {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
+                         Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}}) {
+    bad += !run<float>(s, 0, random), bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random), count++;
   }
   // batches whose sums are much larger than their terms
   for (const Shape& s : {Shape{64, 3, 14, 14, 27, 1}, Shape{70, 5, 7, 7, 13, 1}, Shape{24, 2, 28, 28, 29, 1},
@@ -328,6 +334,17 @@ int main(int argc, char** argv) {
   for (int i = 0; i < 9 * shapes; i++, count++) {
     bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)}, (dwconv::Activation)(i % 3), random);
   }
-  std::printf("%d shapes, %d failures, %d lanes\n", count, bad, dwconv::kLanes);
+  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, dwconv::kLanes, large_cache ? "large" : "small");
+  return bad;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int bad = 0;
+  for (bool large : {false, true}) {
+    large_cache = large;
+    bad += run_all(argc > 1 ? std::atoi(argv[1]) : 8);
+  }
   return bad ? 1 : 0;
 }
