@@ -181,7 +181,7 @@ def by_taps(x, weight, dy, stride):
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
 @pytest.mark.parametrize('height, width, kernel, stride', [
     *((7, 8, kernel, stride) for kernel, stride in ((3, 1), (5, 1), (3, 2), (5, 2), (9, 2), (7, 1), (13, 1))),
-    (7, 7, 13, 1), (8, 5, 17, 1), (9, 10, 19, 1), (9, 6, 13, 1),
+    (7, 7, 13, 1), (8, 5, 17, 1), (9, 10, 19, 1), (9, 6, 13, 1), (21, 24, 21, 1),
     (4, 16, 3, 1), (5, 37, 3, 1), (6, 35, 3, 2), (3, 32, 3, 2)])
 @pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan])
 def test_nan_and_inf_reach_what_they_meet_and_nothing_else(force, height, width, kernel, stride, value):

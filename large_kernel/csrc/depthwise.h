@@ -4,6 +4,7 @@
 #pragma once
 #include <vector>
 
+#include "frequency.h"
 #include "narrow.h"
 #include "packed.h"
 #include "stencil.h"
@@ -37,6 +38,11 @@ void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue,
     correlate_narrow(x.data, weight, epilogue, s, order, y.data);
   } else if (is_whole(s, kWholeMap)) {
     with_correlation(s.height, s.width, [&](const Correlation& c) { correlate_whole(x, weight, epilogue, s, order, y, c); });
+  } else if (is_frequent(s)) {
+    const Tiling tiling = best_tiling(s);
+    with_transform(tiling.length, [&](const RowTransform& transform) {
+      correlate_frequencies(x, weight, epilogue, s, order, y, tiling, transform);
+    });
   } else {
     correlate_large(x, weight, epilogue, s, order, y);
   }

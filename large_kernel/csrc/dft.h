@@ -48,13 +48,16 @@ class Dft {
   // The same for the taps from -2 M + 1 to 2 M - 1, read in reverse, as a correlation has them. `middle` is tap 0.
   template <class Put>
   DW_INLINE void taps(const Vec* middle, Put put) const {
+    row([&](auto n) { return n == 2 * M ? Vec{} : middle[n < 2 * M ? -n : 4 * M - n]; }, put);
+  }
+
+  // The same for 4 M numbers get(n).
+  template <class Get, class Put>
+  DW_INLINE void row(Get get, Put put) const {
     Vec sum[M], alternating[M], re[M], im[M];
     for_constants<M>([&](auto b) {
       Vec v[4];
-      for_constants<4>([&](auto i) {
-        constexpr int n = b + i * M;
-        v[n % 4] = n == 2 * M ? Vec{} : middle[n < 2 * M ? -n : 4 * M - n];
-      });
+      for_constants<4>([&](auto i) { v[(b + i * M) % 4] = get(std::integral_constant<int, b + i * M>{}); });
       const Vec even = v[0] + v[2], odd = v[1] + v[3];
       sum[b] = even + odd, alternating[b] = even - odd;
       re[b] = v[0] - v[2], im[b] = v[3] - v[1];
@@ -63,9 +66,14 @@ class Dft {
                 [&](auto b) { return im[b]; }, put);
   }
 
-  // From frequencies get(pair, 0 or 1) to out [2 M].
-  template <class Get>
-  DW_INLINE void back(Get get, Vec* out) const {
+  // From frequencies get(pair, 0 or 1): calls put(n, value) for all 4 M numbers.
+  template <class Get, class Put>
+  DW_INLINE void back(Get get, Put put) const {
+    // number n and the one 2 M further, where the transform of length 4 has the opposite sign
+    auto put_both = [&](auto n, bool plus, Vec a, Vec b) {
+      put(n, plus ? a + b : a - b);
+      put(std::integral_constant<int, (n + 2 * M) % (4 * M)>{}, plus ? a - b : a + b);
+    };
     Vec c[kHalf], s[kHalf], sum[M], alternating[M];
     for_constants<kHalf>([&](auto q) { c[q] = get(1 + q, 0), s[q] = get(1 + q, 1); });
     from_real(half_ * get(0, 0), c, s, [&](auto b, Vec v) { sum[b] = v; });
@@ -77,7 +85,7 @@ class Dft {
     });
     from_real(one_ * get(M, 0), c, s, [&](auto b, Vec v) {
       constexpr int n = b % 2 ? b + M : b;
-      out[n] = n % 4 == 0 ? sum[b] + v : sum[b] - v;
+      put_both(std::integral_constant<int, n>{}, n % 4 == 0, sum[b], v);
     });
     for_constants<kHalf>([&](auto q) {
       constexpr int near = M + 1 + q, far = near + kHalf;
@@ -85,7 +93,7 @@ class Dft {
     });
     from_real(one_ * get(M, 1), c, s, [&](auto b, Vec v) {
       constexpr int n = b % 2 ? b : b + M;
-      out[n] = n % 4 == 3 ? alternating[b] + v : alternating[b] - v;
+      put_both(std::integral_constant<int, n>{}, n % 4 == 3, alternating[b], v);
     });
   }
 

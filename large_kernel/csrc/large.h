@@ -46,57 +46,74 @@ void with_size(int size, F f) {
 
 constexpr int kMaxRun = kRegisters == 32 ? 16 : 12;
 
+// Numbers E: vectors, or pairs of them as Complex or Reals.
+struct Complex { Vec re, im; };
+struct Reals { Vec first, second; };
+
+DW_INLINE void add_product(Vec& sum, Vec a, Vec b) { sum += a * b; }
+DW_INLINE void add_product(Reals& sum, const Reals& a, const Reals& b) {
+  sum.first += a.first * b.first;
+  sum.second += a.second * b.second;
+}
+DW_INLINE void add_product(Complex& sum, const Complex& a, const Complex& b) {
+  sum.re += a.re * b.re;
+  sum.im += a.im * b.re;
+  sum.re -= a.im * b.im;
+  sum.im += a.re * b.im;
+}
+
+template <class E>
 struct Rows {
-  const Vec* stream;
+  const E* stream;
   std::ptrdiff_t stream_step, stream_row;
-  const Vec* table;
+  const E* table;
   std::ptrdiff_t table_row;
   int count;
 };
 
-template <int First, int W, int... J>
-DW_INLINE void multiply_add(Vec (&sum)[W], const Vec* stream, const Vec* table, std::integer_sequence<int, J...>) {
-  const Vec value = *stream;
-  ((sum[First + J] += value * table[First + J]), ...);
+template <int First, class E, int W, int... J>
+DW_INLINE void multiply_add(E (&sum)[W], const E* stream, const E* table, std::integer_sequence<int, J...>) {
+  const E value = *stream;
+  (add_product(sum[First + J], value, table[First + J]), ...);
 }
 
-template <int First, int Last, int W>
-DW_INLINE void step(Vec (&sum)[W], const Vec*& stream, const Vec*& table, std::ptrdiff_t stream_step) {
+template <int First, int Last, class E, int W>
+DW_INLINE void step(E (&sum)[W], const E*& stream, const E*& table, std::ptrdiff_t stream_step) {
   multiply_add<First>(sum, stream, table, std::make_integer_sequence<int, Last - First>{});
   stream += stream_step;
   --table;
 }
 
-template <int W, int... S>
-DW_INLINE void rising(Vec (&sum)[W], const Vec*& stream, const Vec*& table, [[maybe_unused]] std::ptrdiff_t stream_step,
+template <class E, int W, int... S>
+DW_INLINE void rising(E (&sum)[W], const E*& stream, const E*& table, [[maybe_unused]] std::ptrdiff_t stream_step,
                       int first, std::integer_sequence<int, S...>) {
   ((S >= first ? step<0, S + 1>(sum, stream, table, stream_step) : void()), ...);
 }
 
-template <int W, int... S>
-DW_INLINE void falling(Vec (&sum)[W], const Vec*& stream, const Vec*& table, [[maybe_unused]] std::ptrdiff_t stream_step,
+template <class E, int W, int... S>
+DW_INLINE void falling(E (&sum)[W], const E*& stream, const E*& table, [[maybe_unused]] std::ptrdiff_t stream_step,
                        int last, std::integer_sequence<int, S...>) {
   ((S < last ? step<S + 1, W>(sum, stream, table, stream_step) : void()), ...);
 }
 
-template <int W, int... J>
-DW_INLINE void get(Vec (&sum)[W], const Vec* from, std::integer_sequence<int, J...>) {
-  ((sum[J] = from ? from[J] : Vec{}), ...);
+template <class E, int W, int... J>
+DW_INLINE void get(E (&sum)[W], const E* from, std::integer_sequence<int, J...>) {
+  ((sum[J] = from ? from[J] : E{}), ...);
 }
 
-template <int W, int... J>
-DW_INLINE void put(Vec (&sum)[W], Vec* out, std::integer_sequence<int, J...>) { ((out[J] = sum[J]), ...); }
+template <class E, int W, int... J>
+DW_INLINE void put(E (&sum)[W], E* out, std::integer_sequence<int, J...>) { ((out[J] = sum[J]), ...); }
 
-template <int W>
-__attribute__((noinline)) void run(Rows rows, int length, int first, int last, const Vec* from, Vec* out) {
+template <class E, int W>
+__attribute__((noinline)) void run(Rows<E> rows, int length, int first, int last, const E* from, E* out) {
   constexpr auto all = std::make_integer_sequence<int, W>{};
   constexpr auto edge = std::make_integer_sequence<int, W - 1>{};
   const int full = std::min(last, length) - std::max(first, W - 1);
-  Vec sum[W];
+  E sum[W];
   get(sum, from, all);
   for (int i = rows.count; i > 0; --i) {
-    const Vec* stream = rows.stream;
-    const Vec* table = rows.table + (length - 1 - first);
+    const E* stream = rows.stream;
+    const E* table = rows.table + (length - 1 - first);
     if (first < W - 1) rising(sum, stream, table, rows.stream_step, first, edge);
     if (int n = full; n > 0) do step<0, W>(sum, stream, table, rows.stream_step);
       while (--n);
@@ -107,15 +124,23 @@ __attribute__((noinline)) void run(Rows rows, int length, int first, int last, c
   put(sum, out, all);
 }
 
-using Run = void (*)(Rows, int, int, int, const Vec*, Vec*);
+template <class E>
+using Run = void (*)(Rows<E>, int, int, int, const E*, E*);
 
-template <int... W>
-inline Run select_run(int width, std::integer_sequence<int, W...>) {
-  static constexpr Run runs[] = {run<W + 1>...};
+template <class E, int... W>
+Run<E> select_run(int width, std::integer_sequence<int, W...>) {
+  static constexpr Run<E> runs[] = {run<E, W + 1>...};
   return runs[width - 1];
 }
 
-inline Run select_run(int width) { return select_run(width, std::make_integer_sequence<int, kMaxRun>{}); }
+// Longest run of numbers E: the registers are the same.
+template <class E>
+constexpr int most_run() { return (int)(kMaxRun * sizeof(Vec) / sizeof(E)); }
+
+template <class E>
+Run<E> select_run(int width, E) {
+  return select_run<E>(width, std::make_integer_sequence<int, most_run<E>()>{});
+}
 
 // Calls f(begin, end) for runs of nearly equal length, none longer than the registers or `limit` allow.
 template <class F>
@@ -244,7 +269,7 @@ inline int levels_for(int filter_rows, int input_rows) {
 inline void correlate(const Levels& table, const Levels& in, const Shape& s, int begin, int end, Vec* out) {
   const int k = s.kernel, pad = k / 2;
   for_each_run(s.width, k, [&](int x0, int x1) {
-    const Run run = select_run(x1 - x0);
+    const auto run = select_run(x1 - x0, Vec{});
     const int first = std::max(0, pad - x0), last = std::min(k - 1 + x1 - x0, s.width - x0 + pad);
     correlate_rows(table, in, 0, begin, end, x1 - x0, nullptr, 0, out - (std::ptrdiff_t)begin * s.width + x0, s.width,
                    [&](const Vec* f, std::ptrdiff_t f_stride, const Vec* x, std::ptrdiff_t x_stride, int count,
@@ -357,7 +382,7 @@ inline void weight_gradient_rows(const Levels& x, const Levels& dy, const Shape&
   const Levels plain_x = {{x.node[0]}, 0}, plain_dy = {{dy.node[0]}, 0};
   Vec part[rows * kMaxRun];
   for_each_run(2 * reach + 1, s.width, [&](int k0, int k1) {
-    const Run run = select_run(k1 - k0);
+    const auto run = select_run(k1 - k0, Vec{});
     const int first = std::max(0, reach - k0), last = s.width - k0 + reach;
     for (int ky = lo, stop; ky < hi; ky = stop) {
       const int full = pad - s.height + few, last_full = pad + s.height - few;  // of the rows that meet `few` or more

@@ -167,7 +167,8 @@ class FrequencyCorrelation : public Correlation {
       }
     });
     for (int y = 0; y < height; y++) {
-      back.back([&](int pair, int i) { return columns[2 * (pair * height + y) + i]; }, out + y * width);
+      back.back([&](int pair, int i) { return columns[2 * (pair * height + y) + i]; },
+                [&](auto n, Vec v) { if (n < width) out[y * width + n] = v; });
     }
   }
 

@@ -282,8 +282,11 @@ int run_all(int shapes) {
   }
   for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2},
                          Shape{1, 16, 90, 97, 3, 1}, Shape{1, 32, 151, 64, 5, 2}, Shape{1, 48, 22, 13, 31, 1},
-                         Shape{1, 32, 26, 26, 63, 1}, Shape{1, 16, 27, 21, 51, 1}}) {
-    bad += !run<float>(s, 0, random), count++;
+                         Shape{1, 32, 26, 26, 63, 1}, Shape{1, 16, 27, 21, 51, 1},
+                         // rows as frequencies, in several strips or tiles
+                         Shape{1, 3, 150, 37, 31, 1}, Shape{2, 5, 17, 131, 21, 1}, Shape{1, 1, 20, 45, 63, 1},
+                         Shape{1, 17, 21, 50, 63, 1}}) {
+    bad += !run<float>(s, 0, random), bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random), count++;
   }
   // kernels that reach from (nearly) every pixel of a small map to every other
   for (int i = 0; i < 12 * shapes; i++, count++) {
