@@ -78,6 +78,11 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
       weight_gradient_narrow(x, dy, s, dweight, dbias);
     } else if (dweight && is_whole(s, kWholeGradient)) {
       weight_gradient_whole(x, dy, s, dweight, dbias);
+    } else if (dweight && is_frequent(s) && has_wide_gradient(s)) {
+      const Tiling tiling = best_tiling(s);
+      with_transform(tiling.length, [&](const RowTransform& transform) {
+        weight_gradient_frequencies(x, dy, s, dweight, dbias, tiling, transform);
+      });
     } else if (dweight) {
       weight_gradient_large(x, dy, s, dweight, dbias);
     }

@@ -12,10 +12,9 @@ struct RowTransform {
   const int length, pairs;
   RowTransform(int length) : length(length), pairs(length / 2) {}
   virtual ~RowTransform() = default;
-  // Of a row.
   virtual void there(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
-  // Of a row of taps around `middle`, zeros included, as a correlation has them.
-  virtual void taps(const Vec* middle, Vec* pairs, std::ptrdiff_t step) const = 0;
+  // Of a row of taps, tap d in place d or length + d: the factor that makes a product a correlation.
+  virtual void taps(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
   virtual void back(const Vec* pairs, std::ptrdiff_t step, Vec* row) const = 0;
 };
 
@@ -30,9 +29,9 @@ class Transform : public RowTransform {
     dft.row([&](auto n) { return row[n]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
   }
 
-  __attribute__((flatten)) void taps(const Vec* middle, Vec* to, std::ptrdiff_t step) const override {
+  __attribute__((flatten)) void taps(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
     const Dft<M> dft = there_;
-    dft.taps(middle, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
+    dft.row([&](auto n) { return row[(4 * M - n) % (4 * M)]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
   }
 
   __attribute__((flatten)) void back(const Vec* from, std::ptrdiff_t step, Vec* row) const override {
@@ -94,25 +93,55 @@ inline bool is_frequent(const Shape& s) {
 
 constexpr int kStrip = 64;  // output rows whose frequencies are in memory together
 
+// From one pair's numbers, of so many rows, to the next one's: an odd number of rows, or all would share a few cache sets.
+inline std::ptrdiff_t pair_step(int rows) { return 2 * (rows | 1); }
+
+// Calls f(strip's first row, behind its last, and those of the input that they meet).
+template <class F>
+DW_INLINE void for_each_strip(int begin, int end, const Shape& s, F f) {
+  for (int stop; begin < end; begin = stop) {
+    stop = std::min(end, begin + kStrip);
+    f(begin, stop, std::max(0, begin - s.kernel / 2), std::min(s.height, stop + s.kernel / 2));
+  }
+}
+
+// Calls f(tile's first column, behind its last, and those of the input that they meet).
+template <class F>
+DW_INLINE void for_each_tile(const Tiling& tiling, const Shape& s, F f) {
+  const int reach = tiling.tiles == 1 ? s.width : s.kernel / 2;
+  for (int tile = 0; tile < tiling.tiles; tile++) {
+    const int x0 = s.width * tile / tiling.tiles, x1 = s.width * (tile + 1) / tiling.tiles;
+    f(x0, x1, std::max(0, x0 - reach), std::min(s.width, x1 + reach));
+  }
+}
+
+// Calls f(pair, a number of the kind it holds).
+template <class F>
+DW_INLINE void for_each_pair_of(const RowTransform& transform, F f) {
+  f(0, Reals{});
+  for (int pair = 1; pair < transform.pairs; pair++) f(pair, Complex{});
+}
+
+template <class E>
+DW_INLINE E* numbers(Vec* pairs, E) { return reinterpret_cast<E*>(pairs); }
+
 // x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
 // it: those blocks of an image are left to `correlate_large`.
 template <class T>
 void correlate_frequencies(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
                            const Map<T>& y, const Tiling& tiling, const RowTransform& transform) {
-  const int k = s.kernel, pad = k / 2, area = k * k, width = s.width, length = transform.length, pairs = transform.pairs;
-  const int strip = std::min(s.height, kStrip), in_rows = std::min(s.height, strip + k - 1);
+  const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
   const int threads = omp_get_max_threads(), cuts = parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16);
   const std::ptrdiff_t per_block = (std::ptrdiff_t)s.batch * cuts, tasks = per_block * s.blocks();
   const std::ptrdiff_t chunk = std::max<std::ptrdiff_t>(1, std::min(per_block, tasks / (4 * threads)));
-  // From one pair's numbers to the next one's: an odd number of pairs, or all of them would share a few cache sets.
-  const std::ptrdiff_t step = 2 * (in_rows | 1), taps_step = 2 * k;
-  const std::size_t per_thread = 2 * length + pairs * taps_step + std::max<std::size_t>((pairs + 1) * step, area);
+  const std::ptrdiff_t step = pair_step(std::min(s.height, kStrip + k - 1)), taps_step = pair_step(k);
+  const std::size_t per_thread = length + pairs * taps_step + std::max<std::size_t>((pairs + 1) * step, area);
   Scratch scratch(per_thread * threads * kLanes);
   std::vector<char> failed(tasks);
 #pragma omp parallel num_threads(threads)
   {
-    Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();  // of 2 length numbers
-    Vec *const table = row + 2 * length, *const out_pairs = table + pairs * taps_step, *const in_pairs = out_pairs + step;
+    Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
+    Vec *const table = row + length, *const out_pairs = table + pairs * taps_step, *const in_pairs = out_pairs + step;
     int packed = -1;
     // without "monotonic" the library that Paddle brings takes several times as long
 #pragma omp for schedule(monotonic : dynamic, chunk)
@@ -123,61 +152,131 @@ void correlate_frequencies(const Map<const T>& x, const T* weight, const Epilogu
         const bool rotated = order == Order::kInputGradient;
         pack(weight + (std::ptrdiff_t)channel * area, area, lanes, area, rotated ? out_pairs + area - 1 : out_pairs,
              rotated ? -1 : 1);
-        std::fill_n(row, 2 * length, Vec{});
-        // those that meet any row of the map, in reverse, as `run` takes them
+        std::fill_n(row, length, Vec{});
+        // rows that meet any of the map, in reverse, as `run` takes them
         for (int ky = std::max(0, pad - s.height + 1); ky < std::min(k, pad + s.height); ky++) {
-          std::copy_n(out_pairs + ky * k, k, row + length - pad);
-          transform.taps(row + length, table + 2 * (k - 1 - ky), taps_step);
+          const Vec* const middle = out_pairs + ky * k + pad;
+          std::copy_n(middle, pad + 1, row);
+          std::copy_n(middle - pad, pad, row + length - pad);
+          transform.taps(row, table + 2 * (k - 1 - ky), taps_step);
         }
         packed = block;
       }
-      const int end = s.height * (cut + 1) / cuts;
       Finite finite;
-      for (int begin = s.height * cut / cuts, stop; begin < end; begin = stop) {
-        stop = std::min(end, begin + strip);
-        const int first = std::max(0, begin - pad), last = std::min(s.height, stop + pad);
-        for (int tile = 0; tile < tiling.tiles; tile++) {
-          const int x0 = width * tile / tiling.tiles, x1 = width * (tile + 1) / tiling.tiles;
-          const int left = tiling.tiles == 1 ? 0 : std::max(0, x0 - pad);
-          const int right = tiling.tiles == 1 ? width : std::min(width, x1 + pad);
+      for_each_strip(s.height * cut / cuts, s.height * (cut + 1) / cuts, s, [&](int begin, int stop, int first, int last) {
+        for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
           std::fill_n(row + (right - left), length - (right - left), Vec{});
           for (int i = first; i < last; i++) {
-            x.read(image, channel, lanes, (std::ptrdiff_t)i * width + left, right - left, row);
+            x.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
             transform.there(row, in_pairs + 2 * (i - first), step);
           }
-          // a pair's results take the place of the pair before
-          for (int pair = 0; pair < pairs; pair++) {
-            auto multiply = [&](auto number) {
-              typedef decltype(number) E;
-              const E *stream = reinterpret_cast<const E*>(in_pairs + pair * step);
-              const E *taps = reinterpret_cast<const E*>(table + pair * taps_step);
-              E* to = reinterpret_cast<E*>(out_pairs + pair * step);
-              for_each_run(stop - begin, std::min(k, most_run<E>()), [&](int a, int b) {
-                const int above = begin + a - pad, skipped = std::max(0, -above);  // the kernel's first row meets row `above`
-                select_run(b - a, E{})({stream + (above + skipped - first), 1, 0, taps, 0, 1}, k, skipped,
-                                       std::min(k - 1 + b - a, s.height - above), nullptr, to + a);
-              });
-            };
-            pair ? multiply(Complex{}) : multiply(Reals{});
-          }
+          for_each_pair_of(transform, [&](int pair, auto number) {
+            const auto *stream = numbers(in_pairs + pair * step, number), *taps = numbers(table + pair * taps_step, number);
+            auto* const to = numbers(out_pairs + pair * step, number);  // in place of the pair before
+            for_each_run(stop - begin, std::min(k, most_run(number)), [&](int a, int b) {
+              const int above = begin + a - pad, skipped = std::max(0, -above);  // the kernel's first row meets row `above`
+              select_run(b - a, number)({stream + (above + skipped - first), 1, 0, taps, 0, 1}, k, skipped,
+                                        std::min(k - 1 + b - a, s.height - above), nullptr, to + a);
+            });
+          });
           epilogue.with_channels(channel, lanes, [&](auto finish) {
             for (int i = begin; i < stop; i++) {
               transform.back(out_pairs + 2 * (i - begin), step, row);
-              y.write(row + (x0 - left), image, channel, lanes, (std::ptrdiff_t)i * width + x0, x1 - x0, [&](Vec v) {
+              y.write(row + (x0 - left), image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, [&](Vec v) {
                 finite.see(v);
                 return finish(v);
               });
             }
           });
-        }
-      }
+        });
+      });
       failed[task] = !finite.all();
     }
   }
-  if (std::find(failed.begin(), failed.end(), 1) == failed.end()) return;
+  if (!is_any(failed)) return;
   std::vector<char> blocks(tasks / cuts);
   for (std::ptrdiff_t task = 0; task < tasks; task++) blocks[task / cuts] |= failed[task];
   correlate_large(x, weight, epilogue, s, order, y, blocks);
+}
+
+// Whether the outermost taps still meet so many columns that rounding errors relative to whole rows are small beside them.
+inline bool has_wide_gradient(const Shape& s) { return s.kernel / 2 <= 0.6f * s.width; }
+
+// dweight [C, K, K], dbias [C] or null. Frequencies are summed over rows, tiles and images by one thread, in that order, so the
+// result does not depend on the number of threads.
+template <class T>
+void weight_gradient_frequencies(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias, const Tiling& tiling,
+                                 const RowTransform& transform) {
+  const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
+  const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
+  const int threads = omp_get_max_threads(), cuts = parts(s.blocks(), (k + 7) / 8);
+  const std::ptrdiff_t x_step = pair_step(std::min(s.height, kStrip + k - 1)), dy_step = pair_step(std::min(s.height, kStrip));
+  const std::ptrdiff_t sum_step = pair_step(k);
+  const std::size_t per_thread = length + pairs * (x_step + dy_step + sum_step) + area;
+  Scratch scratch(per_thread * threads * kLanes);
+  std::vector<char> failed(s.blocks() * cuts);
+#pragma omp parallel num_threads(threads)
+  {
+    Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
+    Vec *const x_pairs = row + length, *const dy_pairs = x_pairs + pairs * x_step, *const sums = dy_pairs + pairs * dy_step;
+    Vec* const out = sums + pairs * sum_step;
+#pragma omp for schedule(monotonic : dynamic, 1)
+    for (int task = 0; task < s.blocks() * cuts; task++) {
+      const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block), channel = block * kLanes;
+      const int ky0 = k * cut / cuts, ky1 = k * (cut + 1) / cuts;
+      std::fill_n(sums, pairs * sum_step, Vec{});
+      Vec total = {};
+      for (int image = 0; image < s.batch; image++) {
+        const Map<const T> in = {x, s.channels, plane}, grad = {dy, s.channels, plane};
+        for_each_strip(0, s.height, s, [&](int begin, int stop, int first, int last) {
+          for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
+            std::fill_n(row + (right - left), length - (right - left), Vec{});
+            for (int i = first; i < last; i++) {
+              in.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
+              transform.there(row, x_pairs + 2 * (i - first), x_step);
+            }
+            std::fill_n(row, length, Vec{});
+            for (int i = begin; i < stop; i++) {  // in reverse, as `run` takes them
+              grad.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, row + (x0 - left));
+              if (dbias && cut == 0) total += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
+              transform.taps(row, dy_pairs + 2 * (stop - 1 - i), dy_step);
+            }
+            const int low = std::max(ky0, pad - stop + 1), high = std::min(ky1, s.height - begin + pad), rows = last - first;
+            if (high <= low) return;
+            for_each_pair_of(transform, [&](int pair, auto number) {
+              const auto *stream = numbers(dy_pairs + pair * dy_step, number), *table = numbers(x_pairs + pair * x_step, number);
+              for_each_run(high - low, std::min(rows, most_run(number)), [&](int a, int b) {
+                // the row of dy behind the strip would meet row `below` of these rows of x
+                const int below = stop + low + a - pad - first;
+                Vec part[kMaxRun];  // summed apart, so that small terms do not drown in large sums
+                select_run(b - a, number)({stream + std::max(0, below - rows), 1, 0, table, 0, 1}, rows,
+                                          std::max(0, rows - below),
+                                          std::min(rows - below + stop - begin, rows - 1 + b - a), nullptr,
+                                          numbers(part, number));
+                Vec* const sum = sums + pair * sum_step + 2 * (low + a);
+                for (int i = 0; i < 2 * (b - a); i++) sum[i] += part[i];
+              });
+            });
+          });
+        });
+      }
+      Finite finite;
+      for (int ky = ky0; ky < ky1; ky++) {
+        transform.back(sums + 2 * ky, sum_step, row);
+        Vec* const to = out + (ky - ky0) * k;
+        std::copy_n(row, pad + 1, to + pad);
+        std::copy_n(row + length - pad, pad, to);
+        for (int i = 0; i < k; i++) finite.see(to[i]);
+      }
+      failed[task] = !finite.all();
+      unpack(out, (ky1 - ky0) * k, dweight + (std::ptrdiff_t)channel * area + ky0 * k, area, lanes);
+      if (dbias && cut == 0) store_part(dbias + channel, total, lanes);
+    }
+  }
+  if (!is_any(failed)) return;
+  std::vector<char> blocks(s.blocks());
+  for (std::size_t task = 0; task < failed.size(); task++) blocks[task / cuts] |= failed[task];
+  weight_gradient_large(x, dy, s, dweight, dbias, blocks);
 }
 
 }  // namespace dwconv

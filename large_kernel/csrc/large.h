@@ -135,11 +135,11 @@ Run<E> select_run(int width, std::integer_sequence<int, W...>) {
 
 // Longest run of numbers E: the registers are the same.
 template <class E>
-constexpr int most_run() { return (int)(kMaxRun * sizeof(Vec) / sizeof(E)); }
+constexpr int most_run(E) { return (int)(kMaxRun * sizeof(Vec) / sizeof(E)); }
 
 template <class E>
 Run<E> select_run(int width, E) {
-  return select_run<E>(width, std::make_integer_sequence<int, most_run<E>()>{});
+  return select_run<E>(width, std::make_integer_sequence<int, most_run(E{})>{});
 }
 
 // Calls f(begin, end) for runs of nearly equal length, none longer than the registers or `limit` allow.
@@ -296,6 +296,8 @@ inline int parts(std::ptrdiff_t tasks, int limit) {
   if (tasks >= wanted || omp_get_max_threads() == 1) return 1;
   return (int)std::min<std::ptrdiff_t>((wanted + tasks - 1) / tasks, limit);
 }
+
+inline bool is_any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
 
 // Sums up whether all vectors it has seen were finite.
 struct Finite {

@@ -17,8 +17,6 @@ inline bool is_whole(const Shape& s, float share) {
 
 constexpr float kWholeMap = 0.75f, kWholeGradient = 0.55f;  // measured
 
-inline bool is_any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
-
 // An axis of more than kLeaf pixels is cut in two halves, with a zero behind an odd number of pixels.
 struct Axis {
   int half, parts;  // pixels; 1 part or 2
