@@ -39,8 +39,7 @@ void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue,
   } else if (is_whole(s, kWholeMap)) {
     with_correlation(s.height, s.width, [&](const Correlation& c) { correlate_whole(x, weight, epilogue, s, order, y, c); });
   } else if (is_frequent(s)) {
-    const Tiling tiling = best_tiling(s);
-    with_transform(tiling.length, [&](const RowTransform& transform) {
+    with_tiling(s, [&](const Tiling& tiling, const RowTransform& transform) {
       correlate_frequencies(x, weight, epilogue, s, order, y, tiling, transform);
     });
   } else {
@@ -79,8 +78,7 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
     } else if (dweight && is_whole(s, kWholeGradient)) {
       weight_gradient_whole(x, dy, s, dweight, dbias);
     } else if (dweight && is_frequent(s) && has_wide_gradient(s)) {
-      const Tiling tiling = best_tiling(s);
-      with_transform(tiling.length, [&](const RowTransform& transform) {
+      with_tiling(s, [&](const Tiling& tiling, const RowTransform& transform) {
         weight_gradient_frequencies(x, dy, s, dweight, dbias, tiling, transform);
       });
     } else if (dweight) {

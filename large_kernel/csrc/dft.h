@@ -18,10 +18,10 @@ DW_INLINE void for_constants(F f) {
   for_constants(std::make_integer_sequence<int, N>{}, f);
 }
 
-// Transforms of length 4 M, M odd, of 2 M pixels and of the 4 M - 1 taps that reach from each of them to each, none around the
-// end. Element n has two indices, n mod 4 and n mod M, and the transform is one of length 4 along the first and one of length M
-// along the second, without factors in between (Good, 1958). The 4 M real numbers that make up the frequencies of a row are
-// kept as 2 M pairs: two real frequencies in pair 0, complex ones, some conjugated, in the others.
+// Transforms of length 4 M, M odd: of any row, or of 2 M pixels and of the 4 M - 1 taps that reach from each of them to each,
+// none around the end. Element n has two indices, n mod 4 and n mod M, and the transform is one of length 4 along the first and
+// one of length M along the second, without factors in between (Good, 1958). The 4 M real numbers that make up the frequencies of
+// a row are kept as 2 M pairs: two real frequencies in pair 0, complex ones, some conjugated, in the others.
 template <int M>
 class Dft {
  public:

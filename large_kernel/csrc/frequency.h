@@ -76,12 +76,14 @@ inline Tiling best_tiling(const Shape& s) {
   return best;
 }
 
+// Calls f with the best tiling of a shape, for which there is one, and its transform.
 template <class F>
-void with_transform(int length, F f) {
-  switch (length) {
-    case 44: return f(Transform<11>());
-    case 60: return f(Transform<15>());
-    case 76: return f(Transform<19>());
+void with_tiling(const Shape& s, F f) {
+  const Tiling tiling = best_tiling(s);
+  switch (tiling.length) {
+    case 44: return f(tiling, Transform<11>());
+    case 60: return f(tiling, Transform<15>());
+    case 76: return f(tiling, Transform<19>());
   }
 }
 

@@ -1,5 +1,5 @@
-// Large kernels, stride 1, that reach from every pixel of a small map to every other: pixels of a row in vector lanes and all
-// rows of the map in registers. Nothing is transposed, nothing has a border, and no tap falls on padding: values that are not
+// Large kernels, stride 1, that reach from every pixel of a small square map to every other: pixels of a row in vector lanes and
+// all rows of the map in registers. Nothing is transposed, nothing has a border, and no tap falls on padding: values that are not
 // finite go where they should by themselves.
 #pragma once
 #include "rows.h"
@@ -15,11 +15,9 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
-// Fewer rows or columns leave too much of the registers empty; besides, what is touched behind a plane must be in the next one.
+// Smaller maps leave too much of the registers empty. Others than square ones could be served, but would take as much code again.
 inline bool is_narrow(const Shape& s) {
-  const int longest = std::max(s.height, s.width);
-  return kLanes >= kNarrow && longest <= kNarrow && s.height > kNarrow / 2 && s.width >= kNarrow / 2 &&
-         s.kernel / 2 >= longest - 1;
+  return kLanes >= kNarrow && s.height == s.width && s.width <= kNarrow && s.width > kNarrow / 2 && s.kernel / 2 >= s.width - 1;
 }
 
 // Where two vectors of 16 lanes are multiplied in a cycle, those of 8 would give half of it away: there the lines of two planes
@@ -86,22 +84,22 @@ typedef TwoPlanes<false> TwoChannels;
 typedef OnePlane TwoImages, TwoChannels;  // not used
 #endif
 
-// Planes of H rows, `step` apart in memory as in `out`. `taps` points to the middle of a kernel, and taps_step further is that of
+// Planes of H by H pixels, `step` apart in memory as in `out`. `taps` points to the middle of a kernel, and taps_step further is that of
 // the second plane. They are read as they lie: for the output their rows would have to run backwards, so there the lanes do,
-// until the end. Writes out [H, width]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
-template <class P, int H, Order order, class Width>
-DW_INLINE void correlate_planes(const float* x, std::ptrdiff_t step, Width width, const float* taps, std::ptrdiff_t taps_step,
-                                int kernel, float* out, bool exact) {
+// until the end. Writes out [H, H]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
+template <class P, int H, Order order>
+__attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t step, const float* taps, std::ptrdiff_t taps_step,
+                                                int kernel, float* out, bool exact) {
   typedef typename P::Vector Vector;
   constexpr bool forward = order == Order::kForward;
   constexpr int chains = kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
   const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel;
-  taps -= (H - 1) * down + (forward ? width - 1 : 0);
+  taps -= (H - 1) * down + (forward ? H - 1 : 0);
   Vector sum[chains][H] = {};
-  for (const float* end = x + width; x < end; x++, taps += column) {
+  for (const float* end = x + H; x < end; x++, taps += column) {
     Vector value[H];
 #pragma GCC unroll 8
-    for (int y = 0; y < H; y++) value[y] = P::splat(x + y * width, step);
+    for (int y = 0; y < H; y++) value[y] = P::splat(x + y * H, step);
     const float* row = taps;
 #pragma GCC unroll 16
     for (int d = 1 - H; d < H; d++, row += down) {  // row y + d of the input meets this row of the taps
@@ -115,7 +113,7 @@ DW_INLINE void correlate_planes(const float* x, std::ptrdiff_t step, Width width
 #pragma GCC unroll 8
   for (int y = 0; y < H; y++) {
     if (chains == 2) sum[0][y] += sum[chains - 1][y];
-    if (forward) sum[0][y] = P::reverse(sum[0][y], width);
+    if (forward) sum[0][y] = P::reverse(sum[0][y], H);
   }
 #pragma GCC unroll 2
   for (int plane = 0; plane < P::kPlanes; plane++, out += step) {  // in order: what is behind one may be the next one
@@ -123,32 +121,32 @@ DW_INLINE void correlate_planes(const float* x, std::ptrdiff_t step, Width width
     for (int y = 0; y < H; y++) {
       const Line v = P::get(sum[0][y], plane);
       if (y + 1 < H || !exact) {
-        store_line(out + y * width, v);
+        store_line(out + y * H, v);
       } else {
-        std::memcpy(out + y * width, &v, width * sizeof(float));
+        std::memcpy(out + y * H, &v, H * sizeof(float));
       }
     }
   }
 }
 
 // The products of every column of dy with all of x, summed over planes `x_step` and `dy_step` apart: parts
-// [width, 2 H - 1, 3 kNarrow], each in the middle of its row.
+// [H, 2 H - 1, 3 kNarrow], each in the middle of its row.
 template <int H>
 __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x_step, const float* dy, std::ptrdiff_t dy_step,
-                                                int planes, int width, float* parts) {
+                                                int planes, float* parts) {
   constexpr int busy = kRegisters == 32 ? H / 2 : -1;  // rows at most this far from the middle have two chains of additions
   LineBits inside;
-  for (int i = 0; i < kLine; i++) inside[i] = i < width ? -1 : 0;
-  for (int column = 0; column < width; column++, dy++) {
+  for (int i = 0; i < kLine; i++) inside[i] = i < H ? -1 : 0;
+  for (int column = 0; column < H; column++, dy++) {
     Line sum[2 * H - 1] = {}, other[2 * H - 1] = {};
     const float *in = x, *from = dy;
     for (int i = 0; i < planes; i++, in += x_step, from += dy_step) {
       Line row[H];
 #pragma GCC unroll 8
-      for (int y = 0; y < H; y++) row[y] = load_line(in + y * width);
+      for (int y = 0; y < H; y++) row[y] = load_line(in + y * H);
 #pragma GCC unroll 8
       for (int y = 0; y < H; y++) {
-        const Line value = from[y * width] - Line{};
+        const Line value = from[y * H] - Line{};
 #pragma GCC unroll 8
         for (int r = 0; r < H; r++) {
           const int d = r - y;
@@ -167,17 +165,16 @@ __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x
 // The gradient of the taps out of what multiply_columns wrote and, if there are, sums [2 H - 1, 2 kNarrow] of earlier images:
 // to `to` if given, as such sums, or to a kernel's gradient with its middle at `middle`.
 template <int H>
-__attribute__((noinline)) void merge_columns(const float* parts, int width, const float* from, float* to, float* middle,
+__attribute__((noinline)) void merge_columns(const float* parts, const float* from, float* to, float* middle,
                                              int kernel) {
-  constexpr int rows = 2 * H - 1, row = 3 * kNarrow;
-  const int reach = width - 1;
+  constexpr int rows = 2 * H - 1, row = 3 * kNarrow, reach = H - 1;
   float* at = middle - (H - 1) * kernel - reach;
   parts += kNarrow - reach;
   for (int d = 0; d < rows; d++, at += kernel, parts += row) {
     for (int i = 0; i < 2 * kNarrow; i += kLanes) {
       Vec sum = {};
       const float* part = parts + i;
-      for (int column = 0; column < width; column++, part += rows * row + 1) sum += load(part);
+      for (int column = 0; column < H; column++, part += rows * row + 1) sum += load(part);
       if (from) sum += load(from + d * 2 * kNarrow + i);
       if (to) {
         store(to + d * 2 * kNarrow + i, sum);
@@ -223,7 +220,7 @@ template <int H, Order order, class T>
 void correlate_channels(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, int begin, int end, T* y,
                         float* memory) {
   constexpr bool is_float = std::is_same_v<T, float>;
-  const int pixels = H * s.width;
+  constexpr int pixels = H * H;
   const std::ptrdiff_t image_step = (std::ptrdiff_t)s.channels * pixels;
   const bool direct = is_float && !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
   float *const in = memory, *const out = in + 2 * kPlane, *const copied = out + 2 * kPlane;
@@ -242,10 +239,7 @@ void correlate_channels(const T* x, const T* weight, const Epilogue& epilogue, c
       if (direct) from = x + first, to = y + first, between = step;
     }
     for (int i = 0; !direct && i < P::kPlanes; i++) copy_values(x + first + i * step, pixels, in + i * kPlane);
-    auto correlate = [&](auto width) {
-      correlate_planes<P, H, order>(from, between, width, taps, next_taps - taps, s.kernel, to, direct && exact);
-    };
-    s.width == H ? correlate(std::integral_constant<int, H>{}) : correlate(s.width);  // a tenth faster where it is known
+    correlate_planes<P, H, order>(from, between, taps, next_taps - taps, s.kernel, to, direct && exact);
     for (int i = 0; !direct && i < P::kPlanes; i++) {
       epilogue.with_channel(channel + i * channel_step, [&](auto finish) {
         copy_values(out + i * kPlane, pixels, y + first + i * step, finish);
@@ -291,7 +285,8 @@ template <class T, int H>
 void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
   constexpr bool is_float = std::is_same_v<T, float>;
   constexpr int rows = 2 * H - 1, parts_size = kNarrow * rows * 3 * kNarrow, sums_size = rows * 2 * kNarrow;
-  const int k = s.kernel, area = k * k, pixels = H * s.width;
+  const int k = s.kernel, area = k * k;
+  constexpr int pixels = H * H;
   const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels;
 #pragma omp parallel
   {
@@ -302,24 +297,24 @@ void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight,
     auto weight_gradient = [&](int channel) {
       float bias = 0, *to = copied;
       if constexpr (is_float) to = dweight + (std::ptrdiff_t)channel * area;
-      if (k > rows || k / 2 > s.width - 1) std::fill_n(to, area, 0.f);
+      if (k > rows) std::fill_n(to, area, 0.f);
       for (int image = 0; image < s.batch; image += kTogether) {
         const int images = std::min(kTogether, s.batch - image);
         const T *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
         bool direct = false;
         if constexpr (is_float) {
           direct = channel + 1 < s.channels;  // the last one is copied, since more than it is read
-          if (direct) multiply_columns<H>(from, step, grad, step, images, s.width, parts);
+          if (direct) multiply_columns<H>(from, step, grad, step, images, parts);
         }
         if (!direct) {
           for (int i = 0; i < images; i++) {
             copy_values(from + i * step, pixels, in + i * kPlane);
             copy_values(grad + i * step, pixels, grads + i * kPlane);
           }
-          multiply_columns<H>(in, kPlane, grads, kPlane, images, s.width, parts);
+          multiply_columns<H>(in, kPlane, grads, kPlane, images, parts);
         }
         const bool last = image + images == s.batch;
-        merge_columns<H>(parts, s.width, image ? sums : nullptr, last ? nullptr : sums, to + area / 2, k);
+        merge_columns<H>(parts, image ? sums : nullptr, last ? nullptr : sums, to + area / 2, k);
         for (int i = 0; dbias && i < images; i++) {
           Vec sum = {};
           for (int j = 0; j < pixels; j += kLanes) sum += load_first(grad + i * step + j, pixels - j);
