@@ -131,7 +131,7 @@ TARGETS = {
 @pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long)
                                     if t in ('avx2', 'native') else t for t in TARGETS])
 def test_kernels_alone(tmp_path, target):
-    """Shapes in buffers of exactly the tensors' size, as on processors with a small first-level cache and with a large one."""
+    """Shapes in buffers of exactly the tensors' size, as with a small first-level cache and with a large one."""
     flags = TARGETS[target]
     if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this processor has no AVX2')
