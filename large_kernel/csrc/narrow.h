@@ -21,7 +21,7 @@ inline bool is_narrow(const Shape& s) {
 }
 
 // Where two vectors of 16 lanes are multiplied in a cycle, those of 8 would give half of it away: there the lines of two planes
-// share a vector. The gradient of the taps is the exception: transposing costs it less than putting lines together.
+// share a vector. The gradient of the taps, which is not computed like that, is left to whole_gradient.h: faster than 8 lanes.
 inline bool has_pairs() { return kPairs && has_large_cache(); }
 
 constexpr int kLine = std::min(kNarrow, kLanes);  // with fewer lanes than kNarrow this only has to compile
