@@ -133,23 +133,21 @@ template <class T>
 void correlate_frequencies(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
                            const Map<T>& y, const Tiling& tiling, const RowTransform& transform) {
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
-  const int threads = omp_get_max_threads(), cuts = parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16);
-  const std::ptrdiff_t per_block = (std::ptrdiff_t)s.batch * cuts, tasks = per_block * s.blocks();
-  const std::ptrdiff_t chunk = std::max<std::ptrdiff_t>(1, std::min(per_block, tasks / (4 * threads)));
+  const Tasks tasks(s);
   const std::ptrdiff_t step = pair_step(std::min(s.height, kStrip + k - 1)), taps_step = pair_step(k);
   const std::size_t per_thread = length + pairs * taps_step + std::max<std::size_t>((pairs + 1) * step, area);
-  Scratch scratch(per_thread * threads * kLanes);
-  std::vector<char> failed(tasks);
-#pragma omp parallel num_threads(threads)
+  Scratch scratch(per_thread * tasks.threads * kLanes);
+  std::vector<char> failed(tasks.count);
+#pragma omp parallel num_threads(tasks.threads)
   {
     Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *const table = row + length, *const out_pairs = table + pairs * taps_step, *const in_pairs = out_pairs + step;
     int packed = -1;
     // without "monotonic" the library that Paddle brings takes several times as long
-#pragma omp for schedule(monotonic : dynamic, chunk)
-    for (std::ptrdiff_t task = 0; task < tasks; task++) {
-      const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);
-      const int channel = block * kLanes;
+#pragma omp for schedule(monotonic : dynamic, tasks.chunk)
+    for (std::ptrdiff_t task = 0; task < tasks.count; task++) {
+      const int cut = task % tasks.cuts, image = task / tasks.cuts % s.batch, block = task / tasks.per_block;
+      const int lanes = s.lanes(block), channel = block * kLanes;
       if (packed != block) {
         const bool rotated = order == Order::kInputGradient;
         pack(weight + (std::ptrdiff_t)channel * area, area, lanes, area, rotated ? out_pairs + area - 1 : out_pairs,
@@ -165,7 +163,8 @@ void correlate_frequencies(const Map<const T>& x, const T* weight, const Epilogu
         packed = block;
       }
       Finite finite;
-      for_each_strip(s.height * cut / cuts, s.height * (cut + 1) / cuts, s, [&](int begin, int stop, int first, int last) {
+      const int top = s.height * cut / tasks.cuts, bottom = s.height * (cut + 1) / tasks.cuts;
+      for_each_strip(top, bottom, s, [&](int begin, int stop, int first, int last) {
         for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
           std::fill_n(row + (right - left), length - (right - left), Vec{});
           for (int i = first; i < last; i++) {
@@ -196,8 +195,8 @@ void correlate_frequencies(const Map<const T>& x, const T* weight, const Epilogu
     }
   }
   if (!is_any(failed)) return;
-  std::vector<char> blocks(tasks / cuts);
-  for (std::ptrdiff_t task = 0; task < tasks; task++) blocks[task / cuts] |= failed[task];
+  std::vector<char> blocks(tasks.count / tasks.cuts);
+  for (std::ptrdiff_t task = 0; task < tasks.count; task++) blocks[task / tasks.cuts] |= failed[task];
   correlate_large(x, weight, epilogue, s, order, y, blocks);
 }
 

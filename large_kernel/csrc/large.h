@@ -297,6 +297,18 @@ inline int parts(std::ptrdiff_t tasks, int limit) {
   return (int)std::min<std::ptrdiff_t>((wanted + tasks - 1) / tasks, limit);
 }
 
+// A correlation as tasks: a part of an image of a block of channels each, those of a block one after another. Threads take
+// `chunk` of them at a time, a whole block where there are enough, and pack its weights once.
+struct Tasks {
+  int threads, cuts;
+  std::ptrdiff_t per_block, count, chunk;
+
+  explicit Tasks(const Shape& s)
+      : threads(omp_get_max_threads()), cuts(parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16)),
+        per_block((std::ptrdiff_t)s.batch * cuts), count(per_block * s.blocks()),
+        chunk(std::max<std::ptrdiff_t>(1, std::min(per_block, count / (4 * threads)))) {}
+};
+
 inline bool is_any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
 
 // Sums up whether all vectors it has seen were finite.
@@ -320,29 +332,26 @@ void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epi
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int area = s.kernel * s.kernel, pad = s.kernel / 2, levels = levels_for(s.kernel, s.height);
   const int strip = std::min(s.height, std::max(16, 512 / s.width / 16 * 16));  // rows of output computed together
-  const int threads = omp_get_max_threads(), cuts = parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16);
-  const std::ptrdiff_t per_block = (std::ptrdiff_t)s.batch * cuts, tasks = per_block * s.blocks();
-  // A thread takes a whole block where there are enough of them, and packs its weights once.
-  const std::ptrdiff_t chunk = std::max<std::ptrdiff_t>(1, std::min(per_block, tasks / (4 * threads)));
+  const Tasks tasks(s);
   const std::size_t table_size = area + Levels::size(s.kernel, s.kernel, levels);
   const std::size_t in_size = plane + Levels::size(s.height, s.width, levels);
   const std::size_t per_thread = in_size + (std::size_t)strip * s.width + table_size;
-  Scratch scratch(per_thread * threads * kLanes);
-#pragma omp parallel num_threads(threads)
+  Scratch scratch(per_thread * tasks.threads * kLanes);
+#pragma omp parallel num_threads(tasks.threads)
   {
     Vec* in = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *out = in + in_size, *table = out + strip * s.width;
     Levels filter = {};
     int packed = -1;
     // without "monotonic" the library that Paddle brings takes several times as long
-#pragma omp for schedule(monotonic : dynamic, chunk)
-    for (std::ptrdiff_t task = 0; task < tasks; task++) {
-      const int cut = task % cuts, image = task / cuts % s.batch, block = task / per_block, lanes = s.lanes(block);
-      const int channel = block * kLanes;
-      if (!only.empty() && !only[task / cuts]) continue;
+#pragma omp for schedule(monotonic : dynamic, tasks.chunk)
+    for (std::ptrdiff_t task = 0; task < tasks.count; task++) {
+      const int cut = task % tasks.cuts, image = task / tasks.cuts % s.batch, block = task / tasks.per_block;
+      const int lanes = s.lanes(block), channel = block * kLanes;
+      if (!only.empty() && !only[task / tasks.cuts]) continue;
       // Cut between groups of rows that are computed out of each other: so results do not depend on the number of threads.
-      const int begin = s.height * cut / cuts / kGroup * kGroup;
-      const int end = cut + 1 == cuts ? s.height : s.height * (cut + 1) / cuts / kGroup * kGroup;
+      const int begin = s.height * cut / tasks.cuts / kGroup * kGroup;
+      const int end = cut + 1 == tasks.cuts ? s.height : s.height * (cut + 1) / tasks.cuts / kGroup * kGroup;
       const int in_begin = std::max(0, begin - pad), in_end = std::min(s.height, end + pad);
       if (packed != block) {
         const RowSet rows = pack_weights(weight + (std::ptrdiff_t)channel * area, s.kernel, lanes, order, table);

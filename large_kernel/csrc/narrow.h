@@ -84,7 +84,7 @@ typedef TwoPlanes<false> TwoChannels;
 typedef OnePlane TwoImages, TwoChannels;  // not used
 #endif
 
-// Planes of H by H pixels, `step` apart in memory as in `out`. `taps` points to the middle of a kernel, and taps_step further is that of
+// Planes of H by H pixels, `step` apart in memory as in `out`. `taps` points to the middle of a kernel, taps_step further is that of
 // the second plane. They are read as they lie: for the output their rows would have to run backwards, so there the lanes do,
 // until the end. Writes out [H, H]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
 template <class P, int H, Order order>

@@ -136,10 +136,10 @@ __attribute__((noinline)) void stencil_strips(const Plane<const T>& x, const flo
 }
 
 // The input's gradient at stride 2: a pixel of an even row or column met the middle tap alone, one of an odd row or column
-// the last tap of one output and the first of the next.
+// the last tap of one output and the first of the next. `soon` is as large as dx, and asked for on the way: what is read after it.
 template <bool Inside, class T>
 __attribute__((noinline)) void spread_strips(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, int begin,
-                                             int end, int first, int last) {
+                                             int end, int first, int last, const T* soon) {
   const std::ptrdiff_t pitch = dy.width, to_pitch = dx.width;
   const int full = std::min(end, dy.height - 1);
   Vec w[9];
@@ -149,7 +149,11 @@ __attribute__((noinline)) void spread_strips(const Plane<const T>& dy, const flo
     const Strip<Inside> low(dx.width - 2 * column), high(dx.width - 2 * column - kLanes);
     const T* from = dy.row(begin) + column;
     T* to = dx.row(2 * begin) + 2 * column;
+    const T* fetch = soon + 2 * begin * to_pitch + 2 * column;
     auto put = [&](Vec even, Vec odd) {
+      __builtin_prefetch(fetch);
+      __builtin_prefetch(fetch + kLanes);
+      fetch += to_pitch;
       Vec both[2];
       interleave(even, odd, both);
       low.write(to, both[0]);
@@ -343,9 +347,9 @@ inline bool is_streamed([[maybe_unused]] const Shape& s, [[maybe_unused]] const 
 // Rows of dx that are written together.
 inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBand : s.height; }
 
-// With `band`, memory for band_rows(), dx is written past the caches.
+// With `band`, memory for band_rows(), dx is written past the caches, and `soon` not asked for: beside such writing it delays both.
 template <class T>
-void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, [[maybe_unused]] float* band) {
+void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, [[maybe_unused]] float* band, const T* soon) {
 #if defined(__AVX512F__)
   if (is_paired(dy.width)) return spread_pairs(dy, weight, dx);
 #endif
@@ -354,7 +358,7 @@ void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, [
     if constexpr (std::is_same_v<T, float>) {
       if (band) {
         const std::ptrdiff_t before = (std::ptrdiff_t)2 * begin * dx.width;
-        spread_strips<is_inside(), T>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last);
+        spread_strips<is_inside(), T>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last, band - before);
         const std::ptrdiff_t pixels = (std::ptrdiff_t)std::min(2 * end, dx.height) * dx.width - before;
         for (std::ptrdiff_t i = 0; last == dy.width && i < pixels; i += kLanes) {
           _mm512_stream_ps(dx.data + before + i, (__m512)load(band + i));
@@ -363,7 +367,7 @@ void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, [
       }
     }
 #endif
-    spread_strips<is_inside(), T>(dy, weight, dx, begin, end, first, last);
+    spread_strips<is_inside(), T>(dy, weight, dx, begin, end, first, last, soon);
   });
 }
 
@@ -436,7 +440,7 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
         } else if (dx && S == 1) {
           stencil<1>(gradient, rotated, to, Identity{});
         } else if (dx) {
-          spread(gradient, taps, to, band);
+          spread(gradient, taps, to, band, dweight ? plane.data : to.data);
         }
         if (dweight) {
           if (s.out_width() <= kLanes) {
