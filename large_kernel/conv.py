@@ -26,14 +26,14 @@ def conv_native(x, weight, bias, stride):
 
 
 def conv_custom(x, weight, bias, stride):
-    """The C++ operator; same arguments and result as `depthwise_conv2d`."""
+    """The C++ operator, which computes in float32; same arguments and result as `depthwise_conv2d`."""
     dtype = x.dtype
-    weight = as_dtype(weight, dtype)
-    bias = bias if bias is None else as_dtype(bias, dtype)
+    x, weight, bias = as_float32(x), as_float32(weight), as_float32(bias)
     # A traced program does not know yet who will ask for gradients.
     traced = not paddle.in_dynamic_mode()
-    return extension.run(x, weight, bias, stride, traced or not x.stop_gradient,
-                         traced or not (weight.stop_gradient and (bias is None or bias.stop_gradient)))
+    y = extension.run(x, weight, bias, stride, traced or not x.stop_gradient,
+                      traced or not (weight.stop_gradient and (bias is None or bias.stop_gradient)))
+    return as_dtype(y, dtype)
 
 
 _FUNCTIONS = {'custom': conv_custom, 'fft': conv_fft, 'native': conv_native}
@@ -47,6 +47,11 @@ def dtype_name(dtype):
 def as_dtype(tensor, dtype):
     own = tensor.dtype
     return tensor if own is dtype or own == dtype else tensor.astype(dtype)  # comparing Paddle's dtypes is slow
+
+
+def as_float32(tensor):
+    """As the C++ operators take tensors; None stays None."""
+    return None if tensor is None else as_dtype(tensor, paddle.float32)
 
 
 def is_float(dtype):
@@ -141,7 +146,7 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16.
-        weight: [C, 1, K, K], K odd, at most 63; cast to x's dtype.
+        weight: [C, 1, K, K], K odd, at most 63; cast to x's dtype, or both to float32 on the CPU.
         bias: [C] or None.
         stride: 1 or 2.
 

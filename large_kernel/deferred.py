@@ -7,7 +7,7 @@ sequence, all that Python has to do is done at once, and then everything is comp
 import paddle
 
 from large_kernel import extension
-from large_kernel.conv import is_float, runs_custom
+from large_kernel.conv import runs_custom
 
 BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
 _BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
@@ -83,11 +83,11 @@ class _Sequence:
 
 
 def defer(x):
-    """A tensor as the first map of a sequence; the tensor itself where the C++ operator does not serve or in tracing.
+    """A float32 tensor as the first map of a sequence; others, in tracing, or without the C++ operator, x itself.
 
     For inference only, and for layers that do nothing with their maps but hand them to `conv_block`.
     """
-    serves = paddle.in_dynamic_mode() and is_float(x.dtype) and runs_custom(x)
+    serves = paddle.in_dynamic_mode() and x.dtype == paddle.float32 and runs_custom(x)
     return Deferred(_Sequence(x), 0, x.shape) if serves else x
 
 

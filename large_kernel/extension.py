@@ -190,7 +190,7 @@ def reason_unavailable():
 
 
 def run(x, weight, bias, stride, input_grad, weight_grad):
-    """The depthwise operator itself: arguments as in `depthwise_conv2d`, all of one dtype, on the CPU."""
+    """The depthwise operator itself: arguments as in `depthwise_conv2d`, all float32, on the CPU."""
     name = 'large_kernel_conv' if bias is None else 'large_kernel_conv_bias'
     tensors = _without_gradients([x, weight] if bias is None else [x, weight, bias])
     return _call(name, ('X', 'Filter', 'Bias'), tensors, ('stride', 'input_grad', 'weight_grad'),

@@ -5,7 +5,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import extension
-from large_kernel.conv import DepthwiseConv2D, as_dtype, is_float, runs_custom
+from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, is_float, runs_custom
 from large_kernel.deferred import BLOCK, Deferred, computed
 
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
@@ -32,15 +32,15 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
-        run = extension.run_fused
+        run, dtype = extension.run_fused, x.dtype
         if type(x) is Deferred and x.takes(residual):
             run = Deferred.then
         else:
-            x, residual = computed(x), computed(residual)
-        dtype = paddle.float32 if isinstance(conv, PackedConv2D) else x.dtype
-        return run(x, as_dtype(conv.weight, dtype), conv.bias, residual, _tensors(pre_norm), _tensors(norm),
-                   conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
-                   blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D)
+            x, residual = as_float32(computed(x)), as_float32(computed(residual))
+        y = run(x, as_float32(conv.weight), as_float32(conv.bias), residual, _tensors(pre_norm), _tensors(norm),
+                conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
+                blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D)
+        return as_dtype(y, dtype)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
@@ -190,8 +190,10 @@ def _tensors(norm):
         return None
     if paddle.in_dynamic_mode():
         own = norm._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
-        return [own['weight'], own['bias'], own['_mean'], own['_variance']]
-    return [norm.weight, norm.bias, norm._mean, norm._variance]
+        tensors = own['weight'], own['bias'], own['_mean'], own['_variance']
+    else:
+        tensors = norm.weight, norm.bias, norm._mean, norm._variance
+    return [as_float32(tensor) for tensor in tensors]
 
 
 def _epsilon(norm):

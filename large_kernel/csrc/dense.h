@@ -103,9 +103,8 @@ inline MultiplyTile select_tile_product(int vectors) {
 }
 
 // Weights of `vectors` vectors of output channels from `channel` on, of `depth` input channels from k on.
-template <class T>
-Blocks panel_weights(const T* weight, int in_channels, int out_channels, int channel, int vectors, int k, int depth,
-                     float* table) {
+inline Blocks panel_weights(const float* weight, int in_channels, int out_channels, int channel, int vectors, int k, int depth,
+                            float* table) {
   for (int v = 0; v < vectors; v++) {
     const int first = channel + v * kLanes, in_block = v * kLanes % kBlock;
     pack(weight + (std::ptrdiff_t)first * in_channels + k, in_channels, std::min(kLanes, out_channels - first), depth,
@@ -120,9 +119,9 @@ inline Blocks panel_weights(Packed weight, int in_channels, int, int channel, in
 }
 
 // The same weights where they lie.
-template <class T>
-Ahead ahead_of(const T* weight, int in_channels, int out_channels, int channel, int vectors, int k, int depth, int times) {
-  const int size = sizeof(T), rows = std::min(vectors * kLanes, out_channels - channel);
+inline Ahead ahead_of(const float* weight, int in_channels, int out_channels, int channel, int vectors, int k, int depth,
+                      int times) {
+  const int size = sizeof(float), rows = std::min(vectors * kLanes, out_channels - channel);
   return {weight + (std::ptrdiff_t)channel * in_channels + k, (std::ptrdiff_t)in_channels * size, rows, depth * size, times};
 }
 
@@ -134,9 +133,8 @@ inline Ahead ahead_of(Packed weight, int in_channels, int, int channel, int vect
 }
 
 // `count` pixels of an image from `pixel` on, as scale * x + shift -> [Ci / kBlock][count][kBlock].
-template <class T>
-void pack_pixels(const Map<const T>& x, int image, int pixel, int count, const float* scale, const float* shift, float* out,
-                 std::ptrdiff_t block) {
+inline void pack_pixels(const Map<const float>& x, int image, int pixel, int count, const float* scale, const float* shift,
+                        float* out, std::ptrdiff_t block) {
   for (int channel = 0; channel < x.channels; channel += kLanes) {
     const int lanes = std::min(kLanes, x.channels - channel);
     Vec* to = reinterpret_cast<Vec*>(out + channel / kBlock * block + channel % kBlock);
@@ -149,10 +147,10 @@ void pack_pixels(const Map<const T>& x, int image, int pixel, int count, const f
 
 // What `count` outputs of an image from `pixel` on see through a window of K x K inputs, in the order of a weight
 // [Ci, K, K] -> [Ci * K * K / kBlock][count][kBlock].
-template <class T>
-void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, int count, float* out, std::ptrdiff_t block) {
+inline void pack_windows(const Map<const float>& x, const Shape& s, int image, int pixel, int count, float* out,
+                         std::ptrdiff_t block) {
   for (int r = 0; r < s.channels * s.kernel * s.kernel; r++) {
-    const T* plane = x.at(image, r / (s.kernel * s.kernel), 0);
+    const float* plane = x.at(image, r / (s.kernel * s.kernel), 0);
     const int step = x.blocked ? kBlock : 1;
     const int above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
     float* to = out + r / kBlock * block + r % kBlock;
@@ -160,7 +158,7 @@ void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, i
     for (int i = 0; i < count; i++, to += kBlock) {
       const int iy = row * s.stride + above, ix = column * s.stride + left;
       const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
-      *to = inside ? to_float(plane + ((std::ptrdiff_t)iy * s.width + ix) * step) : 0.f;
+      *to = inside ? plane[((std::ptrdiff_t)iy * s.width + ix) * step] : 0.f;
       if (++column == s.out_width()) column = 0, row++;
     }
   }
@@ -169,9 +167,9 @@ void pack_windows(const Map<const T>& x, const Shape& s, int image, int pixel, i
 // Convolution with "same" padding of x, whose shape is `s`, with a weight [Co, Ci, K, K], K odd, or a packed one, plus
 // `residual`, a map like y, if there is one. With `in_scale` and `in_shift` [Ci], for 1x1 kernels, the input is
 // in_scale * x + in_shift.
-template <class T, class W>
-void dense(const Map<const T>& x, W weight, const float* in_scale, const float* in_shift, const Epilogue& epilogue,
-           const T* residual, const Shape& s, const Map<T>& y) {
+template <class W>
+void dense(const Map<const float>& x, W weight, const float* in_scale, const float* in_shift, const Epilogue& epilogue,
+           const float* residual, const Shape& s, const Map<float>& y) {
   const int most_depth = pass_depth(), threads = omp_get_max_threads(), pixels = (int)y.pixels, batch = s.batch;
   const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the weight
   const int vectors = (y.channels + kLanes - 1) / kLanes;
@@ -189,7 +187,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
   const std::ptrdiff_t parts = places * shares;
   // Pixels that stand as they are needed are not copied. There the last tile begins earlier, not to reach behind the map.
   const bool pointwise = s.kernel == 1 && s.stride == 1;
-  const bool in_place = std::is_same_v<T, float> && x.blocked && pointwise && !in_scale && pixels >= kTile;
+  const bool in_place = x.blocked && pointwise && !in_scale && pixels >= kTile;
   const int in_blocks = (terms + kBlock - 1) / kBlock, pitch = tiles * kTile;
   // a line more than it holds, or all blocks would share a few cache sets
   const std::ptrdiff_t copy_block = (std::ptrdiff_t)pitch * kBlock + kBlock;
@@ -239,9 +237,7 @@ void dense(const Map<const T>& x, W weight, const float* in_scale, const float* 
           }
           for (int i = 0; i < images; i++) {
             Blocks in = {copy + (i * in_blocks + k / kBlock) * copy_block, copy_block};
-            if constexpr (std::is_same_v<T, float>) {
-              if (in_place) in = {x.at(image + i, k, first), x.pixels * kBlock};
-            }
+            if (in_place) in = {x.at(image + i, k, first), x.pixels * kBlock};
             for (int p = 0; p < count; p += kTile) {
               const int start = in_place ? std::min(p, count - kTile) : p;
               product(w, {in.data + start * kBlock, in.block}, depth, k > 0, sums + i * kPanel * pitch + p, pitch, ahead);

@@ -1,6 +1,5 @@
 // Depthwise convolution with "same" padding, forward and backward: x [N, C, H, W], weight [C, 1, K, K] with odd K,
-// y [N, C, ceil(H / stride), ceil(W / stride)], contiguous; forward also in blocks (map.h). T is float, bfloat16 or float16;
-// sums are float.
+// y [N, C, ceil(H / stride), ceil(W / stride)], contiguous; forward also in blocks (map.h).
 #pragma once
 #include <vector>
 
@@ -32,8 +31,8 @@ void with_constants(const Shape& s, F f) {
   return f(integral_constant<int, 5>{}, integral_constant<int, 2>{});
 }
 
-template <class T>
-void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, const Map<T>& y) {
+inline void correlate(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s, Order order,
+                      const Map<float>& y) {
   if (is_narrow(s) && !x.blocked && !y.blocked) {
     correlate_narrow(x.data, weight, epilogue, s, order, y.data);
   } else if (is_whole(s, kWholeMap)) {
@@ -47,32 +46,32 @@ void correlate(const Map<const T>& x, const T* weight, const Epilogue& epilogue,
   }
 }
 
-template <class T>
-void forward(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
+inline void forward(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                    const Map<float>& y) {
   const bool blocked = x.blocked || y.blocked;
   if (is_large(s)) {
     correlate(x, weight, epilogue, s, Order::kForward, y);
   } else if (is_stencil(s) && !blocked) {
-    (s.stride == 1 ? forward_stencil<1, T> : forward_stencil<2, T>)(x.data, weight, epilogue, s, y.data);
+    (s.stride == 1 ? forward_stencil<1> : forward_stencil<2>)(x.data, weight, epilogue, s, y.data);
   } else if (is_packed(s) || (blocked && (s.kernel == 3 || s.kernel == 5))) {
     with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
   } else if (!blocked) {
     forward_rows(x.data, weight, epilogue, s, y.data);
   } else {
-    std::vector<T> in(x.pixels * s.batch * s.channels), out(y.pixels * s.batch * s.channels);
-    copy_map(x, s.batch, Map<T>{in.data(), s.channels, x.pixels});
+    std::vector<float> in(x.pixels * s.batch * s.channels), out(y.pixels * s.batch * s.channels);
+    copy_map(x, s.batch, Map<float>{in.data(), s.channels, x.pixels});
     forward_rows(in.data(), weight, epilogue, s, out.data());
-    copy_map(Map<const T>{out.data(), s.channels, y.pixels}, s.batch, y);
+    copy_map(Map<const float>{out.data(), s.channels, y.pixels}, s.batch, y);
   }
 }
 
 // dx, dweight and dbias may be null, dbias must be where dweight is: what is null is not computed.
-template <class T>
-void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+inline void backward(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
+                     float* dbias) {
   if (is_large(s)) {
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
-    const Map<const T> from = {dy, s.channels, pixels};
-    if (dx) correlate(from, weight, Epilogue{}, s, Order::kInputGradient, Map<T>{dx, s.channels, pixels});
+    const Map<const float> from = {dy, s.channels, pixels};
+    if (dx) correlate(from, weight, Epilogue{}, s, Order::kInputGradient, Map<float>{dx, s.channels, pixels});
     if (dweight && is_narrow(s) && !has_pairs()) {
       weight_gradient_narrow(x, dy, s, dweight, dbias);
     } else if (dweight && is_whole(s, kWholeGradient)) {
@@ -85,7 +84,7 @@ void backward(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T
       weight_gradient_large(x, dy, s, dweight, dbias);
     }
   } else if (is_stencil(s)) {
-    (s.stride == 1 ? backward_stencil<1, T> : backward_stencil<2, T>)(x, weight, dy, s, dx, dweight, dbias);
+    (s.stride == 1 ? backward_stencil<1> : backward_stencil<2>)(x, weight, dy, s, dx, dweight, dbias);
   } else if (is_packed(s)) {
     with_constants(s, [&](auto k, auto stride) {
       backward_packed<k(), stride()>(x, weight, dy, s, dx, dweight, dbias);

@@ -52,8 +52,7 @@ struct Epilogue {
   }
 
   // The activation alone, in place.
-  template <class T>
-  void activate_plane(std::ptrdiff_t pixels, T* plane) const {
+  void activate_plane(std::ptrdiff_t pixels, float* plane) const {
     if (activation == Activation::kNone) return;
     Epilogue{nullptr, nullptr, activation}.with_channels(0, 1, [&](auto finish) {
       for (std::ptrdiff_t i = 0; i < pixels; i += kLanes) {

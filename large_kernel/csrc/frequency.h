@@ -129,9 +129,8 @@ DW_INLINE E* numbers(Vec* pairs, E) { return reinterpret_cast<E*>(pairs); }
 
 // x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
 // it: those blocks of an image are left to `correlate_large`.
-template <class T>
-void correlate_frequencies(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
-                           const Map<T>& y, const Tiling& tiling, const RowTransform& transform) {
+inline void correlate_frequencies(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                                  Order order, const Map<float>& y, const Tiling& tiling, const RowTransform& transform) {
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
   const Tasks tasks(s);
   const std::ptrdiff_t step = pair_step(std::min(s.height, kStrip + k - 1)), taps_step = pair_step(k);
@@ -205,9 +204,8 @@ inline bool has_wide_gradient(const Shape& s) { return s.kernel / 2 <= 0.6f * s.
 
 // dweight [C, K, K], dbias [C] or null. Frequencies are summed over rows, tiles and images by one thread, in that order, so the
 // result does not depend on the number of threads.
-template <class T>
-void weight_gradient_frequencies(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias, const Tiling& tiling,
-                                 const RowTransform& transform) {
+inline void weight_gradient_frequencies(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias,
+                                        const Tiling& tiling, const RowTransform& transform) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
   const int threads = omp_get_max_threads(), cuts = parts(s.blocks(), (k + 7) / 8);
@@ -228,7 +226,7 @@ void weight_gradient_frequencies(const T* x, const T* dy, const Shape& s, T* dwe
       std::fill_n(sums, pairs * sum_step, Vec{});
       Vec total = {};
       for (int image = 0; image < s.batch; image++) {
-        const Map<const T> in = {x, s.channels, plane}, grad = {dy, s.channels, plane};
+        const Map<const float> in = {x, s.channels, plane}, grad = {dy, s.channels, plane};
         for_each_strip(0, s.height, s, [&](int begin, int stop, int first, int last) {
           for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
             std::fill_n(row + (right - left), length - (right - left), Vec{});

@@ -283,8 +283,7 @@ enum class Order { kForward, kInputGradient };
 
 // One block of weights, [kLanes, K, K] -> the rows `correlate` takes, each reversed, for the input gradient of the kernel
 // rotated by 180 degrees. They stand in `table` in reverse order.
-template <class T>
-RowSet pack_weights(const T* weight, int k, int lanes, Order order, Vec* table) {
+inline RowSet pack_weights(const float* weight, int k, int lanes, Order order, Vec* table) {
   const bool backwards = order == Order::kForward;
   pack(weight, k * k, lanes, k * k, backwards ? table + k * k - 1 : table, backwards ? -1 : 1);
   return {table + (k - 1) * k, -k, 0, k};
@@ -326,9 +325,8 @@ struct Finite {
 
 // x [N, C, H, W] -> y [N, C, H, W]. Where a value is not finite, differences of rows would carry it to outputs that do not
 // meet it: then the block is computed again without them. With `only`, [blocks, N], just where it is set.
-template <class T>
-void correlate_large(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
-                     const Map<T>& y, const std::vector<char>& only = {}) {
+inline void correlate_large(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                            Order order, const Map<float>& y, const std::vector<char>& only = {}) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int area = s.kernel * s.kernel, pad = s.kernel / 2, levels = levels_for(s.kernel, s.height);
   const int strip = std::min(s.height, std::max(16, 512 / s.width / 16 * 16));  // rows of output computed together
@@ -416,8 +414,8 @@ inline void weight_gradient_rows(const Levels& x, const Levels& dy, const Shape&
 
 // dweight [C, K, K], dbias [C] or null. Each value is summed by one thread in the order of the batch, so the result
 // does not depend on the number of threads. With `only`, just the blocks where it is set.
-template <class T>
-void weight_gradient_large(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias, const std::vector<char>& only = {}) {
+inline void weight_gradient_large(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias,
+                                  const std::vector<char>& only = {}) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int k = s.kernel, pad = k / 2, area = k * k, threads = omp_get_max_threads(), cuts = parts(s.blocks(), (k + 7) / 8);
   const int levels = levels_for(s.height, s.kernel);

@@ -84,12 +84,13 @@ typedef TwoPlanes<false> TwoChannels;
 typedef OnePlane TwoImages, TwoChannels;  // not used
 #endif
 
-// Planes of H by H pixels, `step` apart in memory as in `out`. `taps` points to the middle of a kernel, taps_step further is that of
-// the second plane. They are read as they lie: for the output their rows would have to run backwards, so there the lanes do,
-// until the end. Writes out [H, H]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
+// Planes of H by H pixels, x_step apart, to `out`, out_step apart. `taps` points to the middle of a kernel, that of the second
+// plane lies taps_step further. They are read as they lie: for the output their rows would have to run backwards, so there the
+// lanes do, until the end. Writes out [H, H]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
 template <class P, int H, Order order>
-__attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t step, const float* taps, std::ptrdiff_t taps_step,
-                                                int kernel, float* out, bool exact) {
+__attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x_step, const float* taps,
+                                                std::ptrdiff_t taps_step, int kernel, float* out, std::ptrdiff_t out_step,
+                                                bool exact) {
   typedef typename P::Vector Vector;
   constexpr bool forward = order == Order::kForward;
   constexpr int chains = kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
@@ -99,7 +100,7 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t s
   for (const float* end = x + H; x < end; x++, taps += column) {
     Vector value[H];
 #pragma GCC unroll 8
-    for (int y = 0; y < H; y++) value[y] = P::splat(x + y * H, step);
+    for (int y = 0; y < H; y++) value[y] = P::splat(x + y * H, x_step);
     const float* row = taps;
 #pragma GCC unroll 16
     for (int d = 1 - H; d < H; d++, row += down) {  // row y + d of the input meets this row of the taps
@@ -116,7 +117,7 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t s
     if (forward) sum[0][y] = P::reverse(sum[0][y], H);
   }
 #pragma GCC unroll 2
-  for (int plane = 0; plane < P::kPlanes; plane++, out += step) {  // in order: what is behind one may be the next one
+  for (int plane = 0; plane < P::kPlanes; plane++, out += out_step) {  // in order: what is behind one may be the next one
 #pragma GCC unroll 8
     for (int y = 0; y < H; y++) {
       const Line v = P::get(sum[0][y], plane);
@@ -185,22 +186,19 @@ __attribute__((noinline)) void merge_columns(const float* parts, const float* fr
   }
 }
 
-// `count` values to other memory, as another type, through `finish`.
-template <class T, class U, class F = Identity>
-DW_INLINE void copy_values(const T* from, int count, U* to, F finish = {}) {
+// `count` values to other memory, through `finish`.
+template <class F = Identity>
+DW_INLINE void copy_values(const float* from, int count, float* to, F finish = {}) {
   for_each_window(
       count, [&](int i) { store(to + i, finish(load(from + i))); },
       [&] { store_part(to, finish(load_part(from, count)), count); });
 }
 
 // The middle of a channel's weights: where they lie, or copied, with what is read behind them.
-template <class T>
-DW_INLINE const float* middle_tap(const T* weight, int channel, const Shape& s, float* copied) {
+DW_INLINE const float* middle_tap(const float* weight, int channel, const Shape& s, float* copied) {
   const int area = s.kernel * s.kernel;
-  const T* from = weight + (std::ptrdiff_t)channel * area;
-  if constexpr (std::is_same_v<T, float>) {
-    if (channel + 1 < s.channels) return from + area / 2;
-  }
+  const float* from = weight + (std::ptrdiff_t)channel * area;
+  if (channel + 1 < s.channels) return from + area / 2;
   copy_values(from, area, copied);
   return copied + area / 2;
 }
@@ -214,16 +212,15 @@ DW_INLINE void for_channels(const Shape& s, F f) {
   if (first(thread) < first(thread + 1)) f(first(thread), first(thread + 1));
 }
 
-// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for two planes of input, two of output, and two
-// channels' weights.
-template <int H, Order order, class T>
-void correlate_channels(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, int begin, int end, T* y,
-                        float* memory) {
-  constexpr bool is_float = std::is_same_v<T, float>;
+// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for two planes of output and two channels'
+// weights.
+template <int H, Order order>
+void correlate_channels(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, int begin, int end,
+                        float* y, float* memory) {
   constexpr int pixels = H * H;
   const std::ptrdiff_t image_step = (std::ptrdiff_t)s.channels * pixels;
-  const bool direct = is_float && !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
-  float *const in = memory, *const out = in + 2 * kPlane, *const copied = out + 2 * kPlane;
+  const bool direct = !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
+  float *const out = memory, *const copied = out + 2 * kPlane;
   const std::ptrdiff_t copied_step = s.kernel * s.kernel + kLanes;
 
   // One plane, of this image and channel, or two, the other one of the next image or the next channel.
@@ -232,14 +229,8 @@ void correlate_channels(const T* x, const T* weight, const Epilogue& epilogue, c
     constexpr int channel_step = P::kPlanes == 2 && std::is_same_v<P, TwoChannels> ? 1 : 0;
     const std::ptrdiff_t first = image * image_step + (std::ptrdiff_t)channel * pixels, step = channel_step ? pixels : image_step;
     const bool exact = channel + channel_step + 1 == end;
-    const float* from = in;
-    float* to = out;
-    std::ptrdiff_t between = kPlane;
-    if constexpr (is_float) {
-      if (direct) from = x + first, to = y + first, between = step;
-    }
-    for (int i = 0; !direct && i < P::kPlanes; i++) copy_values(x + first + i * step, pixels, in + i * kPlane);
-    correlate_planes<P, H, order>(from, between, taps, next_taps - taps, s.kernel, to, direct && exact);
+    correlate_planes<P, H, order>(x + first, step, taps, next_taps - taps, s.kernel, direct ? y + first : out,
+                                  direct ? step : kPlane, direct && exact);
     for (int i = 0; !direct && i < P::kPlanes; i++) {
       epilogue.with_channel(channel + i * channel_step, [&](auto finish) {
         copy_values(out + i * kPlane, pixels, y + first + i * step, finish);
@@ -264,14 +255,14 @@ void correlate_channels(const T* x, const T* weight, const Epilogue& epilogue, c
 }
 
 // Floats of memory that correlate_channels needs.
-inline std::size_t correlation_memory(const Shape& s) { return 4 * kPlane + 2 * (s.kernel * s.kernel + kLanes); }
+inline std::size_t correlation_memory(const Shape& s) { return 2 * kPlane + 2 * (s.kernel * s.kernel + kLanes); }
 
 // x [N, C, H, W] -> y [N, C, H, W].
-template <class T>
-void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order, T* y) {
+inline void correlate_narrow(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, Order order,
+                             float* y) {
   with_size(s.height, [&](auto height) {
-    const auto run = order == Order::kForward ? correlate_channels<height(), Order::kForward, T>
-                                              : correlate_channels<height(), Order::kInputGradient, T>;
+    const auto run = order == Order::kForward ? correlate_channels<height(), Order::kForward>
+                                              : correlate_channels<height(), Order::kInputGradient>;
 #pragma omp parallel
     {
       Scratch scratch(correlation_memory(s));
@@ -281,32 +272,27 @@ void correlate_narrow(const T* x, const T* weight, const Epilogue& epilogue, con
 }
 
 // dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in its order.
-template <class T, int H>
-void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
-  constexpr bool is_float = std::is_same_v<T, float>;
+template <int H>
+void weight_gradient_narrow(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
   constexpr int rows = 2 * H - 1, parts_size = kNarrow * rows * 3 * kNarrow, sums_size = rows * 2 * kNarrow;
   const int k = s.kernel, area = k * k;
   constexpr int pixels = H * H;
   const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels;
 #pragma omp parallel
   {
-    Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size + area + 2 * kNarrow + 2 * kLanes);
+    Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size);
     float *const in = scratch.floats(), *const grads = in + kTogether * kPlane, *const parts = grads + kTogether * kPlane;
-    float *const sums = parts + parts_size, *const copied = sums + sums_size;
+    float* const sums = parts + parts_size;
     std::fill_n(in, 2 * kTogether * kPlane + parts_size, 0.f);
     auto weight_gradient = [&](int channel) {
-      float bias = 0, *to = copied;
-      if constexpr (is_float) to = dweight + (std::ptrdiff_t)channel * area;
+      float bias = 0, *const to = dweight + (std::ptrdiff_t)channel * area;
       if (k > rows) std::fill_n(to, area, 0.f);
       for (int image = 0; image < s.batch; image += kTogether) {
         const int images = std::min(kTogether, s.batch - image);
-        const T *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
-        bool direct = false;
-        if constexpr (is_float) {
-          direct = channel + 1 < s.channels;  // the last one is copied, since more than it is read
-          if (direct) multiply_columns<H>(from, step, grad, step, images, parts);
-        }
-        if (!direct) {
+        const float *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
+        if (channel + 1 < s.channels) {
+          multiply_columns<H>(from, step, grad, step, images, parts);
+        } else {  // copied, since more than these planes is read
           for (int i = 0; i < images; i++) {
             copy_values(from + i * step, pixels, in + i * kPlane);
             copy_values(grad + i * step, pixels, grads + i * kPlane);
@@ -321,7 +307,6 @@ void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight,
           bias += sum_lanes(sum);
         }
       }
-      if constexpr (!is_float) copy_values(copied, area, dweight + (std::ptrdiff_t)channel * area);
       if (dbias) store_part(dbias + channel, splat(bias), 1);
     };
     for_channels(s, [&](int begin, int end) {
@@ -330,9 +315,8 @@ void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight,
   }
 }
 
-template <class T>
-void weight_gradient_narrow(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
-  with_size(s.height, [&](auto height) { weight_gradient_narrow<T, height()>(x, dy, s, dweight, dbias); });
+inline void weight_gradient_narrow(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
+  with_size(s.height, [&](auto height) { weight_gradient_narrow<height()>(x, dy, s, dweight, dbias); });
 }
 
 }  // namespace dwconv

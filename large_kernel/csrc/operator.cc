@@ -40,8 +40,8 @@ Dims blocked_shape(const Dims& x) { return {x[0], x[1] / dwconv::kBlock, x[2], x
 
 // `in` is the shape of x, [N, C, H, W].
 dwconv::Shape check(const Tensor& x, const Dims& in, const Tensor& weight, int stride) {
-  PD_CHECK(x.is_cpu() && weight.is_cpu(), "large_kernel_conv runs on the CPU only");
-  PD_CHECK(x.dtype() == weight.dtype(), "large_kernel_conv needs input and weight of the same dtype");
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
+           "large_kernel_conv needs input and weight of float32 on the CPU");
   const Dims w = weight.shape();
   PD_CHECK(in.size() == 4 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3] && w[2] % 2 == 1 &&
                (stride == 1 || stride == 2),
@@ -60,22 +60,9 @@ Tensor plain(const Tensor& x) {
   return Tensor(out);
 }
 
-// Calls f with a null pointer of the element type the tensor holds.
-template <class F>
-void dispatch(const Tensor& x, F f) {
-  switch (x.dtype()) {
-    case DataType::FLOAT32: return f(static_cast<float*>(nullptr));
-    case DataType::BFLOAT16: return f(static_cast<dwconv::bfloat16*>(nullptr));
-    case DataType::FLOAT16: return f(static_cast<dwconv::float16*>(nullptr));
-    default: PD_THROW("large_kernel_conv takes float32, bfloat16 and float16");
-  }
-}
+const float* read(const Tensor& t) { return static_cast<const float*>(t.data()); }
 
-template <class T>
-const T* read(const Tensor& t) { return static_cast<const T*>(t.data()); }
-
-template <class T>
-T* written(Tensor& t) { return static_cast<T*>(t.data()); }
+float* written(Tensor& t) { return static_cast<float*>(t.data()); }
 
 template <class T>
 dwconv::Map<T> map_of(T* data, const Dims& dims) {
@@ -83,28 +70,19 @@ dwconv::Map<T> map_of(T* data, const Dims& dims) {
   return {data, (int)plain[1], plain[2] * plain[3], is_blocked(dims)};
 }
 
-// `count` values as float32.
-std::vector<float> floats(const Tensor& t, std::int64_t count, const char* name) {
+// The values of a tensor of this many channels.
+const float* floats(const Tensor& t, std::int64_t count, const char* name) {
+  PD_CHECK(t.is_cpu() && t.dtype() == DataType::FLOAT32, "large_kernel: ", name, " must be float32 on the CPU");
   PD_CHECK(t.numel() == count, "large_kernel: ", name, " has ", t.numel(), " values for ", count, " channels");
-  std::vector<float> values(count);
-  dispatch(t, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* from = read<T>(t);
-    for (std::int64_t i = 0; i < count; i++) values[i] = dwconv::to_float(from + i);
-  });
-  return values;
+  return read(t);
 }
 
 Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
   const Tensor x = plain(input);
   const dwconv::Shape s = check(x, x.shape(), weight, stride);
   Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
-  const std::vector<float> shift = bias ? floats(*bias, s.channels, "bias") : std::vector<float>();
-  dispatch(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    dwconv::forward(map_of(read<T>(x), x.shape()), read<T>(weight), {nullptr, bias ? shift.data() : nullptr}, s,
-                    map_of(written<T>(y), y.shape()));
-  });
+  dwconv::forward(map_of(read(x), x.shape()), read(weight), {nullptr, bias ? floats(*bias, s.channels, "bias") : nullptr}, s,
+                  map_of(written(y), y.shape()));
   return y;
 }
 
@@ -123,12 +101,11 @@ struct Affine {
   Affine(const OptionalTensors& norm, float epsilon, std::int64_t channels) {
     if (!norm || norm->empty()) return;
     PD_CHECK(norm->size() == 4, "fused_conv: a norm is weight, bias, mean and variance, not ", norm->size(), " tensors");
-    scale = floats((*norm)[0], channels, "norm weight");
-    shift = floats((*norm)[1], channels, "norm bias");
-    const auto mean = floats((*norm)[2], channels, "norm mean"), variance = floats((*norm)[3], channels, "norm variance");
+    const float *weight = floats((*norm)[0], channels, "norm weight"), *bias = floats((*norm)[1], channels, "norm bias");
+    const float *mean = floats((*norm)[2], channels, "norm mean"), *variance = floats((*norm)[3], channels, "norm variance");
     for (std::int64_t c = 0; c < channels; c++) {
-      scale[c] /= std::sqrt(variance[c] + epsilon);
-      shift[c] -= mean[c] * scale[c];
+      scale.push_back(weight[c] / std::sqrt(variance[c] + epsilon));
+      shift.push_back(bias[c] - mean[c] * scale[c]);
     }
   }
   const float* scale_or_null() const { return scale.empty() ? nullptr : scale.data(); }
@@ -143,7 +120,7 @@ dwconv::Activation activation_of(const std::string& name) {
 }
 
 // activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise or dense, there
-// also with a packed weight [C_out / kBlock, C_in * K * K, kBlock], which is float32 whatever x is. With `blocked` the result is
+// also with a packed weight [C_out / kBlock, C_in * K * K, kBlock]. With `blocked` the result is
 // in blocks; the input may be either way, the residual is as the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
@@ -166,7 +143,7 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
   const Affine before(in_norm, in_epsilon, in[1]);
   Affine after(out_norm, out_epsilon, channels);
   if (bias) {
-    const auto b = floats(*bias, channels, "bias");
+    const float* b = floats(*bias, channels, "bias");
     after.shift.resize(channels);
     for (std::int64_t c = 0; c < channels; c++) after.shift[c] += b[c] * (after.scale.empty() ? 1.f : after.scale[c]);
   }
@@ -176,27 +153,20 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
   if (blocked) out = blocked_shape(out);
   Tensor y = paddle::experimental::empty(out, x.dtype(), x.place());
   if (!is_dense) {
-    const dwconv::Shape s = check(x, in, weight, stride);
-    dispatch(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      dwconv::forward(map_of(read<T>(x), x.shape()), read<T>(weight), epilogue, s, map_of(written<T>(y), out));
-    });
+    dwconv::forward(map_of(read(x), x.shape()), read(weight), epilogue, check(x, in, weight, stride), map_of(written(y), out));
     return {y};
   }
   const Tensor added = residual ? plain(*residual) : Tensor();
-  PD_CHECK(x.is_cpu() && weight.is_cpu() && weight.dtype() == (packed ? DataType::FLOAT32 : x.dtype()),
-           "fused_conv needs input and weight of the same dtype on the CPU");
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
+           "fused_conv needs input and weight of float32 on the CPU");
   PD_CHECK(!residual || (added.shape() == out && added.dtype() == x.dtype()),
            "fused_conv needs a residual of the shape and dtype of the result");
   const dwconv::Shape s = {(int)in[0], (int)in[1], (int)in[2], (int)in[3], kernel, stride};
-  dispatch(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    auto run = [&](auto w) {
-      dwconv::dense(map_of(read<T>(x), x.shape()), w, before.scale_or_null(), before.shift_or_null(), epilogue,
-                    residual ? read<T>(added) : nullptr, s, map_of(written<T>(y), out));
-    };
-    packed ? run(dwconv::Packed{read<float>(weight)}) : run(read<T>(weight));
-  });
+  auto run = [&](auto w) {
+    dwconv::dense(map_of(read(x), x.shape()), w, before.scale_or_null(), before.shift_or_null(), epilogue,
+                  residual ? read(added) : nullptr, s, map_of(written(y), out));
+  };
+  packed ? run(dwconv::Packed{read(weight)}) : run(read(weight));
   return {y};
 }
 
@@ -249,12 +219,8 @@ std::vector<Tensor> run_backward(const Tensor& x, const Tensor& weight, const Te
   };
   std::vector<Tensor> grads = {make(x, input_grad), make(weight, weight_grad)};
   if (bias) grads.push_back(make(*bias, weight_grad));
-  dispatch(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    dwconv::backward(read<T>(x), read<T>(weight), read<T>(dy), s, input_grad ? written<T>(grads[0]) : nullptr,
-                     weight_grad ? written<T>(grads[1]) : nullptr,
-                     weight_grad && bias ? written<T>(grads[2]) : nullptr);
-  });
+  dwconv::backward(read(x), read(weight), read(dy), s, input_grad ? written(grads[0]) : nullptr,
+                   weight_grad ? written(grads[1]) : nullptr, weight_grad && bias ? written(grads[2]) : nullptr);
   return grads;
 }
 
@@ -293,9 +259,9 @@ std::vector<Tensor> BatchNormAct(const Tensor& x, const Tensor& weight, const Te
   const dwconv::NormShape s = check_norm(x, {&weight, &bias, &running_mean, &running_variance});
   Tensor y = paddle::experimental::empty_like(x), mean = paddle::experimental::empty_like(weight),
          variance = paddle::experimental::empty_like(weight);
-  dwconv::norm_forward(read<float>(x), read<float>(weight), read<float>(bias), epsilon, activation_of(activation), s,
-                       written<float>(y), written<float>(mean), written<float>(variance), momentum,
-                       const_cast<float*>(read<float>(running_mean)), const_cast<float*>(read<float>(running_variance)));
+  dwconv::norm_forward(read(x), read(weight), read(bias), epsilon, activation_of(activation), s,
+                       written(y), written(mean), written(variance), momentum,
+                       const_cast<float*>(read(running_mean)), const_cast<float*>(read(running_variance)));
   return {y, mean, variance};
 }
 
@@ -305,9 +271,9 @@ std::vector<Tensor> BatchNormActGrad(const Tensor& x, const Tensor& weight, cons
   const dwconv::NormShape s = check_norm(x, {&weight, &bias, &mean, &variance});
   Tensor dx = paddle::experimental::empty_like(x), dweight = paddle::experimental::empty_like(weight),
          dbias = paddle::experimental::empty_like(bias);
-  dwconv::norm_backward(read<float>(x), read<float>(weight), read<float>(bias), read<float>(mean), read<float>(variance),
-                        read<float>(dy), epsilon, activation_of(activation), s, written<float>(dx), written<float>(dweight),
-                        written<float>(dbias));
+  dwconv::norm_backward(read(x), read(weight), read(bias), read(mean), read(variance),
+                        read(dy), epsilon, activation_of(activation), s, written(dx), written(dweight),
+                        written(dbias));
   return {dx, dweight, dbias};
 }
 

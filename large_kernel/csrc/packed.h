@@ -59,9 +59,8 @@ struct PackedWorkspace {
 };
 
 // Rows [first, last) of x, zeros where it has none, with a border on both sides -> `to`, by way of `plane`.
-template <class T>
-void read_bordered(const Map<const T>& x, int image, int channel, int lanes, int height, int width, int first, int last,
-                   Vec* plane, Vec* to, std::ptrdiff_t pitch, int border) {
+inline void read_bordered(const Map<const float>& x, int image, int channel, int lanes, int height, int width, int first,
+                          int last, Vec* plane, Vec* to, std::ptrdiff_t pitch, int border) {
   const int begin = std::max(first, 0), end = std::min(last, height);
   x.read(image, channel, lanes, (std::ptrdiff_t)begin * width, (end - begin) * width, plane);
   for (int y = first; y < last; y++, to += pitch) {
@@ -94,8 +93,9 @@ inline void packed_exact(PackedWorkspace& w, const Shape& s, int begin, int end)
 }
 
 // Strips of rows are computed together, small enough to stay in the second-level cache.
-template <int K, int S, class T>
-void forward_packed(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, const Map<T>& y) {
+template <int K, int S>
+void forward_packed(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                    const Map<float>& y) {
   const int height = std::clamp(kStripPixels / s.out_width(), 1, s.out_height());
   const int strips = (s.out_height() + height - 1) / height;
   Shape strip = s;
@@ -172,8 +172,9 @@ void packed_weight_gradient(const Shape& s, PackedWorkspace& w, int ky) {
 }
 
 // dx, dweight and dbias may be null. One thread sums a block of channels over the batch, in its order.
-template <int K, int S, class T>
-void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+template <int K, int S>
+void backward_packed(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
+                     float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   constexpr int rows = std::min(K, (kRegisters == 32 ? 25 : 10) / K);
 #pragma omp parallel
@@ -189,7 +190,7 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
       Vec bias_sum = {};
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
-        read_bordered(Map<const T>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
+        read_bordered(Map<const float>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
                       s.out_height() + K, w.plane, w.dy, w.dy_pitch, K);
         if (dbias) bias_sum += std::accumulate(w.plane, w.plane + out, Vec{});
         if (dx && finite) {
@@ -200,7 +201,7 @@ void backward_packed(const T* x, const T* weight, const T* dy, const Shape& s, T
           exact_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
         }
         if (dweight) {
-          read_bordered(Map<const T>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, -(K / 2),
+          read_bordered(Map<const float>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, -(K / 2),
                         s.height + K / 2, w.plane, w.x, w.x_pitch, K / 2);
           int ky = 0;
           for (; ky + rows <= K; ky += rows) packed_weight_gradient<K, S, rows>(s, w, ky);

@@ -69,11 +69,10 @@ struct Workspace {
 
 // Fills the interior of a bordered plane; the border was zeroed once and stays so, as rows are written in order and end
 // in zeros.
-template <class T>
-void copy_plane(const T* plane, int height, int width, int border, const Bordered& to) {
-  const T* end = plane + (std::ptrdiff_t)height * width;
+inline void copy_plane(const float* plane, int height, int width, int border, const Bordered& to) {
+  const float* end = plane + (std::ptrdiff_t)height * width;
   for (int y = 0; y < height; y++) {
-    const T* from = plane + (std::ptrdiff_t)y * width;
+    const float* from = plane + (std::ptrdiff_t)y * width;
     float* row = to.data + (y + border) * to.pitch;
     if (to.stride == 1) {
       copy_row(from, width, end, row + border);
@@ -188,46 +187,43 @@ inline bool all_finite(const float* p, int count) {
   return true;
 }
 
-template <class T>
-void exact_forward(const T* x, const T* weight, const Epilogue& epilogue, std::ptrdiff_t channel, const Shape& s, T* y) {
+inline void exact_forward(const float* x, const float* weight, const Epilogue& epilogue, std::ptrdiff_t channel,
+                          const Shape& s, float* y) {
   const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f, shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.out_height() * s.out_width();
   Scratch exact(pixels + kLanes);
   float* sum = exact.floats();
   std::fill(sum, sum + pixels, shift);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += to_float(x + i) * (scale * to_float(weight + tap)); });
+  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += x[i] * (scale * weight[tap]); });
   write_row(sum, (int)pixels, y, y + pixels);
   epilogue.activate_plane(pixels, y);
 }
 
-template <class T>
-void exact_input_gradient(const T* dy, const T* weight, const Shape& s, T* dx) {
+inline void exact_input_gradient(const float* dy, const float* weight, const Shape& s, float* dx) {
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
   Scratch exact(pixels + kLanes);
   float* sum = exact.floats();
   std::fill(sum, sum + pixels, 0.f);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[i] += to_float(dy + o) * to_float(weight + tap); });
+  for_each_tap(s, [&](auto o, auto i, int tap) { sum[i] += dy[o] * weight[tap]; });
   write_row(sum, (int)pixels, dx, dx + pixels);
 }
 
 // Of one channel over the batch; x and dy point to its first plane.
-template <class T>
-void exact_weight_gradient(const T* x, const T* dy, const Shape& s, T* dweight) {
+inline void exact_weight_gradient(const float* x, const float* dy, const Shape& s, float* dweight) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel;
   Scratch exact(area + kLanes);
   float* sum = exact.floats();
   std::fill(sum, sum + area, 0.f);
   for (std::ptrdiff_t image = 0; image < s.batch; image++, x += s.channels * in, dy += s.channels * out) {
-    for_each_tap(s, [&](auto o, auto i, int tap) { sum[tap] += to_float(dy + o) * to_float(x + i); });
+    for_each_tap(s, [&](auto o, auto i, int tap) { sum[tap] += dy[o] * x[i]; });
   }
   write_row(sum, area, dweight, dweight + area);
 }
 
 // ---- the three passes over one plane ----
 
-template <class T>
-void forward_plane(const T* plane, float bias, const Shape& s, Workspace& w, T* y) {
+inline void forward_plane(const float* plane, float bias, const Shape& s, Workspace& w, float* y) {
   const int k = s.kernel, height = s.out_height(), width = s.out_width();
   const std::ptrdiff_t pixels = (std::ptrdiff_t)height * width;
   copy_plane(plane, s.height, s.width, k / 2, w.x);
@@ -243,8 +239,7 @@ void forward_plane(const T* plane, float bias, const Shape& s, Workspace& w, T* 
 
 // dy stands in w.dy. Row and column Y = 2 a + phase of the bordered input receive dy[a - m] * weight[2 m + phase], which
 // is a correlation with every second tap of the rotated kernel; the same at stride 1 with the one phase 0.
-template <class T>
-void input_gradient_plane(const Shape& s, Workspace& w, T* dx) {
+inline void input_gradient_plane(const Shape& s, Workspace& w, float* dx) {
   const int k = s.kernel, pad = k / 2, stride = s.stride, reach = (k - 1) / stride;
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
   const int start = pad / stride, skip = pad % stride;
@@ -330,8 +325,7 @@ inline void weight_gradient_any(const Bordered& x, const Bordered& dy, int borde
 }
 
 // Adds one plane's weight gradient to w.weight_sum; dy stands in w.dy.
-template <class T>
-void weight_gradient_plane(const T* x, const Shape& s, Workspace& w) {
+inline void weight_gradient_plane(const float* x, const Shape& s, Workspace& w) {
   const int k = s.kernel, border = (k - 1) / s.stride, height = s.out_height();
   const int vectors = round_up(s.out_width(), kLanes) / kLanes;
   copy_plane(x, s.height, s.width, k / 2, w.x);
@@ -360,17 +354,15 @@ DW_INLINE float sum_lanes(Vec v) {
 }
 
 // Whether all are finite; if not, zeros of a border must not be multiplied with them.
-template <class T>
-bool read_weights(const T* weight, int area, float scale, Workspace& w) {
+inline bool read_weights(const float* weight, int area, float scale, Workspace& w) {
   for (int i = 0; i < area; i++) {
-    w.row[i] = scale * to_float(weight + i);
+    w.row[i] = scale * weight[i];
     w.weight[i] = splat(w.row[i]);
   }
   return all_finite(w.row, area);
 }
 
-template <class T>
-void forward_rows(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+inline void forward_rows(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel;
 #pragma omp parallel
@@ -392,8 +384,8 @@ void forward_rows(const T* x, const T* weight, const Epilogue& epilogue, const S
 }
 
 // dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
-template <class T>
-void backward_rows(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+inline void backward_rows(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
+                          float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel, border = (s.kernel - 1) / s.stride;
 #pragma omp parallel
@@ -420,7 +412,7 @@ void backward_rows(const T* x, const T* weight, const T* dy, const Shape& s, T* 
       }
       if (dweight) {
         for (int i = 0; i < area; i++) w.row[i] = sum_lanes(w.weight_sum[i]);
-        T* to = dweight + channel * area;
+        float* to = dweight + channel * area;
         if (all_finite(w.row, area)) {
           write_row(w.row, area, to, to + area);
         } else {

@@ -29,10 +29,8 @@ struct Strip {
   First first;
 
   DW_INLINE explicit Strip(std::ptrdiff_t n) : first(n) {}
-  template <class T>
-  DW_INLINE Vec read(const T* p) const { return Inside ? load(p) : first.read(p); }
-  template <class T>
-  DW_INLINE void write(T* p, Vec v) const { Inside ? store(p, v) : first.write(p, v); }
+  DW_INLINE Vec read(const float* p) const { return Inside ? load(p) : first.read(p); }
+  DW_INLINE void write(float* p, Vec v) const { Inside ? store(p, v) : first.write(p, v); }
 };
 
 // Nine weights, each in all lanes.
@@ -54,19 +52,19 @@ struct Taps3 {
 };
 
 // Reads them row after row, for output columns x and on.
-template <int S, bool Inside, class T>
+template <int S, bool Inside>
 struct TapReader {
-  const T* at;
+  const float* at;
   std::ptrdiff_t pitch;
   bool first;
   Strip<Inside> before, from, behind;
 
-  DW_INLINE TapReader(const Plane<const T>& plane, int y, int x)
+  DW_INLINE TapReader(const Plane<const float>& plane, int y, int x)
       : at(plane.row(y) + S * x), pitch(plane.width), first(x == 0), before(plane.width - x + 1),
         from(plane.width - S * x), behind(plane.width - S * x - (S == 1 ? 1 : kLanes)) {}
 
   DW_INLINE Taps3 next() {
-    const T *here = at, *ahead = at + kAhead * pitch;
+    const float *here = at, *ahead = at + kAhead * pitch;
     at += pitch;
     __builtin_prefetch(ahead);
     if constexpr (S == 1) {
@@ -96,17 +94,17 @@ DW_INLINE void for_each_strips(int height, int width, int few, F f) {
 
 // out = finish(the correlation of x with nine weights), rows [begin, end) of the strips from column `first` to `last`. These
 // are functions of their own, so that what their loops need finds registers.
-template <int S, bool Inside, class T, class F>
-__attribute__((noinline)) void stencil_strips(const Plane<const T>& x, const float* weight, const Plane<T>& out, int begin,
-                                              int end, int first, int last, F finish) {
+template <int S, bool Inside, class F>
+__attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const float* weight, const Plane<float>& out,
+                                              int begin, int end, int first, int last, F finish) {
   const std::ptrdiff_t pitch = out.width;
   const int pairs = std::min(end, x.height / 2), reach = std::min(end + 1, x.height);
   Vec w[9];
   splat9(weight, w);
   for (int column = first; column < last; column += kLanes) {
     const Strip<Inside> strip(out.width - column);
-    TapReader<S, Inside, T> taps(x, begin > 0 ? S * begin - 1 : 0, column);
-    T* to = out.row(begin) + column;
+    TapReader<S, Inside> taps(x, begin > 0 ? S * begin - 1 : 0, column);
+    float* to = out.row(begin) + column;
     auto put = [&](Vec v) {
       strip.write(to, finish(v));
       to += pitch;
@@ -137,9 +135,9 @@ __attribute__((noinline)) void stencil_strips(const Plane<const T>& x, const flo
 
 // The input's gradient at stride 2: a pixel of an even row or column met the middle tap alone, one of an odd row or column
 // the last tap of one output and the first of the next. `soon` is as large as dx, and asked for on the way: what is read after it.
-template <bool Inside, class T>
-__attribute__((noinline)) void spread_strips(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, int begin,
-                                             int end, int first, int last, const T* soon) {
+template <bool Inside>
+__attribute__((noinline)) void spread_strips(const Plane<const float>& dy, const float* weight, const Plane<float>& dx,
+                                             int begin, int end, int first, int last, const float* soon) {
   const std::ptrdiff_t pitch = dy.width, to_pitch = dx.width;
   const int full = std::min(end, dy.height - 1);
   Vec w[9];
@@ -147,9 +145,9 @@ __attribute__((noinline)) void spread_strips(const Plane<const T>& dy, const flo
   for (int column = first; column < last; column += kLanes) {
     const Strip<Inside> here(dy.width - column), right(dy.width - column - 1);
     const Strip<Inside> low(dx.width - 2 * column), high(dx.width - 2 * column - kLanes);
-    const T* from = dy.row(begin) + column;
-    T* to = dx.row(2 * begin) + 2 * column;
-    const T* fetch = soon + 2 * begin * to_pitch + 2 * column;
+    const float* from = dy.row(begin) + column;
+    float* to = dx.row(2 * begin) + 2 * column;
+    const float* fetch = soon + 2 * begin * to_pitch + 2 * column;
     auto put = [&](Vec even, Vec odd) {
       __builtin_prefetch(fetch);
       __builtin_prefetch(fetch + kLanes);
@@ -177,15 +175,15 @@ __attribute__((noinline)) void spread_strips(const Plane<const T>& dy, const flo
 }
 
 // Adds the products of dy with the input to the gradients of the nine weights.
-template <int S, bool Inside, class T>
-__attribute__((noinline)) void add_products_strips(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums, int begin,
-                                                   int end, int first, int last) {
+template <int S, bool Inside>
+__attribute__((noinline)) void add_products_strips(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums,
+                                                   int begin, int end, int first, int last) {
   const std::ptrdiff_t pitch = dy.width;
   Vec sum[9] = {};
   for (int column = first; column < last; column += kLanes) {
-    TapReader<S, Inside, T> taps(x, S * begin, column);
+    TapReader<S, Inside> taps(x, S * begin, column);
     const Strip<Inside> strip(dy.width - column);
-    const T* from = dy.row(begin) + column;
+    const float* from = dy.row(begin) + column;
     Vec before = begin > 0 ? strip.read(from - pitch) : Vec{}, value = strip.read(from);
     for (int y = begin; y < end; y++) {
       from += pitch;
@@ -232,10 +230,10 @@ struct Columns {
 };
 
 // Calls f(first output row of two, what the kernel's three rows meet).
-template <class T, class F>
-DW_INLINE void for_each_pair(const Plane<const T>& x, int rows, F f) {
+template <class F>
+DW_INLINE void for_each_pair(const Plane<const float>& x, int rows, F f) {
   const First first(x.width);
-  const T* at = x.data;
+  const float* at = x.data;
   int y = 0;
   auto next = [&] {
     if (y++ >= x.height) return Vec{};
@@ -254,8 +252,9 @@ DW_INLINE void for_each_pair(const Plane<const T>& x, int rows, F f) {
   }
 }
 
-template <class T, class F>
-__attribute__((noinline)) void stencil_pairs(const Plane<const T>& x, const float* weight, const Plane<T>& out, F finish) {
+template <class F>
+__attribute__((noinline)) void stencil_pairs(const Plane<const float>& x, const float* weight, const Plane<float>& out,
+                                             F finish) {
   Ints together;  // the lanes of both rows, one behind the other; of each number its last four bits count
   for (int i = 0; i < kLanes; i++) together[i] = i < out.width ? i : i - out.width + kLanes / 2;
   Vec w[9];
@@ -271,8 +270,7 @@ __attribute__((noinline)) void stencil_pairs(const Plane<const T>& x, const floa
   });
 }
 
-template <class T>
-__attribute__((noinline)) void add_product_pairs(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) {
+inline __attribute__((noinline)) void add_product_pairs(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums) {
   const First first(dy.width);
   Vec sum[9] = {};
   for_each_pair(x, dy.height, [&](int o, const Columns& top, const Columns& middle, const Columns& bottom) {
@@ -294,8 +292,7 @@ __attribute__((noinline)) void add_product_pairs(const Plane<const T>& x, const 
 
 // Rows of the input's gradient fit into a vector: each output's gradient in the lanes of the two columns it meets, and the one
 // to the right of it in the second of them.
-template <class T>
-__attribute__((noinline)) void spread_pairs(const Plane<const T>& dy, const float* weight, const Plane<T>& dx) {
+inline __attribute__((noinline)) void spread_pairs(const Plane<const float>& dy, const float* weight, const Plane<float>& dx) {
   auto both = [&](int even, int odd) {
     return DW_SHUFFLE(splat(weight[even]), splat(weight[odd]), 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16);
   };
@@ -322,13 +319,13 @@ __attribute__((noinline)) void spread_pairs(const Plane<const T>& dy, const floa
 
 // ---- whole planes ----
 
-template <int S, class T, class F>
-void stencil(const Plane<const T>& x, const float* weight, const Plane<T>& out, F finish) {
+template <int S, class F>
+void stencil(const Plane<const float>& x, const float* weight, const Plane<float>& out, F finish) {
 #if defined(__AVX512F__)
   if (S == 2 && is_paired(out.width)) return stencil_pairs(x, weight, out, finish);
 #endif
   for_each_strips<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
-    stencil_strips<S, is_inside(), T>(x, weight, out, begin, end, first, last, finish);
+    stencil_strips<S, is_inside()>(x, weight, out, begin, end, first, last, finish);
   });
 }
 
@@ -348,42 +345,39 @@ inline bool is_streamed([[maybe_unused]] const Shape& s, [[maybe_unused]] const 
 inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBand : s.height; }
 
 // With `band`, memory for band_rows(), dx is written past the caches, and `soon` not asked for: beside such writing it delays both.
-template <class T>
-void spread(const Plane<const T>& dy, const float* weight, const Plane<T>& dx, [[maybe_unused]] float* band, const T* soon) {
+inline void spread(const Plane<const float>& dy, const float* weight, const Plane<float>& dx, [[maybe_unused]] float* band,
+                   const float* soon) {
 #if defined(__AVX512F__)
   if (is_paired(dy.width)) return spread_pairs(dy, weight, dx);
 #endif
   for_each_strips<1>(dy.height, dy.width, kBand, [&](int begin, int end, int first, int last, auto is_inside) {
 #if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, float>) {
-      if (band) {
-        const std::ptrdiff_t before = (std::ptrdiff_t)2 * begin * dx.width;
-        spread_strips<is_inside(), T>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last, band - before);
-        const std::ptrdiff_t pixels = (std::ptrdiff_t)std::min(2 * end, dx.height) * dx.width - before;
-        for (std::ptrdiff_t i = 0; last == dy.width && i < pixels; i += kLanes) {
-          _mm512_stream_ps(dx.data + before + i, (__m512)load(band + i));
-        }
-        return;
+    if (band) {
+      const std::ptrdiff_t before = (std::ptrdiff_t)2 * begin * dx.width;
+      spread_strips<is_inside()>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last, band - before);
+      const std::ptrdiff_t pixels = (std::ptrdiff_t)std::min(2 * end, dx.height) * dx.width - before;
+      for (std::ptrdiff_t i = 0; last == dy.width && i < pixels; i += kLanes) {
+        _mm512_stream_ps(dx.data + before + i, (__m512)load(band + i));
       }
+      return;
     }
 #endif
-    spread_strips<is_inside(), T>(dy, weight, dx, begin, end, first, last, soon);
+    spread_strips<is_inside()>(dy, weight, dx, begin, end, first, last, soon);
   });
 }
 
-template <int S, class T>
-void add_products(const Plane<const T>& x, const Plane<const T>& dy, Vec* sums) {
+template <int S>
+void add_products(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums) {
 #if defined(__AVX512F__)
   if (S == 2 && is_paired(dy.width)) return add_product_pairs(x, dy, sums);
 #endif
   for_each_strips<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
-    add_products_strips<S, is_inside(), T>(x, dy, sums, begin, end, first, last);
+    add_products_strips<S, is_inside()>(x, dy, sums, begin, end, first, last);
   });
 }
 
-// Nine weights as float. Whether all are finite; if not, zeros beyond the border must not meet them.
-template <class T>
-bool read_weights(const T* weight, float* to) {
+// Copies nine weights. Whether all are finite; if not, zeros beyond the border must not meet them.
+inline bool read_weights(const float* weight, float* to) {
   Finite finite;
   for (int i = 0; i < 9; i += kLanes) {
     const Vec v = load_first(weight + i, 9 - i);
@@ -393,48 +387,49 @@ bool read_weights(const T* weight, float* to) {
   return finite.all();
 }
 
-template <int S, class T>
-void forward_stencil(const T* x, const T* weight, const Epilogue& epilogue, const Shape& s, T* y) {
+template <int S>
+void forward_stencil(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
 #pragma omp parallel for collapse(2) schedule(static)
   for (int image = 0; image < s.batch; image++) {
     for (int channel = 0; channel < s.channels; channel++) {
       const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + channel;
-      const T* w = weight + (std::ptrdiff_t)channel * 9;
+      const float* w = weight + (std::ptrdiff_t)channel * 9;
       float taps[9 + kLanes];
       if (!read_weights(w, taps)) {
         exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
         continue;
       }
       epilogue.with_channel(channel, [&](auto finish) {
-        stencil<S>(Plane<const T>{x + plane * in, s.height, s.width}, taps,
-                   Plane<T>{y + plane * out, s.out_height(), s.out_width()}, finish);
+        stencil<S>(Plane<const float>{x + plane * in, s.height, s.width}, taps,
+                   Plane<float>{y + plane * out, s.out_height(), s.out_width()}, finish);
       });
     }
   }
 }
 
 // dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
-template <int S, class T>
-void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, T* dx, T* dweight, T* dbias) {
+template <int S>
+void backward_stencil(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
+                      float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-  const bool streamed = S == 2 && std::is_same_v<T, float> && dx && is_streamed(s, dx);
+  const bool streamed = S == 2 && dx && is_streamed(s, dx);
 #pragma omp parallel
   {
     Scratch memory(streamed ? (std::size_t)band_rows(s) * s.width : 0);
     float* const band = streamed ? memory.floats() : nullptr;
 #pragma omp for schedule(static)
     for (int channel = 0; channel < s.channels; channel++) {
-      const T* w = weight + (std::ptrdiff_t)channel * 9;
+      const float* w = weight + (std::ptrdiff_t)channel * 9;
       float taps[9 + kLanes], rotated[9];
       Vec sums[9] = {}, bias = {};
       const bool finite = read_weights(w, taps);
       std::reverse_copy(taps, taps + 9, rotated);
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
-        const Plane<const T> plane = {x + index * in, s.height, s.width};
-        const Plane<const T> gradient = {dy + index * out, s.out_height(), s.out_width()};
-        const Plane<T> to = {dx ? dx + index * in : nullptr, s.height, s.width};
+        const Plane<const float> plane = {x + index * in, s.height, s.width};
+        const Plane<const float> gradient = {dy + index * out, s.out_height(), s.out_width()};
+        const Plane<float> to = {dx ? dx + index * in : nullptr, s.height, s.width};
         if (dx && !finite) {
           exact_input_gradient(gradient.data, w, s, to.data);
         } else if (dx && S == 1) {
@@ -460,7 +455,7 @@ void backward_stencil(const T* x, const T* weight, const T* dy, const Shape& s, 
       if (dweight) {
         float sum[9 + kLanes] = {};  // whole vectors are read
         for (int i = 0; i < 9; i++) sum[i] = sum_lanes(sums[i]);
-        T* to = dweight + (std::ptrdiff_t)channel * 9;
+        float* to = dweight + (std::ptrdiff_t)channel * 9;
         if (all_finite(sum, 9)) {
           write_row(sum, 9, to, to + 9);
         } else {

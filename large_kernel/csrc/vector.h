@@ -30,10 +30,6 @@ typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
 typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
-
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
 
 DW_INLINE Vec splat(float value) { return value - Vec{}; }
 
@@ -53,56 +49,7 @@ DW_INLINE Vec divide(Vec a, Vec b) {
 DW_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 DW_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 
-DW_INLINE Bits load_half(const void* p) {
-  Half h;
-  std::memcpy(&h, p, sizeof(h));
-  return __builtin_convertvector(h, Bits);
-}
-
-DW_INLINE void store_half(void* p, Bits bits) {
-  Half h = __builtin_convertvector(bits, Half);
-  std::memcpy(p, &h, sizeof(h));
-}
-
-DW_INLINE Vec load(const bfloat16* p) { return (Vec)(load_half(p) << 16); }
-
-DW_INLINE void store(bfloat16* p, Vec v) {  // round to nearest even, NaN stays NaN
-  Bits u = (Bits)v;
-  Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  store_half(p, (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
-}
-
-DW_INLINE Vec load(const float16* p) {
-  Bits h = load_half(p), u = h & 0x7fffu;
-  Bits normal = (u << 13) + 0x38000000u;
-  Bits special = (u << 13) | 0x7f800000u;                                // Inf, NaN
-  Bits tiny = (Bits)(__builtin_convertvector((Ints)u, Vec) * 0x1p-24f);  // subnormal half
-  return (Vec)((u < 0x400u ? tiny : u >= 0x7c00u ? special : normal) | ((h & 0x8000u) << 16));
-}
-
-DW_INLINE void store(float16* p, Vec v) {  // round to nearest even, NaN stays NaN, overflow becomes Inf
-  Bits sign = ((Bits)v >> 16) & 0x8000u, u = (Bits)v & 0x7fffffffu;
-  Bits normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
-  Bits tiny = (Bits)((Vec)u + splat(0.5f)) - 0x3f000000u;  // 0.5 has a unit in the last place of 2^-24
-  Bits special = u > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
-  store_half(p, sign | (u < 0x38800000u ? tiny : u >= 0x47800000u ? special : normal));
-}
-
 // The first n <= kLanes elements only; what lies behind them is not touched.
-template <class T>
-DW_INLINE Vec load_part(const T* p, int n) {
-  T buffer[kLanes] = {};
-  std::memcpy(buffer, p, n * sizeof(T));
-  return load(buffer);
-}
-
-template <class T>
-DW_INLINE void store_part(T* p, Vec v, int n) {
-  T buffer[kLanes];
-  store(buffer, v);
-  std::memcpy(p, buffer, n * sizeof(T));
-}
-
 #if defined(__AVX512F__)
 DW_INLINE Vec load_part(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
 DW_INLINE void store_part(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
@@ -112,16 +59,21 @@ DW_INLINE __m256i first(int n) {
 }
 DW_INLINE Vec load_part(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, first(n)); }
 DW_INLINE void store_part(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
+#else
+DW_INLINE Vec load_part(const float* p, int n) {
+  Vec v = {};
+  std::memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+DW_INLINE void store_part(float* p, Vec v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
 #endif
 
 // The same for any n: nothing where n <= 0, all lanes where n >= kLanes.
-template <class T>
-DW_INLINE Vec load_first(const T* p, std::ptrdiff_t n) {
+DW_INLINE Vec load_first(const float* p, std::ptrdiff_t n) {
   return n >= kLanes ? load(p) : n > 0 ? load_part(p, (int)n) : Vec{};
 }
 
-template <class T>
-DW_INLINE void store_first(T* p, Vec v, std::ptrdiff_t n) {
+DW_INLINE void store_first(float* p, Vec v, std::ptrdiff_t n) {
   if (n >= kLanes) return store(p, v);
   if (n > 0) store_part(p, v, (int)n);
 }
@@ -136,19 +88,14 @@ struct First {
   DW_INLINE explicit First(std::ptrdiff_t n) : n(n) {}
 #endif
 
-  template <class T>
-  DW_INLINE Vec read(const T* p) const { return load_first(p, n); }
-  template <class T>
-  DW_INLINE void write(T* p, Vec v) const { store_first(p, v, n); }
 #if defined(__AVX512F__)
   DW_INLINE Vec read(const float* p) const { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
   DW_INLINE void write(float* p, Vec v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+#else
+  DW_INLINE Vec read(const float* p) const { return load_first(p, n); }
+  DW_INLINE void write(float* p, Vec v) const { store_first(p, v, n); }
 #endif
 };
-
-DW_INLINE float to_float(const float* p) { return *p; }
-DW_INLINE float to_float(const bfloat16* p) { return load_part(p, 1)[0]; }
-DW_INLINE float to_float(const float16* p) { return load_part(p, 1)[0]; }
 
 DW_INLINE Vec keep_first(Vec v, int n) {
   Ints lane;
@@ -158,20 +105,17 @@ DW_INLINE Vec keep_first(Vec v, int n) {
 
 // Rows of `count` floats to and from tensors, a vector at a time where that stays before `end`. copy_row writes whole
 // vectors, zeros behind the row; write_row reads whole vectors and may write into what follows the row before `end`.
-template <class T>
-DW_INLINE Vec load_row(const T* from, int count, const T* end) {
+DW_INLINE Vec load_row(const float* from, int count, const float* end) {
   if (count >= kLanes) return load(from);
   if (count <= 0) return Vec{};
   return end - from >= kLanes ? keep_first(load(from), count) : load_part(from, count);
 }
 
-template <class T>
-DW_INLINE void copy_row(const T* from, int count, const T* end, float* to) {
+DW_INLINE void copy_row(const float* from, int count, const float* end, float* to) {
   for (int i = 0; i < count; i += kLanes) store(to + i, load_row(from + i, count - i, end));
 }
 
-template <class T>
-DW_INLINE void write_row(const float* from, int count, T* to, const T* end) {
+DW_INLINE void write_row(const float* from, int count, float* to, const float* end) {
   for (int i = 0; i < count; i += kLanes) {
     if (end - (to + i) >= kLanes) {
       store(to + i, load(from + i));
@@ -311,9 +255,8 @@ DW_INLINE void for_each_window(int count, Full full, Part part) {
 
 // `channels` <= kLanes planes of `count` elements -> [count] vectors, `step` apart. Lanes without a channel repeat
 // the last one: what is computed in them is that channel's result once more, so unpack may write it again.
-template <class T>
-inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out, int step = 1) {
-  const T* plane[kLanes];
+inline void pack(const float* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out, int step = 1) {
+  const float* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
   for_each_window(
       count,
@@ -335,10 +278,9 @@ inline void pack(const T* planes, std::ptrdiff_t plane_stride, int channels, int
 }
 
 // One value of each channel, in the lanes pack puts it.
-template <class T>
-DW_INLINE Vec load_lanes(const T* p, int channels) {
+DW_INLINE Vec load_lanes(const float* p, int channels) {
   Vec v;
-  for (int c = 0; c < kLanes; c++) v[c] = to_float(p + (c < channels ? c : channels - 1));
+  for (int c = 0; c < kLanes; c++) v[c] = p[c < channels ? c : channels - 1];
   return v;
 }
 
@@ -347,10 +289,10 @@ struct Identity {
 };
 
 // The inverse of pack. Writes finish(vector), which may differ by channel, plus `added`, planes like the result.
-template <class T, class F = Identity>
-inline void unpack(const Vec* in, int count, T* planes, std::ptrdiff_t plane_stride, int channels, F finish = {},
-                   const T* added = nullptr) {
-  T* plane[kLanes];
+template <class F = Identity>
+inline void unpack(const Vec* in, int count, float* planes, std::ptrdiff_t plane_stride, int channels, F finish = {},
+                   const float* added = nullptr) {
+  float* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
   const std::ptrdiff_t to_added = added ? added - planes : 0;
   for_each_window(

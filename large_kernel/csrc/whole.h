@@ -193,9 +193,8 @@ void with_correlation(int height, int width, F f) {
 
 // x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
 // it: those blocks of an image are left to `correlate_large`.
-template <class T>
-void correlate_whole(const Map<const T>& x, const T* weight, const Epilogue& epilogue, const Shape& s, Order order,
-                     const Map<T>& y, const Correlation& correlation) {
+inline void correlate_whole(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                            Order order, const Map<float>& y, const Correlation& correlation) {
   const int k = s.kernel, area = k * k, pixels = s.height * s.width, height = correlation.height, width = correlation.width;
   const int size = height * width;
   const bool exact = pixels == size, covers = k / 2 >= height - 1 && k / 2 >= width - 1;

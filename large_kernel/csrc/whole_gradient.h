@@ -173,8 +173,7 @@ inline void merge_columns(const Vec* difference, const Axis& w, Vec* out) {
 
 // dweight [C, K, K], dbias [C] or null. One thread sums a block of channels over the batch, in its order. Blocks with a value
 // that is not finite are left to `weight_gradient_large`.
-template <class T>
-void weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, T* dbias) {
+inline void weight_gradient_whole(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
   constexpr int together = 4;  // images
   const Axis h(s.height), w(s.width);
   const int k = s.kernel, area = k * k, pixels = s.height * s.width, size = h.size() * w.size();
@@ -198,7 +197,7 @@ void weight_gradient_whole(const T* x, const T* dy, const Shape& s, T* dweight, 
       for (int image = 0; image < s.batch; image += together) {
         const int images = std::min(together, s.batch - image);
         Factors xs, dys;
-        auto read = [&](const T* data, bool output, int i, Vec* map) {
+        auto read = [&](const float* data, bool output, int i, Vec* map) {
           const std::ptrdiff_t offset = ((std::ptrdiff_t)(image + i) * s.channels + block * kLanes) * pixels;
           pack(data + offset, pixels, lanes, pixels, exact ? map : unpadded);
           if (!exact) copy_rows({unpadded, s.width}, {map, w.size()}, s.height, s.width);

@@ -19,31 +19,26 @@ using dwconv::Shape;
 
 namespace {
 
-template <class T>
 struct Buffer {
   // aligned as Paddle's tensors are
-  explicit Buffer(std::size_t n) : size(n), data(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)))) {
-    std::fill_n(data.get(), n, T{});
+  explicit Buffer(std::size_t n) : size(n), data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
+    std::fill_n(data.get(), n, 0.f);
   }
   struct Delete {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::size_t size;
-  std::unique_ptr<T[], Delete> data;
-  double at(std::size_t i) const { return dwconv::to_float(&data[i]); }
+  std::unique_ptr<float[], Delete> data;
+  double at(std::size_t i) const { return data[i]; }
   void draw(std::mt19937& random) {
     std::normal_distribution<float> normal;
-    for (std::size_t i = 0; i < size; i++) {
-      const float value = normal(random);
-      dwconv::store_part(&data[i], dwconv::splat(value), 1);
-    }
+    for (std::size_t i = 0; i < size; i++) data[i] = normal(random);
   }
 };
 
 // A map in a buffer of exactly its size.
-template <class T>
 struct Held {
-  Buffer<T> buffer;
+  Buffer buffer;
   int batch, channels;
   std::size_t pixels;
   bool blocked;
@@ -62,8 +57,8 @@ struct Held {
     return blocked ? ((std::size_t)image * channels + c / 16 * 16) * pixels + p * 16 + c % 16
                    : ((std::size_t)image * channels + c) * pixels + p;
   }
-  Map<const T> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
-  Map<T> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  Map<const float> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  Map<float> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
 };
 
 struct Reference {
@@ -72,30 +67,27 @@ struct Reference {
   void add(std::size_t i, double product) { sum[i] += product, magnitude[i] += std::fabs(product); }
 };
 
-// Worst error in units of float32's epsilon times the sum of magnitudes, after half a unit of T's own rounding.
-template <class T>
-double worst(const Buffer<T>& got, const Reference& want, double rounding) {
+// Worst error in units of float32's epsilon times the sum of magnitudes.
+double worst(const Buffer& got, const Reference& want) {
   double result = 0;
   for (std::size_t i = 0; i < got.size; i++) {
-    const double smallest = rounding > 0 ? 0x1p-25 : 0;  // half a unit of a subnormal float16
-    const double error = std::fabs(got.at(i) - want.sum[i]) - rounding * std::fabs(want.sum[i]) - smallest;
+    const double error = std::fabs(got.data[i] - want.sum[i]);
     if (!(error <= 1e-30)) result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
   }
   return result / std::ldexp(1.0, -23);
 }
 
 // With `offset`, x and dy are that much off zero, so that sums grow with the number of terms.
-template <class T>
-bool run(const Shape& s, double rounding, std::mt19937& random, float offset = 0) {
+bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
   const std::size_t planes = (std::size_t)s.batch * s.channels, area = (std::size_t)s.kernel * s.kernel;
-  Held<T> map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
-  Buffer<T>&x = map.buffer, &y = result.buffer;
-  Buffer<T> weight(s.channels * area), bias(s.channels), dy(planes * out);
-  Buffer<T> dx(planes * in), dweight(s.channels * area), dbias(s.channels);
+  Held map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
+  Buffer &x = map.buffer, &y = result.buffer;
+  Buffer weight(s.channels * area), bias(s.channels), dy(planes * out);
+  Buffer dx(planes * in), dweight(s.channels * area), dbias(s.channels);
   x.draw(random), weight.draw(random), bias.draw(random), dy.draw(random);
-  for (Buffer<T>* map : {&x, &dy}) {
-    for (std::size_t i = 0; offset && i < map->size; i++) dwconv::store_part(&map->data[i], dwconv::splat(offset + (float)map->at(i) / 8), 1);
+  for (Buffer* map : {&x, &dy}) {
+    for (std::size_t i = 0; offset && i < map->size; i++) map->data[i] = offset + map->data[i] / 8;
   }
   std::vector<float> shift(s.channels);
   for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
@@ -116,8 +108,7 @@ bool run(const Shape& s, double rounding, std::mt19937& random, float offset = 0
       rdweight.add(tap, dy.at(o) * x.at(i));
     });
   }
-  const double errors[] = {worst(y, ry, rounding), worst(dx, rdx, rounding), worst(dweight, rdweight, rounding),
-                           worst(dbias, rdbias, rounding)};
+  const double errors[] = {worst(y, ry), worst(dx, rdx), worst(dweight, rdweight), worst(dbias, rdbias)};
   for (double error : errors) {
     if (error > 8) {
       std::printf("[%d, %d, %d, %d] k%d s%d: errors %g %g %g %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
@@ -126,10 +117,10 @@ bool run(const Shape& s, double rounding, std::mt19937& random, float offset = 0
     }
   }
   for (int layouts = 1; layouts < 4 && s.channels % 16 == 0; layouts++) {
-    const Held<T> from(map, layouts & 1);
-    Held<T> to(s.batch, s.channels, out, layouts & 2);
+    const Held from(map, layouts & 1);
+    Held to(s.batch, s.channels, out, layouts & 2);
     dwconv::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
-    const double error = worst(Held<T>(to, false).buffer, ry, rounding);
+    const double error = worst(Held(to, false).buffer, ry);
     if (error > 8) {
       std::printf("[%d, %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
                   s.stride, layouts, error);
@@ -139,14 +130,13 @@ bool run(const Shape& s, double rounding, std::mt19937& random, float offset = 0
   return true;
 }
 
-template <class T>
-bool run_dense(const Shape& s, int out_channels, double rounding, std::mt19937& random) {
+bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
   const int area = s.kernel * s.kernel, terms = s.channels * area;
   const bool pointwise = area == 1 && s.stride == 1;
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
-  Held<T> x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
-  Buffer<T> weight((std::size_t)out_channels * terms);
-  Buffer<float> in_scale(s.channels), in_shift(s.channels), scale(out_channels), shift(out_channels);
+  Held x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
+  Buffer weight((std::size_t)out_channels * terms);
+  Buffer in_scale(s.channels), in_shift(s.channels), scale(out_channels), shift(out_channels);
   x.buffer.draw(random), weight.draw(random), added.buffer.draw(random);
   in_scale.draw(random), in_shift.draw(random), scale.draw(random), shift.draw(random);
   for (int layouts = 0; layouts < 16; layouts++) {
@@ -154,19 +144,19 @@ bool run_dense(const Shape& s, int out_channels, double rounding, std::mt19937& 
     if ((from_blocks && s.channels % 16) || ((to_blocks || packed) && out_channels % 16) || (norm && !pointwise)) {
       continue;
     }
-    const Held<T> from(x, from_blocks), residual(added, to_blocks);
-    Held<T> to(s.batch, out_channels, out, to_blocks);
+    const Held from(x, from_blocks), residual(added, to_blocks);
+    Held to(s.batch, out_channels, out, to_blocks);
     const dwconv::Epilogue epilogue = {scale.data.get(), shift.data.get()};
     const float *a = norm ? in_scale.data.get() : nullptr, *b = norm ? in_shift.data.get() : nullptr;
     if (packed) {
-      Buffer<float> blocks(weight.size);
+      Buffer blocks(weight.size);
       for (std::size_t i = 0; i < weight.size; i++) {
         const std::size_t o = i / terms, k = i % terms;
         blocks.data[(o / 16 * terms + k) * 16 + o % 16] = weight.at(i);
       }
       dwconv::dense(from.in(), dwconv::Packed{blocks.data.get()}, a, b, epilogue, residual.buffer.data.get(), s, to.out());
     } else {
-      dwconv::dense(from.in(), static_cast<const T*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      dwconv::dense(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
     }
     Reference want(to.buffer.size);
     for (int image = 0; image < s.batch; image++) {
@@ -183,7 +173,7 @@ bool run_dense(const Shape& s, int out_channels, double rounding, std::mt19937& 
         }
       }
     }
-    const double error = worst(to.buffer, want, rounding);
+    const double error = worst(to.buffer, want);
     if (error > 8) {
       std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels, s.height,
                   s.width, s.kernel, s.stride, layouts, error);
@@ -207,12 +197,12 @@ double slope(dwconv::Activation a, double v) {
 
 bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt19937& random) {
   const std::size_t size = (std::size_t)s.batch * s.channels * s.pixels;
-  Buffer<float> x(size), dy(size), y(size), dx(size), weight(s.channels), bias(s.channels), mean(s.channels);
-  Buffer<float> variance(s.channels), dweight(s.channels), dbias(s.channels);
+  Buffer x(size), dy(size), y(size), dx(size), weight(s.channels), bias(s.channels), mean(s.channels);
+  Buffer variance(s.channels), dweight(s.channels), dbias(s.channels);
   x.draw(random), dy.draw(random), weight.draw(random), bias.draw(random);
   for (std::size_t i = 0; i < size; i++) x.data[i] = 2 * x.data[i] + 5;
   const float epsilon = 1e-5f;
-  Buffer<float> running_mean(s.channels), running_variance(s.channels);
+  Buffer running_mean(s.channels), running_variance(s.channels);
   std::fill_n(running_mean.data.get(), s.channels, 0.f), std::fill_n(running_variance.data.get(), s.channels, 0.f);
   dwconv::norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s, y.data.get(), mean.data.get(),
                        variance.data.get(), 0, running_mean.data.get(), running_variance.data.get());
@@ -251,8 +241,8 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
       rdx.magnitude[i] = std::fabs(scale) * (moved(i) + size_g / s.count() + (std::fabs(d) + std::fabs(m) * inverse * 0.5) * size_gd / s.count());
     });
   }
-  const double errors[] = {worst(y, ry, 0), worst(mean, rmean, 0), worst(variance, rvariance, 0), worst(dx, rdx, 0),
-                           worst(running_mean, rmean, 0), worst(running_variance, rvariance, 0), worst(dweight, rdweight, 0), worst(dbias, rdbias, 0)};
+  const double errors[] = {worst(y, ry), worst(mean, rmean), worst(variance, rvariance), worst(dx, rdx),
+                           worst(running_mean, rmean), worst(running_variance, rvariance), worst(dweight, rdweight), worst(dbias, rdbias)};
   for (double error : errors) {
     if (error > 8) {
       std::printf("norm [%d, %d, %td], activation %d: error %g\n", s.batch, s.channels, s.pixels, (int)activation, error);
@@ -274,9 +264,7 @@ int run_all(int shapes) {
         const int limit = kernel > 13 ? 24 : 40;
         const Shape s = {1 + pick(3), channels[pick(12)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit),
                          kernel, stride};
-        bad += !run<float>(s, 0, random);
-        if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
-        if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
+        bad += !run(s, random);
       }
     }
   }
@@ -286,7 +274,7 @@ int run_all(int shapes) {
                          // rows as frequencies, in several strips or tiles
                          Shape{1, 3, 150, 37, 31, 1}, Shape{2, 5, 17, 131, 21, 1}, Shape{1, 1, 20, 45, 63, 1},
                          Shape{1, 17, 21, 50, 63, 1}}) {
-    bad += !run<float>(s, 0, random), bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random), count++;
+    bad += !run(s, random), count++;
   }
   // kernels that reach from (nearly) every pixel of a small map to every other
   for (int i = 0; i < 12 * shapes; i++, count++) {
@@ -294,34 +282,30 @@ int run_all(int shapes) {
     const int longest = std::max(height, width), misses = i % 4 == 2 ? pick(longest / 2) : 0;
     const Shape s = {1 + pick(i % 4 == 1 ? 34 : 6), channels[pick(12)], height, width,
                      std::max(7, 2 * (longest - misses + (misses ? 0 : pick(3))) - 1), 1};
-    bad += !run<float>(s, 0, random);
-    if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
-    if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
+    bad += !run(s, random);
   }
   // the same, whose planes are computed in pairs, of images or of channels
   for (const Shape& s : {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
                          Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}}) {
-    bad += !run<float>(s, 0, random), bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random), count++;
+    bad += !run(s, random), count++;
   }
   // batches whose sums are much larger than their terms
   for (const Shape& s : {Shape{64, 3, 14, 14, 27, 1}, Shape{70, 5, 7, 7, 13, 1}, Shape{24, 2, 28, 28, 29, 1},
                          Shape{64, 3, 14, 14, 3, 2}, Shape{24, 3, 28, 28, 5, 1}, Shape{24, 16, 28, 28, 5, 1}}) {
-    bad += !run<float>(s, 0, random, 1), count++;
+    bad += !run(s, random, 1), count++;
   }
   // written past the caches, in bands of rows and in planes
   for (const Shape& s : {Shape{2, 84, 112, 112, 3, 2}, Shape{1, 84, 161, 160, 3, 2}, Shape{2, 340, 56, 56, 3, 2}}) {
-    bad += !run<float>(s, 0, random), count++;
+    bad += !run(s, random), count++;
   }
   // 3x3 on maps around a vector's width
   for (int i = 0; i < 6 * shapes; i++, count++) {
     const Shape s = {1 + pick(3), channels[pick(12)], 1 + pick(9), 10 + pick(40), 3, 1 + pick(2)};
-    bad += !run<float>(s, 0, random);
-    if (i % 3 == 0) bad += !run<dwconv::bfloat16>(s, 1.0 / 256, random);
-    if (i % 3 == 1) bad += !run<dwconv::float16>(s, 1.0 / 2048, random);
+    bad += !run(s, random);
   }
   // several parts of a map, one map for several threads, small maps together, windows
   for (const Shape& s : {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
-    bad += !run_dense<float>(s, 48, 0, random), count++;
+    bad += !run_dense(s, 48, random), count++;
   }
   const int depths[] = {1, 3, 8, 16, 17, 70, 256, 511, 512, 513, 1040}, widths[] = {1, 16, 37, 48, 96, 112};
   for (int depth : depths) {
@@ -329,9 +313,7 @@ int run_all(int shapes) {
       const bool window = depth < 70 && i % 2;
       const Shape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8), i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
                        window ? 3 : 1, window ? 1 + pick(2) : 1};
-      bad += !run_dense<float>(s, widths[pick(6)], 0, random);
-      if (i % 3 == 0) bad += !run_dense<dwconv::bfloat16>(s, widths[pick(6)], 1.0 / 256, random);
-      if (i % 3 == 1) bad += !run_dense<dwconv::float16>(s, widths[pick(6)], 1.0 / 2048, random);
+      bad += !run_dense(s, widths[pick(6)], random);
     }
   }
   for (int i = 0; i < 9 * shapes; i++, count++) {
