@@ -127,21 +127,40 @@ TARGETS = {
 }
 
 
+LONG = ('avx2', 'native')
+
+
+@pytest.fixture(scope='module')
+def compilers(tmp_path_factory, pytestconfig):
+    """For each target the path of the kernels' program and the compiler that makes it, all started at once."""
+    folder, started = tmp_path_factory.mktemp('kernels'), {}
+    empty = folder / 'empty.cc'
+    empty.write_text('int main() {}\n')
+    for target, flags in TARGETS.items():
+        program = folder / target
+        command = [COMPILER, *flags, '-fopenmp', '-o', str(program)]
+        if target in LONG and not pytestconfig.getoption('--long') or (
+                subprocess.run([*command, str(empty)], capture_output=True).returncode):
+            continue
+        started[target] = program, subprocess.Popen(
+            [*command, '-ffp-contract=fast', '-std=c++17', '-Wall', '-Wextra', '-Werror', '-I', str(SOURCES),
+             str(ROOT / 'tests' / 'sanitize' / 'main.cc')])
+    yield started
+    for _, compiler in started.values():
+        compiler.kill()
+        compiler.wait()
+
+
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
-@pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long)
-                                    if t in ('avx2', 'native') else t for t in TARGETS])
-def test_kernels_alone(tmp_path, target):
+@pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long) if t in LONG else t for t in TARGETS])
+def test_kernels_alone(compilers, target):
     """Shapes in buffers of exactly the tensors' size, as with a small first-level cache and with a large one."""
-    flags = TARGETS[target]
     if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this processor has no AVX2')
-    empty = tmp_path / 'empty.cc'
-    empty.write_text('int main() {}\n')
-    program = tmp_path / 'kernels'
-    if subprocess.run([COMPILER, *flags, '-fopenmp', str(empty), '-o', str(program)], capture_output=True).returncode:
-        pytest.skip(f'{COMPILER} lacks {" ".join(flags)}')
-    subprocess.run([COMPILER, *flags, '-ffp-contract=fast', '-std=c++17', '-fopenmp', '-Wall', '-Wextra', '-Werror',
-                    '-I', str(SOURCES), str(ROOT / 'tests' / 'sanitize' / 'main.cc'), '-o', str(program)], check=True)
+    if target not in compilers:
+        pytest.skip(f'{COMPILER} lacks {" ".join(TARGETS[target])}')
+    program, compiler = compilers[target]
+    assert compiler.wait(timeout=600) == 0
     shapes = '2' if target == 'sanitized' else '3'
     result = subprocess.run([str(program), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'}, capture_output=True,
                             text=True)
