@@ -9,6 +9,8 @@ namespace dwconv {
 // Channels that stand together in blocked maps and packed weights, on every processor alike.
 constexpr int kBlock = 16, kBlockVectors = kBlock / kLanes;
 
+constexpr int kCacheLine = 16;  // floats
+
 // Planes [N, C, pixels], or blocks [N, C / kBlock, pixels, kBlock], for which C is a multiple of kBlock.
 template <class T>
 struct Map {
@@ -28,6 +30,17 @@ struct Map {
     const T* from = at(image, channel, pixel);
     if (!blocked) return pack(from, pixels, lanes, count, out, step);
     for (int i = 0; i < count; i++) out[i * step] = load(from + i * kBlock);
+  }
+
+  // Asks for what `read` is going to read, or with kWritten `write` to write, while there is something else to do.
+  template <bool kWritten>
+  DW_INLINE void ask(int image, int channel, int lanes, std::ptrdiff_t pixel, int count) const {
+    const T* const from = at(image, channel, pixel);
+    const int runs = blocked ? 1 : lanes, size = blocked ? (count - 1) * kBlock + kLanes : count;
+    for (int c = 0; c < runs; c++) {
+      for (int i = 0; i < size; i += kCacheLine) __builtin_prefetch(from + c * pixels + i, kWritten);
+      __builtin_prefetch(from + c * pixels + size - 1, kWritten);
+    }
   }
 
   // The inverse: writes finish(vector), plus what stands there in `added`, a map like this one, if there is one.
