@@ -167,7 +167,7 @@ inline void correlate_frequencies(const Map<const float>& x, const float* weight
         for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
           std::fill_n(row + (right - left), length - (right - left), Vec{});
           for (int i = first; i < last; i++) {
-            if (i + 1 < last) x.ask<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
+            if (i + 1 < last) x.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
             x.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
             transform.there(row, in_pairs + 2 * (i - first), step);
           }
@@ -182,7 +182,7 @@ inline void correlate_frequencies(const Map<const float>& x, const float* weight
           });
           epilogue.with_channels(channel, lanes, [&](auto finish) {
             for (int i = begin; i < stop; i++) {
-              if (i + 1 < stop) y.ask<true>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
+              if (i + 1 < stop) y.prefetch<true>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
               transform.back(out_pairs + 2 * (i - begin), step, row);
               y.write(row + (x0 - left), image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, [&](Vec v) {
                 finite.see(v);
@@ -233,13 +233,13 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
           for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
             std::fill_n(row + (right - left), length - (right - left), Vec{});
             for (int i = first; i < last; i++) {
-              if (i + 1 < last) in.ask<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
+              if (i + 1 < last) in.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
               in.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
               transform.there(row, x_pairs + 2 * (i - first), x_step);
             }
             std::fill_n(row, length, Vec{});
             for (int i = begin; i < stop; i++) {  // in reverse, as `run` takes them
-              if (i + 1 < stop) grad.ask<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
+              if (i + 1 < stop) grad.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
               grad.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, row + (x0 - left));
               if (dbias && cut == 0) total += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
               transform.taps(row, dy_pairs + 2 * (stop - 1 - i), dy_step);

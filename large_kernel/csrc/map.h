@@ -32,9 +32,9 @@ struct Map {
     for (int i = 0; i < count; i++) out[i * step] = load(from + i * kBlock);
   }
 
-  // Asks for what `read` is going to read, or with kWritten `write` to write, while there is something else to do.
+  // Prefetches what `read` is going to read, or with kWritten `write` to write: to be called while there is something else to do.
   template <bool kWritten>
-  DW_INLINE void ask(int image, int channel, int lanes, std::ptrdiff_t pixel, int count) const {
+  DW_INLINE void prefetch(int image, int channel, int lanes, std::ptrdiff_t pixel, int count) const {
     const T* const from = at(image, channel, pixel);
     const int runs = blocked ? 1 : lanes, size = blocked ? (count - 1) * kBlock + kLanes : count;
     for (int c = 0; c < runs; c++) {

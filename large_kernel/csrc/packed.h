@@ -112,7 +112,7 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
       read_bordered(x, image, channel, lanes, s.height, s.width, first, last, w.plane, w.x, w.x_pitch, K / 2);
       if (all_finite(w.weight, K * K)) {
         for (int row = 0; row < end - begin; row++) {
-          y.ask<true>(image, channel, lanes, (std::ptrdiff_t)(begin + row) * s.out_width(), s.out_width());
+          y.prefetch<true>(image, channel, lanes, (std::ptrdiff_t)(begin + row) * s.out_width(), s.out_width());
           packed_row<K, K, S>(w.x + row * S * w.x_pitch, w.x_pitch, {w.weight, K, K, K, 1}, s.out_width(),
                               w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
         }
@@ -129,26 +129,26 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
 
 // dy stands in w.dy with a border of K. Of each phase's rows and columns, see input_gradient_plane.
 template <int K, int S, int PY, int PX, class F>
-void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w, F ask) {
+void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w, F prefetch) {
   constexpr int ny = (K - PY + S - 1) / S, nx = (K - PX + S - 1) / S, pad = K / 2;
   const Taps taps = {w.weight + (PY + S * (ny - 1)) * K + PX + S * (nx - 1), ny, nx, -S * K, -S};
   const int y0 = (PY + S * pad - pad) % S, x0 = (PX + S * pad - pad) % S;  // the first pixels of this phase
   for (int y = y0; y < s.height; y += S) {
-    if (PX == 0) ask(y);
+    if (PX == 0) prefetch(y);
     const int a = (y + pad) / S, b = (x0 + pad) / S;
     packed_row<ny, nx, 1>(w.dy + (a + K + 1 - ny) * w.dy_pitch + (b + K + 1 - nx), w.dy_pitch, taps,
                           (s.width - x0 + S - 1) / S, w.plane + (std::ptrdiff_t)y * s.width + x0, S);
   }
 }
 
-// To w.plane; calls ask(row) beside the products of each row.
+// To w.plane; calls prefetch(row) beside the products of each row.
 template <int K, int S, class F>
-void packed_input_gradient(const Shape& s, PackedWorkspace& w, F ask) {
-  packed_input_gradient_phase<K, S, 0, 0>(s, w, ask);
+void packed_input_gradient(const Shape& s, PackedWorkspace& w, F prefetch) {
+  packed_input_gradient_phase<K, S, 0, 0>(s, w, prefetch);
   if constexpr (S == 2) {
-    packed_input_gradient_phase<K, S, 0, 1>(s, w, ask);
-    packed_input_gradient_phase<K, S, 1, 0>(s, w, ask);
-    packed_input_gradient_phase<K, S, 1, 1>(s, w, ask);
+    packed_input_gradient_phase<K, S, 0, 1>(s, w, prefetch);
+    packed_input_gradient_phase<K, S, 1, 0>(s, w, prefetch);
+    packed_input_gradient_phase<K, S, 1, 1>(s, w, prefetch);
   }
 }
 
@@ -198,7 +198,7 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
         if (dbias) bias_sum += std::accumulate(w.plane, w.plane + out, Vec{});
         if (dx && finite) {
           packed_input_gradient<K, S>(s, w, [&](int row) {
-            Map<float>{dx, s.channels, in}.ask<true>(image, (int)first, lanes, (std::ptrdiff_t)row * s.width, s.width);
+            Map<float>{dx, s.channels, in}.prefetch<true>(image, (int)first, lanes, (std::ptrdiff_t)row * s.width, s.width);
           });
           unpack(w.plane, (int)in, dx + plane * in, in, lanes);
         }

@@ -12,7 +12,7 @@ inline bool is_stencil(const Shape& s) { return s.kernel == 3 && s.width >= kSte
 
 constexpr int kBand = 4;  // rows of outputs, in wide maps
 
-// Pixels asked for before they are needed, 3.5 KB: the processor does not guess them.
+// Pixels prefetched before they are needed, 3.5 KB: the processor does not foresee them.
 constexpr int kAhead = 896;
 
 template <class T>
@@ -134,7 +134,7 @@ __attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const
 }
 
 // The input's gradient at stride 2: a pixel of an even row or column met the middle tap alone, one of an odd row or column
-// the last tap of one output and the first of the next. `soon` is as large as dx, and asked for on the way: what is read after it.
+// the last tap of one output and the first of the next. `soon`, as large as dx, is what is read next: prefetched.
 template <bool Inside>
 __attribute__((noinline)) void spread_strips(const Plane<const float>& dy, const float* weight, const Plane<float>& dx,
                                              int begin, int end, int first, int last, const float* soon) {
@@ -344,7 +344,7 @@ inline bool is_streamed([[maybe_unused]] const Shape& s, [[maybe_unused]] const 
 // Rows of dx that are written together.
 inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBand : s.height; }
 
-// With `band`, memory for band_rows(), dx is written past the caches, and `soon` not asked for: beside such writing it delays both.
+// With `band`, memory for band_rows(), dx is written past the caches, and `soon` not prefetched: that would delay both.
 inline void spread(const Plane<const float>& dy, const float* weight, const Plane<float>& dx, [[maybe_unused]] float* band,
                    const float* soon) {
 #if defined(__AVX512F__)

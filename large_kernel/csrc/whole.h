@@ -47,12 +47,12 @@ struct Correlation {
   virtual ~Correlation() = default;
   // Gets ready for taps, [2 height - 1, 2 width - 1] around `middle`, which have to stay where they are.
   virtual void prepare(Grid middle, Vec* memory) const = 0;
-  // On the way the caches are asked for as much memory at `result`, to be written, and at `next`.
+  // On the way as much memory is prefetched at `result`, to be written, and at `next`.
   virtual void apply(const Vec* in, Grid middle, Vec* memory, Vec* out, const float* result, const float* next) const = 0;
 
  protected:
   // One of `shares` equal shares of that memory.
-  DW_INLINE void ask(int share, int shares, const float* result, const float* next) const {
+  DW_INLINE void prefetch(int share, int shares, const float* result, const float* next) const {
     const int lines = (height * width * kLanes + kCacheLine - 1) / kCacheLine;
     for (int i = lines * share / shares; i < lines * (share + 1) / shares; i++) {
       __builtin_prefetch(result + i * kCacheLine, 1);
@@ -69,7 +69,7 @@ class DirectCorrelation : public Correlation {
   void prepare(Grid, Vec*) const override {}
   void apply(const Vec* in, Grid taps, Vec*, Vec* out, const float* result, const float* next) const override {
     for (int o = 0; o < height; o++, taps.at -= taps.row, out += W) {
-      ask(o, height, result, next);
+      prefetch(o, height, result, next);
       Vec sum[W] = {};
       const Vec *from = in, *tap = taps.at;
       for (int r = 0; r < height; r++, from += W, tap += taps.row) {
@@ -174,7 +174,7 @@ class FrequencyCorrelation : public Correlation {
     with_size(axis_.half, [&](auto half) {
       correlate_column<half(), true>(columns, memory, axis_.parts);
       for (int pair = 1; pair < D::kPairs; pair++) {
-        ask(pair - 1, D::kPairs - 1, result, next);
+        prefetch(pair - 1, D::kPairs - 1, result, next);
         correlate_column<half(), false>(columns + 2 * pair * height, memory + pair * 2 * taps(), axis_.parts);
       }
     });
