@@ -2,6 +2,7 @@
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,19 +137,22 @@ def compilers(tmp_path_factory, pytestconfig):
     folder, started = tmp_path_factory.mktemp('kernels'), {}
     empty = folder / 'empty.cc'
     empty.write_text('int main() {}\n')
-    for target, flags in TARGETS.items():
-        program = folder / target
-        command = [COMPILER, *flags, '-fopenmp', '-o', str(program)]
-        if target in LONG and not pytestconfig.getoption('--long') or (
-                subprocess.run([*command, str(empty)], capture_output=True).returncode):
-            continue
-        started[target] = program, subprocess.Popen(
-            [*command, '-ffp-contract=fast', '-std=c++17', '-Wall', '-Wextra', '-Werror', '-I', str(SOURCES),
-             str(ROOT / 'tests' / 'sanitize' / 'main.cc')])
-    yield started
-    for _, compiler in started.values():
-        compiler.kill()
-        compiler.wait()
+    try:
+        for target, flags in TARGETS.items():
+            program = folder / target
+            command = [COMPILER, *flags, '-fopenmp', '-o', str(program)]
+            if target in LONG and not pytestconfig.getoption('--long') or (
+                    subprocess.run([*command, str(empty)], capture_output=True).returncode):
+                continue
+            started[target] = program, subprocess.Popen(
+                [*command, '-ffp-contract=fast', '-std=c++17', '-Wall', '-Wextra', '-Werror', '-I', str(SOURCES),
+                 str(ROOT / 'tests' / 'sanitize' / 'main.cc')], start_new_session=True)
+        yield started
+    finally:
+        for _, compiler in started.values():
+            if compiler.poll() is None:  # the driver and the compiler it runs
+                os.killpg(compiler.pid, signal.SIGTERM)
+            compiler.wait()
 
 
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')

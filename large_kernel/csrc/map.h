@@ -58,8 +58,7 @@ struct Map {
 };
 
 // The same values in the layout of `to`.
-template <class T>
-void copy_map(const Map<const T>& from, int batch, const Map<T>& to) {
+inline void copy_map(const Map<const float>& from, int batch, const Map<float>& to) {
   constexpr int strip = 512;  // pixels
 #pragma omp parallel for collapse(2) schedule(static)
   for (int image = 0; image < batch; image++) {

@@ -120,8 +120,8 @@ dwconv::Activation activation_of(const std::string& name) {
 }
 
 // activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise or dense, there
-// also with a packed weight [C_out / kBlock, C_in * K * K, kBlock]. With `blocked` the result is
-// in blocks; the input may be either way, the residual is as the result.
+// also with a packed weight [C_out / kBlock, C_in * K * K, kBlock]. With `blocked` the result is in blocks; the input may be
+// either way, the residual is as the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
                               const OptionalTensors& out_norm, int kernel, int stride, const std::string& activation,
@@ -214,6 +214,7 @@ std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& param
 std::vector<Tensor> run_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& dy, int stride,
                                  bool input_grad, bool weight_grad) {
   const dwconv::Shape s = check(x, x.shape(), weight, stride);
+  PD_CHECK(dy.is_cpu() && dy.dtype() == DataType::FLOAT32, "large_kernel_conv needs gradients of float32 on the CPU");
   auto make = [](const Tensor& like, bool wanted) {
     return wanted ? paddle::experimental::empty_like(like) : paddle::experimental::full(like.shape(), 0, like.dtype(), like.place());
   };

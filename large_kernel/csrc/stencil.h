@@ -134,7 +134,7 @@ __attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const
 }
 
 // The input's gradient at stride 2: a pixel of an even row or column met the middle tap alone, one of an odd row or column
-// the last tap of one output and the first of the next. `soon`, as large as dx, is what is read next: prefetched.
+// the last tap of one output and the first of the next. `soon` is prefetched: what is read next, or is written here.
 template <bool Inside>
 __attribute__((noinline)) void spread_strips(const Plane<const float>& dy, const float* weight, const Plane<float>& dx,
                                              int begin, int end, int first, int last, const float* soon) {

@@ -1,4 +1,4 @@
-// Vectors of float for the machine this is compiled for, and the way between them and float32/bfloat16/float16 memory.
+// Vectors of float for the machine this is compiled for, and the way between them and planes in memory.
 // Only GCC/clang vector extensions: AVX-512, AVX and any other target (NEON, SSE) come from the same source.
 #pragma once
 #include <unistd.h>
@@ -80,18 +80,14 @@ DW_INLINE void store_first(float* p, Vec v, std::ptrdiff_t n) {
 
 // And for an n that stays the same.
 struct First {
-  std::ptrdiff_t n;
 #if defined(__AVX512F__)
   __mmask16 mask;
-  DW_INLINE explicit First(std::ptrdiff_t n) : n(n), mask(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0) {}
-#else
-  DW_INLINE explicit First(std::ptrdiff_t n) : n(n) {}
-#endif
-
-#if defined(__AVX512F__)
+  DW_INLINE explicit First(std::ptrdiff_t n) : mask(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0) {}
   DW_INLINE Vec read(const float* p) const { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
   DW_INLINE void write(float* p, Vec v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
 #else
+  std::ptrdiff_t n;
+  DW_INLINE explicit First(std::ptrdiff_t n) : n(n) {}
   DW_INLINE Vec read(const float* p) const { return load_first(p, n); }
   DW_INLINE void write(float* p, Vec v) const { store_first(p, v, n); }
 #endif

@@ -38,6 +38,21 @@ inline void copy_rows(Grid from, Grid to, int rows, int columns) {
   for (; rows > 0; rows--, from.at += from.row, to.at += to.row) std::copy_n(from.at, columns, to.at);
 }
 
+// What is prefetched during a correlation: `count` floats where its result will be written, and where the next input is.
+struct Following {
+  const float *result, *next;
+  int count;
+
+  // One of `shares` equal shares.
+  DW_INLINE void prefetch(int share, int shares) const {
+    const int lines = (count + kCacheLine - 1) / kCacheLine;
+    for (int i = lines * share / shares; i < lines * (share + 1) / shares; i++) {
+      __builtin_prefetch(result + i * kCacheLine, 1);
+      __builtin_prefetch(next + i * kCacheLine);
+    }
+  }
+};
+
 // ---- correlations of one map: output (i, j) is the sum over (r, c) of tap (r - i, c - j) times pixel (r, c) ----
 
 struct Correlation {
@@ -47,18 +62,7 @@ struct Correlation {
   virtual ~Correlation() = default;
   // Gets ready for taps, [2 height - 1, 2 width - 1] around `middle`, which have to stay where they are.
   virtual void prepare(Grid middle, Vec* memory) const = 0;
-  // On the way as much memory is prefetched at `result`, to be written, and at `next`.
-  virtual void apply(const Vec* in, Grid middle, Vec* memory, Vec* out, const float* result, const float* next) const = 0;
-
- protected:
-  // One of `shares` equal shares of that memory.
-  DW_INLINE void prefetch(int share, int shares, const float* result, const float* next) const {
-    const int lines = (height * width * kLanes + kCacheLine - 1) / kCacheLine;
-    for (int i = lines * share / shares; i < lines * (share + 1) / shares; i++) {
-      __builtin_prefetch(result + i * kCacheLine, 1);
-      __builtin_prefetch(next + i * kCacheLine);
-    }
-  }
+  virtual void apply(const Vec* in, Grid middle, Vec* memory, Vec* out, const Following& following) const = 0;
 };
 
 // W inputs of a row and W sums are in registers: a tap is loaded once for up to W products.
@@ -67,9 +71,9 @@ class DirectCorrelation : public Correlation {
  public:
   explicit DirectCorrelation(int height) : Correlation(height, W, 0) {}
   void prepare(Grid, Vec*) const override {}
-  void apply(const Vec* in, Grid taps, Vec*, Vec* out, const float* result, const float* next) const override {
+  void apply(const Vec* in, Grid taps, Vec*, Vec* out, const Following& following) const override {
     for (int o = 0; o < height; o++, taps.at -= taps.row, out += W) {
-      prefetch(o, height, result, next);
+      following.prefetch(o, height);
       Vec sum[W] = {};
       const Vec *from = in, *tap = taps.at;
       for (int r = 0; r < height; r++, from += W, tap += taps.row) {
@@ -164,8 +168,7 @@ class FrequencyCorrelation : public Correlation {
     }
   }
 
-  __attribute__((flatten)) void apply(const Vec* in, Grid, Vec* memory, Vec* out, const float* result,
-                                      const float* next) const override {
+  __attribute__((flatten)) void apply(const Vec* in, Grid, Vec* memory, Vec* out, const Following& following) const override {
     Vec* const columns = memory + D::kPairs * 2 * taps();
     const D dft = there_, back = back_;  // copies, which writing results cannot change
     for (int y = 0; y < height; y++) {
@@ -174,7 +177,7 @@ class FrequencyCorrelation : public Correlation {
     with_size(axis_.half, [&](auto half) {
       correlate_column<half(), true>(columns, memory, axis_.parts);
       for (int pair = 1; pair < D::kPairs; pair++) {
-        prefetch(pair - 1, D::kPairs - 1, result, next);
+        following.prefetch(pair - 1, D::kPairs - 1);
         correlate_column<half(), false>(columns + 2 * pair * height, memory + pair * 2 * taps(), axis_.parts);
       }
     });
@@ -239,9 +242,9 @@ inline void correlate_whole(const Map<const float>& x, const float* weight, cons
       }
       x.read(image, channel, lanes, 0, pixels, exact ? in : out);
       if (!exact) copy_rows({out, s.width}, {in, width}, s.height, s.width);
-      const std::ptrdiff_t following = std::min(task + 1, tasks - 1);
-      const float* const next = x.at(following % s.batch, (int)(following / s.batch) * kLanes, 0);
-      correlation.apply(in, taps, memory, out, y.at(image, channel, 0), next);
+      const std::ptrdiff_t then = std::min(task + 1, tasks - 1);
+      correlation.apply(in, taps, memory, out, {y.at(image, channel, 0), x.at(then % s.batch, (int)(then / s.batch) * kLanes, 0),
+                                                pixels * (y.blocked ? kBlock : lanes)});
       if (!exact) copy_rows({out, width}, {out, s.width}, s.height, s.width);
       epilogue.with_channels(channel, lanes, [&](auto finish) {
         Finite finite;
