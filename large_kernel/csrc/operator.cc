@@ -260,9 +260,9 @@ std::vector<Tensor> BatchNormAct(const Tensor& x, const Tensor& weight, const Te
   const dwconv::NormShape s = check_norm(x, {&weight, &bias, &running_mean, &running_variance});
   Tensor y = paddle::experimental::empty_like(x), mean = paddle::experimental::empty_like(weight),
          variance = paddle::experimental::empty_like(weight);
-  dwconv::norm_forward(read(x), read(weight), read(bias), epsilon, activation_of(activation), s,
-                       written(y), written(mean), written(variance), momentum,
-                       const_cast<float*>(read(running_mean)), const_cast<float*>(read(running_variance)));
+  dwconv::norm_forward(read(x), read(weight), read(bias), epsilon, activation_of(activation), s, written(y), written(mean),
+                       written(variance), momentum, const_cast<float*>(read(running_mean)),
+                       const_cast<float*>(read(running_variance)));
   return {y, mean, variance};
 }
 
@@ -272,9 +272,8 @@ std::vector<Tensor> BatchNormActGrad(const Tensor& x, const Tensor& weight, cons
   const dwconv::NormShape s = check_norm(x, {&weight, &bias, &mean, &variance});
   Tensor dx = paddle::experimental::empty_like(x), dweight = paddle::experimental::empty_like(weight),
          dbias = paddle::experimental::empty_like(bias);
-  dwconv::norm_backward(read(x), read(weight), read(bias), read(mean), read(variance),
-                        read(dy), epsilon, activation_of(activation), s, written(dx), written(dweight),
-                        written(dbias));
+  dwconv::norm_backward(read(x), read(weight), read(bias), read(mean), read(variance), read(dy), epsilon,
+                        activation_of(activation), s, written(dx), written(dweight), written(dbias));
   return {dx, dweight, dbias};
 }
 
