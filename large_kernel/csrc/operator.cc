@@ -24,6 +24,8 @@ using paddle::Tensor;
 
 using Dims = std::vector<int64_t>;
 
+constexpr int kMaxKernel = 63;  // as in conv.py
+
 // Of a map [N, C, H, W], or [N, C / kBlock, H, W, kBlock] in blocks.
 bool is_blocked(const Dims& x) { return x.size() == 5 && x[4] == dwconv::kBlock; }
 
@@ -43,9 +45,10 @@ dwconv::Shape check(const Tensor& x, const Dims& in, const Tensor& weight, int s
   PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
            "large_kernel_conv needs input and weight of float32 on the CPU");
   const Dims w = weight.shape();
-  PD_CHECK(in.size() == 4 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3] && w[2] % 2 == 1 &&
-               (stride == 1 || stride == 2),
-           "large_kernel_conv needs input [N, C, H, W], weight [C, 1, K, K] with odd K, and stride 1 or 2");
+  PD_CHECK(in.size() == 4 && x.numel() > 0 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3] && w[2] % 2 == 1 &&
+               w[2] <= kMaxKernel && (stride == 1 || stride == 2),
+           "large_kernel_conv needs input [N, C, H, W] that is not empty, weight [C, 1, K, K] with odd K up to ", kMaxKernel,
+           ", and stride 1 or 2");
   return {(int)in[0], (int)in[1], (int)in[2], (int)in[3], (int)w[2], stride};
 }
 
@@ -80,6 +83,7 @@ const float* floats(const Tensor& t, std::int64_t count, const char* name) {
 Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
   const Tensor x = plain(input);
   const dwconv::Shape s = check(x, x.shape(), weight, stride);
+  PD_CHECK(!bias || bias->shape().size() == 1, "large_kernel_conv needs a bias [C]");
   Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
   dwconv::forward(map_of(read(x), x.shape()), read(weight), {nullptr, bias ? floats(*bias, s.channels, "bias") : nullptr}, s,
                   map_of(written(y), y.shape()));
