@@ -84,43 +84,50 @@ typedef TwoPlanes<false> TwoChannels;
 typedef OnePlane TwoImages, TwoChannels;  // not used
 #endif
 
-// Planes of H by H pixels, x_step apart, to `out`, out_step apart. `taps` points to the middle of a kernel, that of the second
-// plane lies taps_step further. They are read as they lie: for the output their rows would have to run backwards, so there the
-// lanes do, until the end. Writes out [H, H]; unless `exact`, up to kNarrow - 1 floats behind each plane too.
-template <class P, int H, Order order>
+// Planes of H by H pixels, x_step apart, to `out`, out_step apart: as many as N vectors hold, which share what is read of the
+// taps. `taps` points to the middle of a kernel, that of a vector's second plane lies taps_step further. They are read as they
+// lie: for the output their rows would have to run backwards, so there the lanes do, until the end. Writes out [H, H]; unless
+// `exact`, up to kNarrow - 1 floats behind each plane too.
+template <class P, int N, int H, Order order>
 __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x_step, const float* taps,
                                                 std::ptrdiff_t taps_step, int kernel, float* out, std::ptrdiff_t out_step,
                                                 bool exact) {
   typedef typename P::Vector Vector;
   constexpr bool forward = order == Order::kForward;
-  constexpr int chains = kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
-  const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel;
+  constexpr int chains = N == 1 && kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
+  const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel, vector_step = P::kPlanes * x_step;
   taps -= (H - 1) * down + (forward ? H - 1 : 0);
-  Vector sum[chains][H] = {};
+  Vector sum[N * chains][H] = {};
   for (const float* end = x + H; x < end; x++, taps += column) {
-    Vector value[H];
+    Vector value[N][H];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i++) {
 #pragma GCC unroll 8
-    for (int y = 0; y < H; y++) value[y] = P::splat(x + y * H, x_step);
+      for (int y = 0; y < H; y++) value[i][y] = P::splat(x + i * vector_step + y * H, x_step);
+    }
     const float* row = taps;
 #pragma GCC unroll 16
     for (int d = 1 - H; d < H; d++, row += down) {  // row y + d of the input meets this row of the taps
       const Vector tap = P::load_taps(row, taps_step);
 #pragma GCC unroll 8
       for (int y = 0; y < H; y++) {
-        if (y + d >= 0 && y + d < H) sum[d & (chains - 1)][y] += tap * value[y + d];
+#pragma GCC unroll 2
+        for (int i = 0; i < N; i++) {
+          if (y + d >= 0 && y + d < H) sum[i + (d & (chains - 1))][y] += tap * value[i][y + d];
+        }
       }
     }
   }
-#pragma GCC unroll 8
-  for (int y = 0; y < H; y++) {
-    if (chains == 2) sum[0][y] += sum[chains - 1][y];
-    if (forward) sum[0][y] = P::reverse(sum[0][y], H);
-  }
-#pragma GCC unroll 2
-  for (int plane = 0; plane < P::kPlanes; plane++, out += out_step) {  // in order: what is behind one may be the next one
+#pragma GCC unroll 4
+  for (int plane = 0; plane < N * P::kPlanes; plane++, out += out_step) {  // in order: what is behind one may be the next one
+    Vector* const result = sum[plane / P::kPlanes];
 #pragma GCC unroll 8
     for (int y = 0; y < H; y++) {
-      const Line v = P::get(sum[0][y], plane);
+      if (plane % P::kPlanes == 0) {
+        if (chains == 2) result[y] += sum[1][y];
+        if (forward) result[y] = P::reverse(result[y], H);
+      }
+      const Line v = P::get(result[y], plane % P::kPlanes);
       if (y + 1 < H || !exact) {
         store_line(out + y * H, v);
       } else {
@@ -212,7 +219,7 @@ DW_INLINE void for_channels(const Shape& s, F f) {
   if (first(thread) < first(thread + 1)) f(first(thread), first(thread + 1));
 }
 
-// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for two planes of output and two channels'
+// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for four planes of output and two channels'
 // weights.
 template <int H, Order order>
 void correlate_channels(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, int begin, int end,
@@ -220,42 +227,47 @@ void correlate_channels(const float* x, const float* weight, const Epilogue& epi
   constexpr int pixels = H * H;
   const std::ptrdiff_t image_step = (std::ptrdiff_t)s.channels * pixels;
   const bool direct = !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
-  float *const out = memory, *const copied = out + 2 * kPlane;
+  float *const out = memory, *const copied = out + 4 * kPlane;
   const std::ptrdiff_t copied_step = s.kernel * s.kernel + kLanes;
 
-  // One plane, of this image and channel, or two, the other one of the next image or the next channel.
-  auto run = [&](auto planes, int image, int channel, const float* taps, const float* next_taps) {
+  // The planes of as many vectors, of this image and channel on: the next one is of the next image or the next channel.
+  auto run = [&](auto planes, auto vectors, int image, int channel, const float* taps, const float* next_taps) {
     typedef decltype(planes) P;
+    constexpr int count = P::kPlanes * vectors();
     constexpr int channel_step = P::kPlanes == 2 && std::is_same_v<P, TwoChannels> ? 1 : 0;
     const std::ptrdiff_t first = image * image_step + (std::ptrdiff_t)channel * pixels, step = channel_step ? pixels : image_step;
     const bool exact = channel + channel_step + 1 == end;
-    correlate_planes<P, H, order>(x + first, step, taps, next_taps - taps, s.kernel, direct ? y + first : out,
-                                  direct ? step : kPlane, direct && exact);
-    for (int i = 0; !direct && i < P::kPlanes; i++) {
+    correlate_planes<P, vectors(), H, order>(x + first, step, taps, next_taps - taps, s.kernel, direct ? y + first : out,
+                                             direct ? step : kPlane, direct && exact);
+    for (int i = 0; !direct && i < count; i++) {
       epilogue.with_channel(channel + i * channel_step, [&](auto finish) {
         copy_values(out + i * kPlane, pixels, y + first + i * step, finish);
       });
     }
   };
 
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
   const int paired = has_pairs() ? s.batch / 2 * 2 : 0;  // images
-  for (int channel = begin; channel < end; channel++) {
+  for (int channel = begin; paired > 0 && channel < end; channel++) {
     const float* taps = middle_tap(weight, channel, s, copied);
-    for (int image = 0; image < paired; image += 2) run(TwoImages{}, image, channel, taps, taps);
+    int image = 0;
+    for (; image + 4 <= paired; image += 4) run(TwoImages{}, two, image, channel, taps, taps);
+    if (image < paired) run(TwoImages{}, one, image, channel, taps, taps);
   }
   for (int channel = begin; paired < s.batch && channel < end; channel++) {
     const float* taps = middle_tap(weight, channel, s, copied);
     if (has_pairs() && channel + 1 < end) {  // of the image that is left
-      run(TwoChannels{}, paired, channel, taps, middle_tap(weight, channel + 1, s, copied + copied_step));
+      run(TwoChannels{}, one, paired, channel, taps, middle_tap(weight, channel + 1, s, copied + copied_step));
       channel++;
     } else {
-      for (int image = paired; image < s.batch; image++) run(OnePlane{}, image, channel, taps, taps);
+      for (int image = paired; image < s.batch; image++) run(OnePlane{}, one, image, channel, taps, taps);
     }
   }
 }
 
 // Floats of memory that correlate_channels needs.
-inline std::size_t correlation_memory(const Shape& s) { return 2 * kPlane + 2 * (s.kernel * s.kernel + kLanes); }
+inline std::size_t correlation_memory(const Shape& s) { return 4 * kPlane + 2 * (s.kernel * s.kernel + kLanes); }
 
 // x [N, C, H, W] -> y [N, C, H, W].
 inline void correlate_narrow(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, Order order,
