@@ -91,27 +91,24 @@ def _check(x, weight, bias, stride):
 _warned = False
 
 
-def _custom_serves(x):
-    """Whether `auto` takes the C++ operator; warns once where it should but cannot."""
+def runs_custom(x):
+    """Whether the C++ operator computes the convolutions of x: LARGE_KERNEL_CONV_IMPL says so, or `auto` on the CPU, which
+    warns once where it should but cannot."""
     global _warned
-    if not _on_cpu(x):
+    name = _implementation()
+    if name not in ('auto', 'custom'):
         return False
-    reason = extension.reason_unavailable()
-    if reason and not _warned:
+    on_cpu = _on_cpu(x)
+    reason = extension.reason_unavailable() if on_cpu else 'it runs on the CPU only'
+    if reason is None:
+        return True
+    if name == 'custom':
+        raise RuntimeError(f'{VARIABLE}=custom: {reason}')
+    if on_cpu and not _warned:
         _warned = True
         warnings.warn(f'the C++ operator for depthwise convolutions is not available, paddle.fft serves instead: '
-                      f'{reason}', RuntimeWarning, stacklevel=4)
-    return reason is None
-
-
-def runs_custom(x):
-    """Whether the C++ operator computes the convolutions of x: LARGE_KERNEL_CONV_IMPL says so, or `auto` on the CPU."""
-    name = _implementation()
-    if name == 'custom':
-        reason = 'it runs on the CPU only' if not _on_cpu(x) else extension.reason_unavailable()
-        if reason:
-            raise RuntimeError(f'{VARIABLE}=custom: {reason}')
-    return name == 'custom' or name == 'auto' and _custom_serves(x)
+                      f'{reason}', RuntimeWarning, stacklevel=3)
+    return False
 
 
 def operator_serves():
