@@ -92,8 +92,8 @@ _warned = False
 
 
 def runs_custom(x):
-    """Whether the C++ operator computes the convolutions of x: LARGE_KERNEL_CONV_IMPL says so, or `auto` on the CPU, which
-    warns once where it should but cannot."""
+    """Whether the C++ operator computes the convolutions of x: LARGE_KERNEL_CONV_IMPL says so, or `auto` on the CPU,
+    which warns once where it should but cannot."""
     global _warned
     name = _implementation()
     if name not in ('auto', 'custom'):

@@ -1,19 +1,16 @@
 """Building the operator: cache, several processes, no compiler; the kernels alone, sanitized and for other targets."""
 import os
 import platform
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kernel_programs import COMPILER, LONG, TARGETS
 
 from large_kernel import extension
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ROOT / 'large_kernel' / 'csrc'
-COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
 
 needs_operator = pytest.mark.skipif(extension.reason_unavailable() is not None,
                                     reason=f'no C++ operator: {extension.reason_unavailable()}')
@@ -117,42 +114,6 @@ def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypa
     (tmp_path / 'broken.so').write_bytes(b'not a library')
     with pytest.raises(extension.BuildError, match='cannot be loaded'):
         extension.load_operator(tmp_path / 'broken.so')
-
-
-NATIVE = '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'
-TARGETS = {
-    'native': ['-O2', NATIVE],
-    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma'],
-    'baseline': ['-O1'],
-    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
-}
-
-
-LONG = ('avx2', 'native')
-
-
-@pytest.fixture(scope='module')
-def compilers(tmp_path_factory, pytestconfig):
-    """For each target the path of the kernels' program and the compiler that makes it, all started at once."""
-    folder, started = tmp_path_factory.mktemp('kernels'), {}
-    empty = folder / 'empty.cc'
-    empty.write_text('int main() {}\n')
-    try:
-        for target, flags in TARGETS.items():
-            program = folder / target
-            command = [COMPILER, *flags, '-fopenmp', '-o', str(program)]
-            if target in LONG and not pytestconfig.getoption('--long') or (
-                    subprocess.run([*command, str(empty)], capture_output=True).returncode):
-                continue
-            started[target] = program, subprocess.Popen(
-                [*command, '-ffp-contract=fast', '-std=c++17', '-Wall', '-Wextra', '-Werror', '-I', str(SOURCES),
-                 str(ROOT / 'tests' / 'sanitize' / 'main.cc')], start_new_session=True)
-        yield started
-    finally:
-        for _, compiler in started.values():
-            if compiler.poll() is None:  # the driver and the compiler it runs
-                os.killpg(compiler.pid, signal.SIGTERM)
-            compiler.wait()
 
 
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
