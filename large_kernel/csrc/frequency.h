@@ -238,12 +238,14 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
               transform.there(row, x_pairs + 2 * (i - first), x_step);
             }
             std::fill_n(row, length, Vec{});
+            Vec bias = {};  // summed apart, so that small terms do not drown in large sums
             for (int i = begin; i < stop; i++) {  // in reverse, as `run` takes them
               if (i + 1 < stop) grad.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
               grad.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, row + (x0 - left));
-              if (dbias && cut == 0) total += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
+              if (dbias && cut == 0) bias += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
               transform.taps(row, dy_pairs + 2 * (stop - 1 - i), dy_step);
             }
+            total += bias;
             const int low = std::max(ky0, pad - stop + 1), high = std::min(ky1, s.height - begin + pad), rows = last - first;
             if (high <= low) return;
             for_each_pair_of(transform, [&](int pair, auto number) {
@@ -251,7 +253,7 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
               for_each_run(high - low, std::min(rows, most_run(number)), [&](int a, int b) {
                 // the row of dy behind the strip would meet row `below` of these rows of x
                 const int below = stop + low + a - pad - first;
-                Vec part[kMaxRun];  // summed apart, so that small terms do not drown in large sums
+                Vec part[kMaxRun];  // summed apart as well
                 select_run(b - a, number)({stream + std::max(0, below - rows), 1, 0, table, 0, 1}, rows,
                                           std::max(0, rows - below),
                                           std::min(rows - below + stop - begin, rows - 1 + b - a), nullptr,

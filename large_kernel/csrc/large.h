@@ -443,11 +443,12 @@ inline void weight_gradient_large(const float* x, const float* dy, const Shape& 
                                Levels::of_filter({pdy, s.width, 0, s.height}, s.width, levels, pdy + plane), s, begin,
                                end, sum);
           if (dbias && cut == 0) {
+            Vec bias = {};  // of rows and of images by themselves, so that small terms do not drown in large sums
             for (int y = 0; y < s.height; y++) {
-              Vec row = {};
-              for (int i = 0; i < s.width; i++) row += pdy[(std::ptrdiff_t)y * s.width + i];
-              total += row;
+              const Vec* const row = pdy + (std::ptrdiff_t)y * s.width;
+              bias += std::accumulate(row, row + s.width, Vec{});
             }
+            total += bias;
           }
         }
         Finite finite;
