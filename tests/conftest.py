@@ -48,6 +48,19 @@ def golden():
 
 
 @pytest.fixture(scope='session')
+def rounding():
+    """By how much of a number Paddle's cast to a half-precision dtype may change it."""
+    import paddle
+
+    def largest(dtype):
+        half_unit = {'bfloat16': 2**-8, 'float16': 2**-11}[dtype]
+        cut_off = float(paddle.to_tensor(1 + 1.5 * half_unit).astype(dtype).astype('float32')) == 1
+        return 2 * half_unit if cut_off else half_unit  # Paddle 2.6 does not round to bfloat16
+
+    return largest
+
+
+@pytest.fixture(scope='session')
 def list_dataset(tmp_path_factory):
     """A data folder of JPEGs of one pixel, 13 to train on and 11 to evaluate, in 4 classes; paths hold spaces."""
     folder = tmp_path_factory.mktemp('one pixel')
