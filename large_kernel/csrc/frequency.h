@@ -137,14 +137,13 @@ inline void correlate_frequencies(const Map<const float>& x, const float* weight
   const std::size_t per_thread = length + pairs * taps_step + std::max<std::size_t>((pairs + 1) * step, area);
   Scratch scratch(per_thread * tasks.threads * kLanes);
   std::vector<char> failed(tasks.count);
+  SharedTasks shared(tasks.count, tasks.per_block);
 #pragma omp parallel num_threads(tasks.threads)
   {
     Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *const table = row + length, *const out_pairs = table + pairs * taps_step, *const in_pairs = out_pairs + step;
     int packed = -1;
-    // without "monotonic" the library that Paddle brings takes several times as long
-#pragma omp for schedule(monotonic : dynamic, tasks.chunk)
-    for (std::ptrdiff_t task = 0; task < tasks.count; task++) {
+    shared.for_each([&](std::ptrdiff_t task) {
       const int cut = task % tasks.cuts, image = task / tasks.cuts % s.batch, block = task / tasks.per_block;
       const int lanes = s.lanes(block), channel = block * kLanes;
       if (packed != block) {
@@ -193,7 +192,7 @@ inline void correlate_frequencies(const Map<const float>& x, const float* weight
         });
       });
       failed[task] = !finite.all();
-    }
+    });
   }
   if (!is_any(failed)) return;
   std::vector<char> blocks(tasks.count / tasks.cuts);
@@ -216,13 +215,13 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
   const std::size_t per_thread = length + pairs * (x_step + dy_step + sum_step) + area;
   Scratch scratch(per_thread * threads * kLanes);
   std::vector<char> failed(s.blocks() * cuts);
+  SharedTasks tasks((std::ptrdiff_t)s.blocks() * cuts);
 #pragma omp parallel num_threads(threads)
   {
     Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *const x_pairs = row + length, *const dy_pairs = x_pairs + pairs * x_step, *const sums = dy_pairs + pairs * dy_step;
     Vec* const out = sums + pairs * sum_step;
-#pragma omp for schedule(monotonic : dynamic, 1)
-    for (int task = 0; task < s.blocks() * cuts; task++) {
+    tasks.for_each([&](int task) {
       const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block), channel = block * kLanes;
       const int ky0 = k * cut / cuts, ky1 = k * (cut + 1) / cuts;
       std::fill_n(sums, pairs * sum_step, Vec{});
@@ -276,7 +275,7 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
       failed[task] = !finite.all();
       unpack(out, (ky1 - ky0) * k, dweight + (std::ptrdiff_t)channel * area + ky0 * k, area, lanes);
       if (dbias && cut == 0) store_part(dbias + channel, total, lanes);
-    }
+    });
   }
   if (!is_any(failed)) return;
   std::vector<char> blocks(s.blocks());

@@ -297,15 +297,14 @@ inline int parts(std::ptrdiff_t tasks, int limit) {
 }
 
 // A correlation as tasks: a part of an image of a block of channels each, those of a block one after another. Threads take
-// `chunk` of them at a time, a whole block where there are enough, and pack its weights once.
+// `per_block` of them at a time, a whole block where there are enough, and pack its weights once.
 struct Tasks {
   int threads, cuts;
-  std::ptrdiff_t per_block, count, chunk;
+  std::ptrdiff_t per_block, count;
 
   explicit Tasks(const Shape& s)
       : threads(omp_get_max_threads()), cuts(parts((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16)),
-        per_block((std::ptrdiff_t)s.batch * cuts), count(per_block * s.blocks()),
-        chunk(std::max<std::ptrdiff_t>(1, std::min(per_block, count / (4 * threads)))) {}
+        per_block((std::ptrdiff_t)s.batch * cuts), count(per_block * s.blocks()) {}
 };
 
 inline bool is_any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
@@ -335,18 +334,17 @@ inline void correlate_large(const Map<const float>& x, const float* weight, cons
   const std::size_t in_size = plane + Levels::size(s.height, s.width, levels);
   const std::size_t per_thread = in_size + (std::size_t)strip * s.width + table_size;
   Scratch scratch(per_thread * tasks.threads * kLanes);
+  SharedTasks shared(tasks.count, tasks.per_block);
 #pragma omp parallel num_threads(tasks.threads)
   {
     Vec* in = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *out = in + in_size, *table = out + strip * s.width;
     Levels filter = {};
     int packed = -1;
-    // without "monotonic" the library that Paddle brings takes several times as long
-#pragma omp for schedule(monotonic : dynamic, tasks.chunk)
-    for (std::ptrdiff_t task = 0; task < tasks.count; task++) {
+    shared.for_each([&](std::ptrdiff_t task) {
       const int cut = task % tasks.cuts, image = task / tasks.cuts % s.batch, block = task / tasks.per_block;
       const int lanes = s.lanes(block), channel = block * kLanes;
-      if (!only.empty() && !only[task / tasks.cuts]) continue;
+      if (!only.empty() && !only[task / tasks.cuts]) return;
       // Cut between groups of rows that are computed out of each other: so results do not depend on the number of threads.
       const int begin = s.height * cut / tasks.cuts / kGroup * kGroup;
       const int end = cut + 1 == tasks.cuts ? s.height : s.height * (cut + 1) / tasks.cuts / kGroup * kGroup;
@@ -375,7 +373,7 @@ inline void correlate_large(const Map<const float>& x, const float* weight, cons
         };
         if (!compute(filter) && levels) compute({{filter.node[0]}, 0});
       });
-    }
+    });
   }
 }
 
@@ -421,14 +419,14 @@ inline void weight_gradient_large(const float* x, const float* dy, const Shape& 
   const int levels = levels_for(s.height, s.kernel);
   const std::size_t size = plane + Levels::size(s.height, s.width, levels), per_thread = 2 * size + area;
   Scratch scratch(per_thread * threads * kLanes);
+  SharedTasks tasks((std::ptrdiff_t)s.blocks() * cuts);
 #pragma omp parallel num_threads(threads)
   {
     Vec* px = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *pdy = px + size, *sum = pdy + size;
-#pragma omp for schedule(monotonic : dynamic, 1)
-    for (int task = 0; task < s.blocks() * cuts; task++) {
+    tasks.for_each([&](int task) {
       const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block);
-      if (!only.empty() && !only[block]) continue;
+      if (!only.empty() && !only[block]) return;
       const int begin = k * cut / cuts, end = k * (cut + 1) / cuts, count = (end - begin) * k;
       Vec total = {};
       auto compute = [&](int levels) {
@@ -458,7 +456,7 @@ inline void weight_gradient_large(const float* x, const float* dy, const Shape& 
       if (!compute(levels) && levels) compute(0);
       unpack(sum, count, dweight + (std::ptrdiff_t)block * kLanes * area + begin * k, area, lanes);
       if (dbias && cut == 0) store_part(dbias + block * kLanes, total, lanes);
-    }
+    });
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "share.h"
 #include "vector.h"
 
 namespace dwconv {
@@ -60,18 +61,19 @@ struct Map {
 // The same values in the layout of `to`.
 inline void copy_map(const Map<const float>& from, int batch, const Map<float>& to) {
   constexpr int strip = 512;  // pixels
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int image = 0; image < batch; image++) {
-    for (int channel = 0; channel < from.channels; channel += kLanes) {
-      const int lanes = std::min(kLanes, from.channels - channel);
-      Vec pixels[strip];
-      for (std::ptrdiff_t i = 0; i < from.pixels; i += strip) {
-        const int count = (int)std::min<std::ptrdiff_t>(strip, from.pixels - i);
-        from.read(image, channel, lanes, i, count, pixels);
-        to.write(pixels, image, channel, lanes, i, count, Identity{});
-      }
+  const int blocks = (from.channels + kLanes - 1) / kLanes;
+  SharedTasks tasks((std::ptrdiff_t)batch * blocks);
+#pragma omp parallel
+  tasks.for_each([&](std::ptrdiff_t task) {
+    const int image = (int)(task / blocks), channel = (int)(task % blocks) * kLanes;
+    const int lanes = std::min(kLanes, from.channels - channel);
+    Vec pixels[strip];
+    for (std::ptrdiff_t i = 0; i < from.pixels; i += strip) {
+      const int count = (int)std::min<std::ptrdiff_t>(strip, from.pixels - i);
+      from.read(image, channel, lanes, i, count, pixels);
+      to.write(pixels, image, channel, lanes, i, count, Identity{});
     }
-  }
+  });
 }
 
 }  // namespace dwconv

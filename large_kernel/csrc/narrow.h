@@ -210,15 +210,6 @@ DW_INLINE const float* middle_tap(const float* weight, int channel, const Shape&
   return copied + area / 2;
 }
 
-// Calls f(first channel, last channel) once in each thread that has any: the same ones in every call, so that they find in
-// their caches what they had there.
-template <class F>
-DW_INLINE void for_channels(const Shape& s, F f) {
-  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  const auto first = [&](int thread) { return (int)((std::int64_t)s.channels * thread / threads); };
-  if (first(thread) < first(thread + 1)) f(first(thread), first(thread + 1));
-}
-
 // Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for four planes of output and two channels'
 // weights.
 template <int H, Order order>
@@ -275,10 +266,13 @@ inline void correlate_narrow(const float* x, const float* weight, const Epilogue
   with_size(s.height, [&](auto height) {
     const auto run = order == Order::kForward ? correlate_channels<height(), Order::kForward>
                                               : correlate_channels<height(), Order::kInputGradient>;
+    SharedTasks pairs((s.channels + 1) / 2, 16);
 #pragma omp parallel
     {
       Scratch scratch(correlation_memory(s));
-      for_channels(s, [&](int begin, int end) { run(x, weight, epilogue, s, begin, end, y, scratch.floats()); });
+      pairs.for_each_chunk([&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+        run(x, weight, epilogue, s, 2 * (int)begin, std::min(2 * (int)end, s.channels), y, scratch.floats());
+      });
     }
   });
 }
@@ -290,13 +284,14 @@ void weight_gradient_narrow(const float* x, const float* dy, const Shape& s, flo
   const int k = s.kernel, area = k * k;
   constexpr int pixels = H * H;
   const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels;
+  SharedTasks channels(s.channels);
 #pragma omp parallel
   {
     Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size);
     float *const in = scratch.floats(), *const grads = in + kTogether * kPlane, *const parts = grads + kTogether * kPlane;
     float* const sums = parts + parts_size;
     std::fill_n(in, 2 * kTogether * kPlane + parts_size, 0.f);
-    auto weight_gradient = [&](int channel) {
+    channels.for_each([&](int channel) {
       float bias = 0, *const to = dweight + (std::ptrdiff_t)channel * area;
       if (k > rows) std::fill_n(to, area, 0.f);
       for (int image = 0; image < s.batch; image += kTogether) {
@@ -320,9 +315,6 @@ void weight_gradient_narrow(const float* x, const float* dy, const Shape& s, flo
         }
       }
       if (dbias) store_part(dbias + channel, splat(bias), 1);
-    };
-    for_channels(s, [&](int begin, int end) {
-      for (int channel = begin; channel < end; channel++) weight_gradient(channel);
     });
   }
 }

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "epilogue.h"
+#include "share.h"
 
 namespace dwconv {
 
@@ -94,8 +95,9 @@ inline void norm_forward(const float* x, const float* weight, const float* bias,
                          const NormShape& s, float* y, float* mean, float* variance, float momentum, float* running_mean,
                          float* running_variance) {
   with_activation(activation, [&](auto a) {
-#pragma omp parallel for num_threads(omp_get_max_threads())
-    for (int c = 0; c < s.channels; c++) {
+    SharedTasks channels(s.channels);
+#pragma omp parallel num_threads(omp_get_max_threads())
+    channels.for_each([&](int c) {
       double sum[1], squares[1];
       sum_channel(s, c, sum, [&](std::ptrdiff_t at, int n, Vec* terms) { terms[0] = load_first(x + at, n); });
       const float m = (float)(sum[0] / s.count());
@@ -113,7 +115,7 @@ inline void norm_forward(const float* x, const float* weight, const float* bias,
       for_each_vector_of(s, c, [&](std::ptrdiff_t at, int n) {
         store_first(y + at, activate<a()>((load_first(x + at, n) - m) * scale + shift), n);
       });
-    }
+    });
   });
 }
 
@@ -124,8 +126,9 @@ inline void norm_backward(const float* x, const float* weight, const float* bias
   with_activation(activation, [&](auto a) {
     // the gradient in front of the activation stays in dx between the two passes, which the caches hold
     const float* const inner = a == Activation::kNone ? dy : dx;
-#pragma omp parallel for num_threads(omp_get_max_threads())
-    for (int c = 0; c < s.channels; c++) {
+    SharedTasks channels(s.channels);
+#pragma omp parallel num_threads(omp_get_max_threads())
+    channels.for_each([&](int c) {
       const float m = mean[c], inverse = inverse_deviation(variance[c], epsilon), scale = weight[c] * inverse, shift = bias[c];
       double sums[2];  // of g, and of g * (x - mean)
       sum_channel(s, c, sums, [&](std::ptrdiff_t at, int n, Vec* terms) {
@@ -146,7 +149,7 @@ inline void norm_backward(const float* x, const float* weight, const float* bias
         const Vec d = load_first(x + at, n) - m;
         store_first(dx + at, scale * (load_first(inner + at, n) - per_value - d * slope), n);
       });
-    }
+    });
   });
 }
 

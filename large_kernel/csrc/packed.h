@@ -100,11 +100,11 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
   const int strips = (s.out_height() + height - 1) / height;
   Shape strip = s;
   strip.height = (height - 1) * S + K;
+  SharedTasks tasks((std::ptrdiff_t)s.batch * s.blocks() * strips);
 #pragma omp parallel
   {
     PackedWorkspace w(strip);
-#pragma omp for schedule(static)
-    for (std::ptrdiff_t task = 0; task < (std::ptrdiff_t)s.batch * s.blocks() * strips; task++) {
+    tasks.for_each([&](std::ptrdiff_t task) {
       const int image = task / strips % s.batch, block = task / strips / s.batch, lanes = s.lanes(block);
       const int begin = s.out_height() * (task % strips) / strips, end = s.out_height() * (task % strips + 1) / strips;
       const int channel = block * kLanes, first = begin * S - K / 2, last = (end - 1) * S + K - K / 2;
@@ -123,7 +123,7 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
         const int width = s.out_width();
         y.write(w.plane, image, channel, lanes, (std::ptrdiff_t)begin * width, (end - begin) * width, finish);
       });
-    }
+    });
   }
 }
 
@@ -180,11 +180,11 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
                      float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   constexpr int rows = std::min(K, (kRegisters == 32 ? 25 : 10) / K);
+  SharedTasks blocks(s.blocks());
 #pragma omp parallel
   {
     PackedWorkspace w(s);
-#pragma omp for schedule(static)
-    for (int block = 0; block < s.blocks(); block++) {
+    blocks.for_each([&](int block) {
       const int lanes = s.lanes(block);
       const std::ptrdiff_t first = (std::ptrdiff_t)block * kLanes;
       pack(weight + first * K * K, K * K, lanes, K * K, w.weight);
@@ -218,7 +218,7 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
         exact_weight_gradient(x + (first + c) * in, dy + (first + c) * out, s, dweight + (first + c) * K * K);
       }
       if (dbias) store_part(dbias + first, bias_sum, lanes);
-    }
+    });
   }
 }
 

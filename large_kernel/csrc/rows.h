@@ -365,11 +365,11 @@ inline bool read_weights(const float* weight, int area, float scale, Workspace& 
 inline void forward_rows(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel;
+  SharedTasks planes((std::ptrdiff_t)s.batch * s.channels);
 #pragma omp parallel
   {
     Workspace w(s);
-#pragma omp for schedule(static)
-    for (std::ptrdiff_t plane = 0; plane < (std::ptrdiff_t)s.batch * s.channels; plane++) {
+    planes.for_each([&](std::ptrdiff_t plane) {
       const std::ptrdiff_t channel = plane % s.channels;
       const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f;
       const float shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
@@ -379,7 +379,7 @@ inline void forward_rows(const float* x, const float* weight, const Epilogue& ep
       } else {
         exact_forward(x + plane * in, weight + channel * area, epilogue, channel, s, y + plane * out);
       }
-    }
+    });
   }
 }
 
@@ -388,11 +388,11 @@ inline void backward_rows(const float* x, const float* weight, const float* dy, 
                           float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel, border = (s.kernel - 1) / s.stride;
+  SharedTasks channels(s.channels);
 #pragma omp parallel
   {
     Workspace w(s);
-#pragma omp for schedule(static)
-    for (std::ptrdiff_t channel = 0; channel < s.channels; channel++) {
+    channels.for_each([&](std::ptrdiff_t channel) {
       const bool finite = read_weights(weight + channel * area, area, 1.f, w);
       std::fill(w.weight_sum, w.weight_sum + area, Vec{});
       float bias_sum = 0;
@@ -420,7 +420,7 @@ inline void backward_rows(const float* x, const float* weight, const float* dy, 
         }
       }
       if (dbias) store_part(dbias + channel, splat(bias_sum), 1);
-    }
+    });
   }
 }
 

@@ -390,22 +390,18 @@ inline bool read_weights(const float* weight, float* to) {
 template <int S>
 void forward_stencil(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int image = 0; image < s.batch; image++) {
-    for (int channel = 0; channel < s.channels; channel++) {
-      const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + channel;
-      const float* w = weight + (std::ptrdiff_t)channel * 9;
-      float taps[9 + kLanes];
-      if (!read_weights(w, taps)) {
-        exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
-        continue;
-      }
-      epilogue.with_channel(channel, [&](auto finish) {
-        stencil<S>(Plane<const float>{x + plane * in, s.height, s.width}, taps,
-                   Plane<float>{y + plane * out, s.out_height(), s.out_width()}, finish);
-      });
-    }
-  }
+  SharedTasks planes((std::ptrdiff_t)s.batch * s.channels, 4);
+#pragma omp parallel
+  planes.for_each([&](std::ptrdiff_t plane) {
+    const int channel = (int)(plane % s.channels);
+    const float* w = weight + (std::ptrdiff_t)channel * 9;
+    float taps[9 + kLanes];
+    if (!read_weights(w, taps)) return exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
+    epilogue.with_channel(channel, [&](auto finish) {
+      stencil<S>(Plane<const float>{x + plane * in, s.height, s.width}, taps,
+                 Plane<float>{y + plane * out, s.out_height(), s.out_width()}, finish);
+    });
+  });
 }
 
 // dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
@@ -414,12 +410,12 @@ void backward_stencil(const float* x, const float* weight, const float* dy, cons
                       float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const bool streamed = S == 2 && dx && is_streamed(s, dx);
+  SharedTasks channels(s.channels);
 #pragma omp parallel
   {
     Scratch memory(streamed ? (std::size_t)band_rows(s) * s.width : 0);
     float* const band = streamed ? memory.floats() : nullptr;
-#pragma omp for schedule(static)
-    for (int channel = 0; channel < s.channels; channel++) {
+    channels.for_each([&](int channel) {
       const float* w = weight + (std::ptrdiff_t)channel * 9;
       float taps[9 + kLanes], rotated[9];
       Vec sums[9] = {}, bias = {};
@@ -463,7 +459,7 @@ void backward_stencil(const float* x, const float* weight, const float* dy, cons
         }
       }
       if (dbias) store_part(dbias + channel, splat(sum_lanes(bias)), 1);
-    }
+    });
 #if defined(__AVX512F__)
     if (streamed) _mm_sfence();  // so that other threads see what was written
 #endif

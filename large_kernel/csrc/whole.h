@@ -218,6 +218,7 @@ inline void correlate_whole(const Map<const float>& x, const float* weight, cons
   const int padded = covers ? 0 : (2 * height - 1) * (2 * width - 1);
   const std::ptrdiff_t tasks = (std::ptrdiff_t)s.blocks() * s.batch;
   std::vector<char> failed(tasks);
+  SharedTasks shared(tasks, s.batch);
 #pragma omp parallel
   {
     Scratch scratch((std::size_t)(area + padded + correlation.memory + 2 * size) * kLanes);
@@ -227,8 +228,7 @@ inline void correlate_whole(const Map<const float>& x, const float* weight, cons
     const Grid kernel = {table + area / 2, k}, inside = {table + area + padded / 2, 2 * width - 1};
     const Grid taps = covers ? kernel : inside;
     int packed = -1;
-#pragma omp for schedule(static)  // a thread finds in its caches what it had in the call before
-    for (std::ptrdiff_t task = 0; task < tasks; task++) {
+    shared.for_each([&](std::ptrdiff_t task) {
       const int image = task % s.batch, block = task / s.batch, lanes = s.lanes(block), channel = block * kLanes;
       if (packed != block) {
         const bool rotated = order == Order::kInputGradient;
@@ -254,7 +254,7 @@ inline void correlate_whole(const Map<const float>& x, const float* weight, cons
         });
         failed[task] = !finite.all();
       });
-    }
+    });
   }
   if (is_any(failed)) correlate_large(x, weight, epilogue, s, order, y, failed);
 }

@@ -181,6 +181,7 @@ inline void weight_gradient_whole(const float* x, const float* dy, const Shape& 
   const int map_size = size + factors_size(h, w), leaf = half_taps(h) * half_taps(w);
   const int count = products(h) * products(w);
   std::vector<char> failed(s.blocks());
+  SharedTasks blocks(s.blocks());
 #pragma omp parallel
   {
     const int lines = 3 * half_taps(w) + 2 * w.size() - 1;
@@ -190,8 +191,7 @@ inline void weight_gradient_whole(const float* x, const float* dy, const Shape& 
     Vec* const merged = line + 3 * half_taps(w);
     std::fill_n(in, 2 * together * map_size, Vec{});
     std::fill_n(kernel, area, Vec{});
-#pragma omp for schedule(static)
-    for (int block = 0; block < s.blocks(); block++) {
+    blocks.for_each([&](int block) {
       const int lanes = s.lanes(block);
       Vec bias = {};
       for (int image = 0; image < s.batch; image += together) {
@@ -239,7 +239,7 @@ inline void weight_gradient_whole(const float* x, const float* dy, const Shape& 
       });
       failed[block] = !finite.all();
       if (dbias) store_part(dbias + block * kLanes, bias, lanes);
-    }
+    });
   }
   if (is_any(failed)) weight_gradient_large(x, dy, s, dweight, dbias, failed);
 }

@@ -1,10 +1,12 @@
 // The kernels over a table of shapes, in buffers of exactly the tensors' size, against plain loops in double precision.
 // Built by the tests with and without sanitizers and for several instruction sets. Exits with 1 on a wrong value.
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 static bool large_cache;  // what depends on the size of the cache is run for either size
@@ -252,6 +254,27 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
   return true;
 }
 
+// Whether every task is done once, by one chunk that begins where chunks do, with some threads slower than others.
+bool run_shared(int count, int chunk, int threads, int present) {
+  const int most = omp_get_max_threads();
+  omp_set_num_threads(threads);
+  dwconv::SharedTasks tasks(count, chunk);
+  std::vector<int> done(count);
+  bool good = true;
+#pragma omp parallel num_threads(present)
+  tasks.for_each_chunk([&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+    if (omp_get_thread_num() == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    const bool fits = begin >= 0 && begin < end && end <= count && end - begin <= chunk;
+#pragma omp critical
+    good = good && fits;
+    for (std::ptrdiff_t task = begin; fits && task < end; task++) done[task]++;
+  });
+  omp_set_num_threads(most);
+  for (int times : done) good = good && times == 1;
+  if (!good) std::printf("%d tasks, at most %d at a time, for %d threads, %d present: not each once\n", count, chunk, threads, present);
+  return good;
+}
+
 // Runs the table and returns how many cases failed; `shapes` of each kernel and stride.
 int run_all(int shapes) {
   std::mt19937 random(1 + large_cache);
@@ -314,6 +337,11 @@ int run_all(int shapes) {
       const Shape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8), i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
                        window ? 3 : 1, window ? 1 + pick(2) : 1};
       bad += !run_dense(s, widths[pick(6)], random);
+    }
+  }
+  for (int tasks : {0, 1, 2, 7, 64, 1000}) {
+    for (int threads : {1, 2, 5}) {
+      for (int present : {1, 3}) bad += !run_shared(tasks, 1 + pick(20), threads, present), count++;
     }
   }
   for (int i = 0; i < 9 * shapes; i++, count++) {
