@@ -154,6 +154,11 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
         ValueError: a wrong shape, dtype or stride, or an unknown LARGE_KERNEL_CONV_IMPL.
         RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built or the input is not on the CPU.
     """
+    if extension.forward_directly and (x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient)
+                                       or not paddle.is_grad_enabled()):
+        y = extension.forward_directly(x, weight, bias, stride)
+        if y is not None:
+            return y
     float32 = paddle.float32
     if not (x.dtype is float32 and weight.dtype is float32 and paddle.in_dynamic_mode() and runs_custom(x)):
         _check(x, weight, bias, stride)

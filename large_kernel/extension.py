@@ -5,12 +5,15 @@ them builds anew and machines that share a home directory do not share code. LAR
 """
 import contextlib
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -45,6 +48,12 @@ def _flags():
             '-DPADDLE_WITH_CUSTOM_KERNEL']
 
 
+def _python_headers():
+    """Options to find Python.h; none where it is not installed: then there is no `forward_directly`."""
+    folder = sysconfig.get_path('include')
+    return ['-I', folder] if os.path.exists(os.path.join(folder, 'Python.h')) else []
+
+
 def _commands(compiler, folder, library):
     """The compile and the link command."""
     include, libs = Path(paddle.sysconfig.get_include()), Path(paddle.sysconfig.get_lib())
@@ -53,7 +62,7 @@ def _commands(compiler, folder, library):
     openmp = ['-l:libiomp5.so'] if (libs / 'libiomp5.so').exists() else ['-fopenmp']
     unit = str(Path(folder) / 'operator.o')
     compile_ = [*compiler, *_flags(), '-fopenmp', '-I', str(include), '-I', str(include / 'third_party'),
-                '-c', str(SOURCES / 'operator.cc'), '-o', unit]
+                *_python_headers(), '-c', str(SOURCES / 'operator.cc'), '-o', unit]
     link = [*compiler, '-shared', unit, '-o', str(library), f'-L{core}', f'-L{libs}', f'-Wl,-rpath,{core}:{libs}',
             '-Wl,--no-as-needed', '-l:libpaddle.so', *openmp]
     return compile_, link
@@ -65,7 +74,8 @@ def _key(compiler):
     if version.returncode:
         raise BuildError(f'{compiler[0]} --version failed: {_last_line(version.stderr)}')
     parts = [paddle.__version__, paddle.version.commit, str(Path(paddle.__file__).parent), *compiler, version.stdout,
-             *_flags(), platform.machine(), info.get('model name', ''), info.get('flags', info.get('Features', ''))]
+             *_flags(), sys.version, *_python_headers(), platform.machine(), info.get('model name', ''),
+             info.get('flags', info.get('Features', ''))]
     parts += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in ('.h', '.cc')]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
 
@@ -140,6 +150,10 @@ def library_path():
 
 _registered = None  # path of the library this process has registered, or the BuildError that prevented it
 
+# The depthwise operator without gradients, as direct.h has it: (x, weight, bias, stride) -> result, or None for what it
+# leaves to others. None where the operator is not loaded or was built without Python's headers.
+forward_directly = None
+
 
 def load_operator(path=None):
     """Register the operator with Paddle in this process: needed before an exported program that holds it is run.
@@ -154,7 +168,7 @@ def load_operator(path=None):
     Raises:
         BuildError: the operator cannot be built or loaded.
     """
-    global _registered
+    global _registered, forward_directly
     if isinstance(_registered, BuildError) and path is None:
         raise _registered
     if _registered is None or isinstance(_registered, BuildError):
@@ -163,7 +177,7 @@ def load_operator(path=None):
             if not library.is_file():
                 raise BuildError(f'{library} does not exist')
             _register(library)
-            _registered = library
+            _registered, forward_directly = library, _direct_function(library)
         except BuildError as error:
             _registered = error
             raise
@@ -178,6 +192,16 @@ def _register(library):
         load_op_meta_info_and_register_op(str(library))
     except (OSError, RuntimeError, ValueError) as error:
         raise BuildError(f'{library} cannot be loaded: {_last_line(str(error))}') from None
+
+
+def _direct_function(library):
+    """`forward_directly` of a library, None if it has none."""
+    loader = importlib.machinery.ExtensionFileLoader('large_kernel_direct', str(library))
+    try:
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    except ImportError:
+        return None
+    return module.forward
 
 
 def reason_unavailable():

@@ -116,6 +116,17 @@ def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypa
         extension.load_operator(tmp_path / 'broken.so')
 
 
+@needs_operator
+def test_a_library_built_without_pythons_headers_has_no_direct_call(tmp_path, monkeypatch):
+    monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
+    compile_, _ = extension._commands(['g++'], tmp_path, tmp_path / 'library.so')
+    assert str(tmp_path) not in compile_  # as a folder of headers
+    source, library = tmp_path / 'empty.cc', tmp_path / 'empty.so'
+    source.write_text('')
+    subprocess.run([COMPILER, '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
+    assert extension._direct_function(library) is None
+
+
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
 @pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long) if t in LONG else t for t in TARGETS])
 def test_kernels_alone(compilers, target):

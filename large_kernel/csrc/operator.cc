@@ -6,6 +6,7 @@
 
 #include "dense.h"
 #include "depthwise.h"
+#include "direct.h"
 #include "norm.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
@@ -372,3 +373,7 @@ PD_BUILD_GRAD_OP(batch_norm_act)
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
     .Attrs({"momentum: float", "epsilon: float", "activation: std::string"})
     .SetKernelFn(PD_KERNEL(BatchNormActGrad));
+
+#if __has_include(<Python.h>)
+PyMODINIT_FUNC PyInit_large_kernel_direct() { return direct::make_module<run_forward>(); }
+#endif
