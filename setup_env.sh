@@ -25,7 +25,7 @@ for candidate in python python3; do
     fi
 done
 if [ -n "$PYTHON" ]; then
-    missing=$(missing_modules "$PYTHON" numpy yaml yacs PIL tqdm setuptools ${dev:+pytest ruff sklearn safetensors})
+    missing=$(missing_modules "$PYTHON" numpy yaml yacs PIL tqdm setuptools ${dev:+pytest xdist ruff sklearn safetensors})
     if [ -n "$missing" ]; then
         echo "setup_env.sh: the active environment has paddle but not: $missing; install them with:" \
              "$PYTHON -m pip install -r '$root/requirements-gpu.txt'${dev:+ -r '$root/requirements-dev.txt'}" >&2

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernel_programs
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,21 +23,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if 'long' in item.keywords:
                 item.add_marker(pytest.mark.skip(reason='takes minutes: run with --long'))
-
-
-@pytest.fixture(scope='session')
-def compilers(tmp_path_factory, pytestconfig):
-    """Of the programs of `kernel_programs`, those that are wanted, and the compilers that make them."""
-    wanted = [t for t in kernel_programs.TARGETS if pytestconfig.getoption('--long') or t not in kernel_programs.LONG]
-    with kernel_programs.started(tmp_path_factory.mktemp('kernels'), wanted) as processes:
-        yield processes
-
-
-@pytest.fixture(scope='session', autouse=True)
-def _compile_from_the_start(request):
-    """A compiler takes minutes of one core, and few tests use more than one."""
-    if any('compilers' in item.fixturenames for item in request.session.items):
-        request.getfixturevalue('compilers')
 
 
 @pytest.fixture

@@ -1,16 +1,25 @@
 """Building the operator: cache, several processes, no compiler; the kernels alone, sanitized and for other targets."""
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kernel_programs import COMPILER, LONG, TARGETS
 
 from large_kernel import extension
 
 ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
+NATIVE = '-march=native' if platform.machine() == 'x86_64' else '-mcpu=native'
+TARGETS = {
+    'native': ['-O2', NATIVE],
+    'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma'],
+    'baseline': ['-O1'],
+    'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
+}
+LONG = ('avx2', 'native')  # take minutes
 
 needs_operator = pytest.mark.skipif(extension.reason_unavailable() is not None,
                                     reason=f'no C++ operator: {extension.reason_unavailable()}')
@@ -127,18 +136,34 @@ def test_a_library_built_without_pythons_headers_has_no_direct_call(tmp_path, mo
     assert extension._direct_function(library) is None
 
 
+@pytest.fixture(scope='module')
+def programs(tmp_path_factory, pytestconfig):
+    """The kernels without Paddle, tests/sanitize/main.cc, compiled for several targets at once: {target: path}, without
+    those targets that this compiler lacks."""
+    folder, compilers = tmp_path_factory.mktemp('kernels'), {}
+    empty = folder / 'empty.cc'
+    empty.write_text('int main() {}\n')
+    for target in TARGETS:
+        command = [COMPILER, *TARGETS[target], '-fopenmp', '-o', str(folder / target)]
+        wanted = pytestconfig.getoption('--long') or target not in LONG
+        if wanted and not subprocess.run([*command, str(empty)], capture_output=True).returncode:
+            compilers[target] = subprocess.Popen(
+                [*command, '-ffp-contract=fast', '-std=c++17', '-Wall', '-Wextra', '-Werror',
+                 '-I', str(ROOT / 'large_kernel' / 'csrc'), str(ROOT / 'tests' / 'sanitize' / 'main.cc')])
+    assert not any([compiler.wait() for compiler in compilers.values()])
+    return {target: folder / target for target in compilers}
+
+
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
 @pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long) if t in LONG else t for t in TARGETS])
-def test_kernels_alone(compilers, target):
+def test_kernels_alone(programs, target):
     """Shapes in buffers of exactly the tensors' size, as with a small first-level cache and with a large one."""
     if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this processor has no AVX2')
-    if target not in compilers:
+    if target not in programs:
         pytest.skip(f'{COMPILER} lacks {" ".join(TARGETS[target])}')
-    program, compiler = compilers[target]
-    assert compiler.wait(timeout=600) == 0
     shapes = '2' if target == 'sanitized' else '3'
-    result = subprocess.run([str(program), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'}, capture_output=True,
-                            text=True)
+    result = subprocess.run([str(programs[target]), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'},
+                            capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     assert result.stdout.count(', 0 failures') == 2  # as if the first-level cache were small, and large
