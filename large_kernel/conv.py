@@ -154,21 +154,17 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
         ValueError: a wrong shape, dtype or stride, or an unknown LARGE_KERNEL_CONV_IMPL.
         RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built or the input is not on the CPU.
     """
-    if extension.forward_directly and (x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient)
-                                       or not paddle.is_grad_enabled()):
-        y = extension.forward_directly(x, weight, bias, stride)
-        if y is not None:
-            return y
-    float32 = paddle.float32
-    if not (x.dtype is float32 and weight.dtype is float32 and paddle.in_dynamic_mode() and runs_custom(x)):
-        _check(x, weight, bias, stride)
-        return _FUNCTIONS[select(x, weight, stride)](x, weight, bias, stride)
-    try:  # the operator checks for itself: Python code that is not in the caches takes as long as a small convolution
-        return conv_custom(x, weight, bias, stride)
-    except Exception as error:
-        failure = error
+    direct = extension.direct  # asks all there is to ask: cold Python code takes as long as a small layer
+    if direct:
+        if ((x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient))
+                or not paddle.is_grad_enabled()):
+            y = direct.forward(x, weight, bias, stride)
+            if y is not None:
+                return y
+        elif direct.serves(x, weight, bias, stride):
+            return extension.run_with_gradients(x, weight, bias, stride)
     _check(x, weight, bias, stride)
-    raise failure
+    return _FUNCTIONS[select(x, weight, stride)](x, weight, bias, stride)
 
 
 def _single(value, name):

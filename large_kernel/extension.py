@@ -49,7 +49,7 @@ def _flags():
 
 
 def _python_headers():
-    """Options to find Python.h; none where it is not installed: then there is no `forward_directly`."""
+    """Options to find Python.h; none where it is not installed: then there is no `direct`."""
     folder = sysconfig.get_path('include')
     return ['-I', folder] if os.path.exists(os.path.join(folder, 'Python.h')) else []
 
@@ -150,9 +150,9 @@ def library_path():
 
 _registered = None  # path of the library this process has registered, or the BuildError that prevented it
 
-# The depthwise operator without gradients, as direct.h has it: (x, weight, bias, stride) -> result, or None for what it
-# leaves to others. None where the operator is not loaded or was built without Python's headers.
-forward_directly = None
+# The module of direct.h: serves(x, weight, bias, stride) and forward(x, weight, bias, stride), without gradients. None
+# where the operator is not loaded or was built without Python's headers.
+direct = None
 
 
 def load_operator(path=None):
@@ -168,7 +168,7 @@ def load_operator(path=None):
     Raises:
         BuildError: the operator cannot be built or loaded.
     """
-    global _registered, forward_directly
+    global _registered, direct
     if isinstance(_registered, BuildError) and path is None:
         raise _registered
     if _registered is None or isinstance(_registered, BuildError):
@@ -177,7 +177,7 @@ def load_operator(path=None):
             if not library.is_file():
                 raise BuildError(f'{library} does not exist')
             _register(library)
-            _registered, forward_directly = library, _direct_function(library)
+            _registered, direct = library, _direct_module(library)
         except BuildError as error:
             _registered = error
             raise
@@ -194,14 +194,13 @@ def _register(library):
         raise BuildError(f'{library} cannot be loaded: {_last_line(str(error))}') from None
 
 
-def _direct_function(library):
-    """`forward_directly` of a library, None if it has none."""
+def _direct_module(library):
+    """`direct` of a library, None if it has none."""
     loader = importlib.machinery.ExtensionFileLoader('large_kernel_direct', str(library))
     try:
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        return importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     except ImportError:
         return None
-    return module.forward
 
 
 def reason_unavailable():
@@ -219,6 +218,14 @@ def run(x, weight, bias, stride, input_grad, weight_grad):
     tensors = _without_gradients([x, weight] if bias is None else [x, weight, bias])
     return _call(name, ('X', 'Filter', 'Bias'), tensors, ('stride', 'input_grad', 'weight_grad'),
                  [stride, input_grad, weight_grad])
+
+
+def run_with_gradients(x, weight, bias, stride):
+    """The same for what `direct` serves, where gradients are wanted."""
+    if bias is None:
+        return _RUN('large_kernel_conv', x, weight, stride, not x.stop_gradient, not weight.stop_gradient)[0]
+    return _RUN('large_kernel_conv_bias', x, weight, bias, stride, not x.stop_gradient,
+                not (weight.stop_gradient and bias.stop_gradient))[0]
 
 
 def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,

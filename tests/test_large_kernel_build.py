@@ -133,7 +133,7 @@ def test_a_library_built_without_pythons_headers_has_no_direct_call(tmp_path, mo
     source, library = tmp_path / 'empty.cc', tmp_path / 'empty.so'
     source.write_text('')
     subprocess.run([COMPILER, '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
-    assert extension._direct_function(library) is None
+    assert extension._direct_module(library) is None
 
 
 @pytest.fixture(scope='module')

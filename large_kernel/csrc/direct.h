@@ -1,5 +1,6 @@
-// The depthwise operator as a function of Python, for calls that want no gradients. Paddle's way to a custom operator takes 10 us,
-// and 40 to 70 where a large map has driven its code out of the caches; this one 3 and 6.
+// What Python needs to call the depthwise operator at once: one question that all checks come down to, and for calls that want no
+// gradients the operator itself. Paddle's way to a custom operator takes 10 us, and 40 to 70 where a large map has driven its code
+// out of the caches; this one 3 and 6.
 #pragma once
 #if __has_include(<Python.h>)
 #include <cstdlib>
@@ -39,44 +40,69 @@ struct ReleasedGil {
   ~ReleasedGil() { PyEval_RestoreThread(state); }
 };
 
-// forward(x, weight, bias or None, stride) with `run`, which throws at what it cannot compute: the result, or None for all
-// that needs a closer look, which conv.py takes.
-template <Tensor run(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride)>
-PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  const bool has_bias = count == 4 && arguments[2] != Py_None;
-  if (count != 4 || !PyLong_CheckExact(arguments[3]) || !is_chosen() || !is_plain(arguments[0]) || !is_plain(arguments[1]) ||
-      (has_bias && !is_plain(arguments[2]))) {
-    Py_RETURN_NONE;
-  }
-  try {
-    // Copies: while the lock is released, another thread may give the objects other tensors.
-    const Tensor x = paddle::pybind::CastPyArg2Tensor(arguments[0], 0), weight = paddle::pybind::CastPyArg2Tensor(arguments[1], 1);
-    const Tensor bias = has_bias ? paddle::pybind::CastPyArg2Tensor(arguments[2], 2) : Tensor();
-    const long stride = PyLong_AsLong(arguments[3]);
-    if (stride != 1 && stride != 2) {
-      PyErr_Clear();
-      Py_RETURN_NONE;
+typedef Tensor Forward(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride);
+typedef bool Fits(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride);
+
+// x, weight, bias or None, stride. Copies: while the lock is released, another thread may give the objects other tensors.
+struct Arguments {
+  Tensor x, weight, held_bias;
+  const Tensor* bias = nullptr;
+  int stride = 0;
+
+  // Whether the operator computes with them without a closer look, which conv.py takes.
+  template <Fits fits>
+  bool read(PyObject* const* from, Py_ssize_t count) {
+    const bool has_bias = count == 4 && from[2] != Py_None;
+    if (count != 4 || !is_chosen() || !is_plain(from[0]) || !is_plain(from[1]) || (has_bias && !is_plain(from[2])) ||
+        !PyLong_CheckExact(from[3])) {
+      return false;
     }
+    int overflow;
+    const long number = PyLong_AsLongAndOverflow(from[3], &overflow);
+    if (number != 1 && number != 2) return false;
+    x = paddle::pybind::CastPyArg2Tensor(from[0], 0);
+    weight = paddle::pybind::CastPyArg2Tensor(from[1], 1);
+    if (has_bias) held_bias = paddle::pybind::CastPyArg2Tensor(from[2], 2), bias = &held_bias;
+    stride = (int)number;
+    return fits(x, weight, bias, stride);
+  }
+};
+
+// serves(x, weight, bias, stride): whether `forward` and the operator itself compute with these.
+template <Fits fits>
+PyObject* serves(PyObject*, PyObject* const* from, Py_ssize_t count) {
+  Arguments a;
+  return PyBool_FromLong(a.read<fits>(from, count));
+}
+
+// forward(x, weight, bias, stride): the result, which asks for no gradients, or None where it does not serve.
+template <Forward run, Fits fits>
+PyObject* forward(PyObject*, PyObject* const* from, Py_ssize_t count) {
+  Arguments a;
+  if (!a.read<fits>(from, count)) Py_RETURN_NONE;
+  try {
     Tensor y;
     {
       ReleasedGil released;
-      y = run(x, weight, has_bias ? &bias : nullptr, stride);
+      y = run(a.x, a.weight, a.bias, a.stride);
     }
     return paddle::pybind::ToPyObject(y, false);
-  } catch (const std::exception&) {
-    Py_RETURN_NONE;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
   }
 }
 
-template <Tensor run(const Tensor&, const Tensor&, const Tensor*, int)>
+template <Forward run, Fits fits>
 PyObject* make_module() {
   if (!paddle::pybind::PyCheckTensor || !paddle::pybind::CastPyArg2Tensor ||
       !static_cast<PyObject* (*)(const Tensor&, bool)>(paddle::pybind::ToPyObject)) {
     PyErr_SetString(PyExc_ImportError, "this Paddle does not export its conversion of tensors");
     return nullptr;
   }
-  static PyMethodDef methods[] = {
-      {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(forward<run>)), METH_FASTCALL, nullptr}, {}};
+  auto fast = [](auto* function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); };
+  static PyMethodDef methods[] = {{"serves", fast(serves<fits>), METH_FASTCALL, nullptr},
+                                  {"forward", fast(forward<run, fits>), METH_FASTCALL, nullptr}, {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "large_kernel_direct", nullptr, -1, methods};
   return PyModule_Create(&module);
 }

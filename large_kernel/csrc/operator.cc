@@ -1,6 +1,7 @@
 // The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients,
 // `fused_conv`, depthwise or dense with what stands around it, for inference, `fused_convs`, a sequence of these, and
 // `batch_norm_act`, a batch norm with its activation, for training.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -41,13 +42,18 @@ Dims out_shape(Dims x, int stride) {
 
 Dims blocked_shape(const Dims& x) { return {x[0], x[1] / dwconv::kBlock, x[2], x[3], dwconv::kBlock}; }
 
+// Whether these are shapes of an input, `in`, and of a weight of `large_kernel_conv`.
+bool fit(const Dims& in, const Dims& w, int stride) {
+  return in.size() == 4 && *std::min_element(in.begin(), in.end()) > 0 && w.size() == 4 && w[0] == in[1] && w[1] == 1 &&
+         w[2] == w[3] && w[2] % 2 == 1 && w[2] <= kMaxKernel && (stride == 1 || stride == 2);
+}
+
 // `in` is the shape of x, [N, C, H, W].
 dwconv::Shape check(const Tensor& x, const Dims& in, const Tensor& weight, int stride) {
   PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
            "large_kernel_conv needs input and weight of float32 on the CPU");
   const Dims w = weight.shape();
-  PD_CHECK(in.size() == 4 && x.numel() > 0 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3] && w[2] % 2 == 1 &&
-               w[2] <= kMaxKernel && (stride == 1 || stride == 2),
+  PD_CHECK(fit(in, w, stride),
            "large_kernel_conv needs input [N, C, H, W] that is not empty, weight [C, 1, K, K] with odd K up to ", kMaxKernel,
            ", and stride 1 or 2");
   return {(int)in[0], (int)in[1], (int)in[2], (int)in[3], (int)w[2], stride};
@@ -57,11 +63,12 @@ dwconv::Shape check(const Tensor& x, const Dims& in, const Tensor& weight, int s
 Tensor plain(const Tensor& x) {
   if (x.layout() != phi::DataLayout::ONEDNN) return x;
   PD_CHECK(phi::funcs::TransDataLayoutFromOneDNN, "large_kernel_conv: oneDNN layout in a Paddle without oneDNN");
-  auto out = std::make_shared<phi::DenseTensor>();
+  // Made by Paddle: in 2.6 its tensors are larger than its headers say.
+  const Tensor out = paddle::experimental::empty({1}, x.dtype(), phi::CPUPlace());
   phi::funcs::TransDataLayoutFromOneDNN(phi::DataLayout::ONEDNN, phi::DataLayout::NCHW,
-                                        *std::static_pointer_cast<phi::DenseTensor>(x.impl()), out.get(),
-                                        phi::CPUPlace(), false);
-  return Tensor(out);
+                                        *std::static_pointer_cast<phi::DenseTensor>(x.impl()),
+                                        static_cast<phi::DenseTensor*>(out.impl().get()), phi::CPUPlace(), false);
+  return out;
 }
 
 const float* read(const Tensor& t) { return static_cast<const float*>(t.data()); }
@@ -375,5 +382,9 @@ PD_BUILD_GRAD_OP(batch_norm_act)
     .SetKernelFn(PD_KERNEL(BatchNormActGrad));
 
 #if __has_include(<Python.h>)
-PyMODINIT_FUNC PyInit_large_kernel_direct() { return direct::make_module<run_forward>(); }
+static bool fits(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride) {
+  return fit(x.shape(), weight.shape(), stride) && (!bias || bias->shape() == Dims{x.shape()[1]});
+}
+
+PyMODINIT_FUNC PyInit_large_kernel_direct() { return direct::make_module<run_forward, fits>(); }
 #endif
