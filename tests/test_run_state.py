@@ -52,7 +52,7 @@ def test_with_another_global_batch_no_image_of_the_epoch_is_seen_twice(global_ba
 def test_a_finished_run_and_another_one_are_refused():
     state = build()
     captured = state.capture()
-    with pytest.raises(UserError, match=r'file: belongs to a run with other settings: TRAIN.BASE_LR 0.004 -> 1.0; restore'):
+    with pytest.raises(UserError, match=r'file: belongs to a run with other settings: TRAIN.BASE_LR 0.004 -> 1.0;'):
         refuse_other_run(get_config(None, ['TRAIN.BASE_LR', 1.0]), captured, 'file')
     state.epochs = 300
     with pytest.raises(UserError, match='all 300 epochs are done'):
