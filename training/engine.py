@@ -49,25 +49,26 @@ def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=No
         lr = _begin_step(parts, step)
         start = (step - first_step) * settings.accum_iter
         group = range(start, min(start + settings.accum_iter, len(loader)))
-        mine, images = _accumulate_gradients(parts, batches, epoch, group, wait_for_ranks=slow)
+        my_loss, my_images = _accumulate_gradients(parts, batches, epoch, group, wait_for_ranks=slow)
 
         # one small exchange per step; all ranks learn of a loss that is not finite, so none is left waiting
-        loss, images, broken, seconds, *voted = utils.all_reduce_sum(
-            [mine, images, not math.isfinite(mine), time.perf_counter() - began, *votes()])
+        loss_sum, images, broken, seconds, *voted = utils.all_reduce_sum(
+            [my_loss, my_images, not math.isfinite(my_loss), time.perf_counter() - began, *votes()])
         slow, began = seconds / world > SLOW_STEP_SECONDS, time.perf_counter()
         if broken and scaler is None:
-            raise TrainingStopped(f'step {step} (epoch {epoch}): {_broken_loss(parts, mine, lr)}')
+            raise TrainingStopped(f'step {step} (epoch {epoch}): {_broken_loss(parts, my_loss, lr)}')
 
         done = step + 1 - first_step
         reporting = on_report is not None and (done % settings.report_freq == 0 or done == steps)
         applied, norm = _optimizer_step(parts, measure=reporting)
-        _count_step(sums, applied, loss, images, lr)
+        _count_step(sums, applied, loss_sum, images, lr)
         if sums['skipped_in_a_row'] == MAX_SKIPPED_STEPS:
             raise TrainingStopped(f'step {step} (epoch {epoch}): {MAX_SKIPPED_STEPS} steps in a row overflowed under '
                                   'loss scaling; try AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR')
-        progress.step(images, loss=loss / images, lr=lr)
+        loss = loss_sum / images
+        progress.step(images, loss=loss, lr=lr)
         if reporting:
-            on_report(step=step + 1, epoch=epoch - 1 + done / steps, loss=loss / images, lr=lr, grad_norm=float(norm),
+            on_report(step=step + 1, epoch=epoch - 1 + done / steps, loss=loss, lr=lr, grad_norm=float(norm),
                       images_per_s=sums['images'] / sums['seconds'],
                       **({} if scaler is None else {'loss_scale': scaler.value}))
         if after_step is not None:
@@ -152,11 +153,11 @@ def _optimizer_step(parts, measure):
     return finite, norm
 
 
-def _count_step(sums, applied, loss, images, lr):
-    """Adds a step to the totals of its epoch; the loss of a skipped step does not count."""
+def _count_step(sums, applied, loss_sum, images, lr):
+    """Adds a step to the totals of its epoch, without its loss if it was skipped."""
     sums['lr'] = lr
     if applied:
-        sums['loss'] += loss
+        sums['loss'] += loss_sum
         sums['loss_images'] += images
         sums['skipped_in_a_row'] = 0
     else:

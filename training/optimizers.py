@@ -42,12 +42,12 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
         state = {name: self._get_accumulator(name, weight) for name in (*self._MOMENTS, *self._COUNTERS)}
         paddle.increment(state['step'])
         rate = self.get_lr() * parameter.optimize_attr['learning_rate']
-        self._update(weight, gradient.astype(weight.dtype), rate, group['weight_decay'], **state)
+        self._update(weight, gradient.astype(weight.dtype), rate, group['weight_decay'], state)
         if weight is not parameter:
             paddle.assign(weight.astype(parameter.dtype), output=parameter)
 
-    def _update(self, weight, gradient, rate, decay, step, **state):
-        """Updates `weight` and `state` in place; `step` is a tensor [1], counted from 1."""
+    def _update(self, weight, gradient, rate, decay, state):
+        """Updates `weight` and `state` in place; `state` holds _MOMENTS, then _COUNTERS; its 'step' starts at 1."""
         raise NotImplementedError
 
     def _root(self, moment, correction):
@@ -60,8 +60,9 @@ class NAdam(_DecoupledOptimizer):
     _MOMENTS = ('moment1', 'moment2')
     _COUNTERS = {'step': 0.0, 'momentum_product': 1.0}
 
-    def _update(self, weight, gradient, rate, decay, step, momentum_product, moment1, moment2):
+    def _update(self, weight, gradient, rate, decay, state):
         beta1, beta2 = self._betas
+        moment1, moment2, step, momentum_product = state.values()
         momentum, next_momentum = (beta1 * (1 - 0.5 * 0.96 ** (t / 250)) for t in (step, step + 1))
         momentum_product.multiply_(momentum)
         moment1.lerp_(gradient, 1 - beta1)
@@ -77,8 +78,9 @@ class Lion(_DecoupledOptimizer):
     """Steps in the direction of the sign of an interpolated momentum (arXiv 2302.06675)."""
     _MOMENTS = ('moment',)
 
-    def _update(self, weight, gradient, rate, decay, step, moment):
+    def _update(self, weight, gradient, rate, decay, state):
         beta1, beta2 = self._betas
+        moment, _ = state.values()
         change = paddle.lerp(gradient, moment, beta1).sign()
         weight.scale_(1 - rate * decay)
         weight.subtract_(change.scale_(rate))
@@ -93,8 +95,9 @@ class Adan(_DecoupledOptimizer):
     """
     _MOMENTS = ('moment1', 'difference', 'moment2', 'last_gradient')
 
-    def _update(self, weight, gradient, rate, decay, step, moment1, difference, moment2, last_gradient):
+    def _update(self, weight, gradient, rate, decay, state):
         beta1, beta2, beta3 = self._betas
+        moment1, difference, moment2, last_gradient, step = state.values()
         new = (gradient - last_gradient).multiply_(_as(weight, step > 1))
         moment1.lerp_(gradient, 1 - beta1)
         difference.lerp_(new, 1 - beta2)

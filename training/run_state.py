@@ -23,7 +23,6 @@ class RunState:
         config: frozen settings.
         model, ema, optimizer, scaler: ema and scaler may be None.
         steps_per_epoch: optimizer steps.
-        global_batch: images per optimizer step, over all ranks.
         own_statistics: whether the running statistics of the ranks differ within an epoch (no SyncBatchNorm).
     Attributes:
         epochs: finished epochs, including their evaluation.
@@ -32,10 +31,15 @@ class RunState:
         numbered: {file name: {'epoch', 'acc1', 'weights'}} of the numbered checkpoints, see `RunFolder.save_evaluated`.
     """
 
-    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, global_batch, own_statistics):
+    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics):
         self.config, self.model, self.ema, self.optimizer, self.scaler = config, model, ema, optimizer, scaler
-        self.steps_per_epoch, self.global_batch, self.own_statistics = steps_per_epoch, global_batch, own_statistics
+        self.steps_per_epoch, self.own_statistics = steps_per_epoch, own_statistics
         self.epochs, self.sums, self.best, self.numbered = config.TRAIN.LAST_EPOCH, epoch_sums(), {}, {}
+
+    @property
+    def global_batch(self):
+        """Images per optimizer step, over all ranks."""
+        return self.config.DATA.BATCH_SIZE * self.config.TRAIN.ACCUM_ITER * utils.world_size()
 
     @property
     def step(self):
@@ -103,6 +107,10 @@ class RunState:
                          if os.path.exists(os.path.join(self.config.SAVE, name))}
         logger.info(f"resumed from {path}: {self.epochs} epochs, {state['step']} steps"
                     + (f", {self.sums['steps']} of them in epoch {self.epochs + 1}" if self.sums['steps'] else ''))
+        self._adapt_position(state)
+
+    def _adapt_position(self, state):
+        """Converts the steps of the current epoch to this global batch, and warns about what differs from before."""
         if state['processes'] != utils.world_size():
             logger.warning(f"trained by {state['processes']} processes so far, by {utils.world_size()} from now on: "
                            'the order of the images stays the same, the random draws of mixup and drop path change')

@@ -108,7 +108,6 @@ def build_training(config, device, amp, start, loader):
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
     state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch,
-                     global_batch=config.DATA.BATCH_SIZE * train.ACCUM_ITER * world,
                      own_statistics=world > 1 and not sync_bn)
 
     if start.checkpoint is not None:
