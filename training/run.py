@@ -26,7 +26,7 @@ STREAM_INIT = 3  # key of the random numbers of initial weights, beside those of
 
 
 def run(config, device):
-    """Evaluates a model, or trains one with evaluations, as the settings say. Every rank calls it.
+    """Trains or, with -eval, evaluates a model. Every rank calls it.
 
     Args:
         config: frozen settings; `config.SAVE` names the run folder.
@@ -56,18 +56,29 @@ def run(config, device):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: the model with its weights and, when it resumes, the checkpoint's file and contents."""
+    """Where a run starts.
+
+    Args:
+        model: with the weights to start from.
+        origin: where these come from, a file or the name of a model; None for initial weights.
+        checkpoint: contents of the checkpoint to resume, or None.
+    """
     model: RepLKNet
-    path: Optional[str] = None
-    checkpoint: Optional[dict] = None
+    origin: Optional[str]
+    checkpoint: Optional[dict]
 
 
 def choose_start(config):
-    """The start of a run: what is given first in this order.
+    """Chooses where a run starts; the first of these that applies:
 
-    1. -resume: a checkpoint; training continues from it, evaluation uses its weights.
-    2. -pretrained: weights; a head for another number of classes is dropped, except in evaluation.
-    3. Neither: weights initialised from SEED; evaluation refuses this.
+    1. resume: the checkpoint of -resume. Training continues from it; evaluation takes its weights.
+    2. pretrained: the weights of -pretrained. Training drops a head for another number of classes.
+    3. scratch: initial weights, drawn from SEED. Training only.
+
+    Returns:
+        a Start.
+    Raises:
+        UserError, FileNotFoundError: there is no such checkpoint or weights, or they do not fit the settings.
     """
     weights = origin = checkpoint = None
     if config.MODEL.RESUME:
@@ -129,10 +140,10 @@ class _Training:
         self.models = {'model': parts.bare_model, **({'model_ema': parts.ema.module} if parts.ema is not None else {})}
 
     def run(self, loader):
-        """Trains up to the last epoch.
+        """Trains up to the last epoch; returns the metrics of the last and of the best evaluation.
 
-        A signal during the training or saving of an epoch takes effect after the current step or save; during an
-        evaluation, which the resumed run repeats, it ends the process at once.
+        A signal takes effect after the current step or save. During an evaluation, which a resumed run repeats, it ends
+        the process at once.
         """
         last = {}
         while self.state.epochs < self.config.TRAIN.NUM_EPOCHS:
@@ -150,6 +161,7 @@ class _Training:
         return {'last': last, 'best': self.state.best}
 
     def _train(self, epoch, loader):
+        """Trains for one epoch, or for the rest of it, and averages the running statistics over the ranks."""
         state, parts, epochs = self.state, self.parts, self.config.TRAIN.NUM_EPOCHS
         loader.set_epoch(epoch, start_batch=state.sums['steps'] * parts.settings.accum_iter)
         trained = train_one_epoch(
@@ -172,7 +184,7 @@ class _Training:
         return stop.received, due
 
     def _after_step(self, stopped, due):
-        """Saves when a rank has voted for it or SAVE_STEPS says so, and stops all ranks at the same step."""
+        """Saves every SAVE_STEPS steps or when a rank has voted for it; a signal stops all ranks at the same step."""
         state, every = self.state, self.config.SAVE_STEPS
         if state.epoch_trained:  # the end of the epoch saves
             return
@@ -191,7 +203,7 @@ class _Training:
         utils.barrier()
 
     def _evaluate(self, epoch):
-        """Evaluates the model and its moving average when VALIDATE_FREQ says so; returns {name: metrics}."""
+        """Evaluates the model and its moving average, in epochs of VALIDATE_FREQ; returns {name: metrics}."""
         every, metrics = self.config.VALIDATE_FREQ, {}
         if every and (epoch % every == 0 or epoch == self.config.TRAIN.NUM_EPOCHS):
             for name, model in self.models.items():

@@ -111,7 +111,7 @@ def build_training(config, device, amp, start, loader):
                      own_statistics=world > 1 and not sync_bn)
 
     if start.checkpoint is not None:
-        state.restore(start.checkpoint, start.path)
+        state.restore(start.checkpoint, start.origin)
     if len(set(utils.all_gather_values(state.step))) > 1:
         raise UserError(f'{config.SAVE}: the processes see different checkpoints; with several machines, the run '
                         'folder must be on storage that all of them share')
