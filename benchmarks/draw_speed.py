@@ -101,9 +101,9 @@ def draw(results, path):
     draw_models(figure.add_subplot(left[1]), training, 'training step, batch 4')
     draw_layers(figure.add_subplot(right[0]), layer_ratios(layers, 'forward', '8'), 'forward, batch 8')
     draw_layers(figure.add_subplot(right[1]), layer_ratios(layers, 'training', '4'), 'forward and gradients, batch 4')
-    machine = header['machine'].split(', ', 2)[-1]
-    caption = f"{header['cores']} cores of {PROCESSORS.get(machine, machine)}, float32, 224×224 images; {header['versions']}"
-    figure.text(0.012, 0.022, caption, fontsize=7, color=FAINT)
+    family = header['machine'].split(', ', 2)[-1]
+    machine = f"{header['cores']} cores of {PROCESSORS.get(family, family)}"
+    figure.text(0.012, 0.022, f"{machine}, float32, 224×224 images; {header['versions']}", fontsize=7, color=FAINT)
     figure.set_dpi(200)
     figure.canvas.draw()
     Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert('RGB').quantize(64).save(path, optimize=True)
