@@ -11,5 +11,5 @@ if [ $# -gt 0 ]; then
     exec "$PYTHON" "$root/main_multi_gpu.py" -resume=auto "$@"
 fi
 cd "$root"
-"$PYTHON" prepare_digits.py -output data/digits
+"$PYTHON" tools/prepare_digits.py -output data/digits
 exec "$PYTHON" main_multi_gpu.py -resume=auto -cfg=./configs/replknet_nano_digits.yaml -data_path=./data/digits -device=cpu -nprocs=2

@@ -6,10 +6,10 @@ docs/large_kernel.md describes the implementations.
 """
 import paddle_env  # noqa: F401  must stand before paddle
 from large_kernel.autotune import describe as describe_choices
+from large_kernel.build import BuildError, load_operator
 from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d, operator_serves
-from large_kernel.deferred import computed, defer
-from large_kernel.extension import BuildError, load_operator
-from large_kernel.fused import as_planes, conv_block, pack_weights
+from large_kernel.conv_norm_act import as_planes, conv_block, pack_weights
+from large_kernel.sequence import computed, defer
 
 __all__ = ['BuildError', 'DepthwiseConv2D', 'as_planes', 'computed', 'conv_block', 'defer', 'depthwise_conv2d',
            'describe_choices', 'load_operator', 'operator_serves', 'pack_weights']

@@ -3,7 +3,7 @@ import os
 import sys
 
 import paddle_env
-from large_kernel import conv, extension
+from large_kernel import build, conv
 
 
 def main():
@@ -11,8 +11,8 @@ def main():
     if name not in conv.IMPLEMENTATIONS:
         print(f'{conv.VARIABLE}={name}: expected one of {", ".join(conv.IMPLEMENTATIONS)}', file=sys.stderr)
         return 2
-    reason = extension.reason_unavailable()
-    print(f'C++ operator: {extension.load_operator() if reason is None else "not available: " + reason}')
+    reason = build.reason_unavailable()
+    print(f'C++ operator: {build.load_operator() if reason is None else "not available: " + reason}')
     if name != 'auto':
         print(f'will be used: {name}, because {conv.VARIABLE} says so')
     elif reason is None:

@@ -7,7 +7,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import autotune, extension
+from large_kernel import autotune, build, operators
 from large_kernel.fft import conv_fft
 
 VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
@@ -31,7 +31,7 @@ def conv_custom(x, weight, bias, stride):
     x, weight, bias = as_float32(x), as_float32(weight), as_float32(bias)
     # A traced program does not know yet who will ask for gradients.
     traced = not paddle.in_dynamic_mode()
-    y = extension.run(x, weight, bias, stride, traced or not x.stop_gradient,
+    y = operators.run(x, weight, bias, stride, traced or not x.stop_gradient,
                       traced or not (weight.stop_gradient and (bias is None or bias.stop_gradient)))
     return as_dtype(y, dtype)
 
@@ -99,7 +99,7 @@ def runs_custom(x):
     if name not in ('auto', 'custom'):
         return False
     on_cpu = _on_cpu(x)
-    reason = extension.reason_unavailable() if on_cpu else 'it runs on the CPU only'
+    reason = build.reason_unavailable() if on_cpu else 'it runs on the CPU only'
     if reason is None:
         return True
     if name == 'custom':
@@ -114,7 +114,7 @@ def runs_custom(x):
 def operator_serves():
     """Whether the C++ operator computes on the current device: LARGE_KERNEL_CONV_IMPL lets it, and it can be had."""
     return (_implementation() in ('auto', 'custom') and paddle.device.get_device() == 'cpu'
-            and extension.reason_unavailable() is None)
+            and build.reason_unavailable() is None)
 
 
 def _implementation():
@@ -154,7 +154,7 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
         ValueError: a wrong shape, dtype or stride, or an unknown LARGE_KERNEL_CONV_IMPL.
         RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built or the input is not on the CPU.
     """
-    direct = extension.direct  # asks all there is to ask: cold Python code takes as long as a small layer
+    direct = build.direct  # asks all there is to ask: cold Python code takes as long as a small layer
     if direct:
         if ((x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient))
                 or not paddle.is_grad_enabled()):
@@ -162,7 +162,7 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
             if y is not None:
                 return y
         elif direct.serves(x, weight, bias, stride):
-            return extension.run_with_gradients(x, weight, bias, stride)
+            return operators.run_with_gradients(x, weight, bias, stride)
     _check(x, weight, bias, stride)
     return _FUNCTIONS[select(x, weight, stride)](x, weight, bias, stride)
 

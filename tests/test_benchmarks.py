@@ -14,7 +14,7 @@ import paddle
 import pytest
 
 import benchmark
-from certificate import dygraph_program
+from deploy.equivalence import dygraph_program
 from replknet import RepLKNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))

@@ -6,7 +6,7 @@ sequence, all that Python has to do is done at once, and then everything is comp
 """
 import paddle
 
-from large_kernel import extension
+from large_kernel import operators
 from large_kernel.conv import runs_custom
 
 BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
@@ -37,7 +37,7 @@ class Deferred:
 
     def then(self, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
              blocked, depthwise):
-        """The result of a convolution of this map; arguments as in `extension.run_fused`."""
+        """The result of a convolution of this map; arguments as in `operators.run_fused`."""
         sequence = self._sequence
         sequence.parameters.append(weight)
         parts = _BLOCKED * blocked + _DEPTHWISE * depthwise
@@ -77,7 +77,7 @@ class _Sequence:
     def value(self, count):
         if not count:
             return self.x
-        return extension.run_fused_sequence(
+        return operators.run_fused_sequence(
             self.x, self.parameters[:self.ends[count - 1]], self.kernels[:count], self.strides[:count],
             self.parts[:count], self.residuals[:count], self.activations[:count], self.epsilons[:2 * count])
 

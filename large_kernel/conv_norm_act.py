@@ -4,9 +4,9 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import extension
+from large_kernel import operators
 from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, is_float, runs_custom
-from large_kernel.deferred import BLOCK, Deferred, computed
+from large_kernel.sequence import BLOCK, Deferred, computed
 
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
@@ -32,7 +32,7 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
-        run, dtype = extension.run_fused, x.dtype
+        run, dtype = operators.run_fused, x.dtype
         if type(x) is Deferred and x.takes(residual):
             run = Deferred.then
         else:
@@ -56,7 +56,7 @@ def norm_act(x, norm, activation=''):
     """
     if not _trains_fused(x, norm):
         return _ACTIVATIONS[activation](norm(x))
-    return extension.run_batch_norm(x, *_tensors(norm), float(norm._momentum), norm._epsilon, activation)
+    return operators.run_batch_norm(x, *_tensors(norm), float(norm._momentum), norm._epsilon, activation)
 
 
 def _trains_fused(x, norm):
