@@ -428,5 +428,5 @@ def build_replknet(config, merged=False):
     model = config.MODEL
     return RepLKNet(large_kernel_sizes=model.LARGE_KERNEL_SIZES, layers=model.LAYERS, channels=model.CHANNELS,
                     small_kernel=model.SMALL_KERNEL, dw_ratio=model.DW_RATIO, ffn_ratio=model.FFN_RATIO,
-                    drop_path=model.DROPPATH, in_channels=config.DATA.IMAGE_CHANNELS, num_classes=model.NUM_CLASSES,
-                    merged=merged, recompute=model.RECOMPUTE)
+                    drop_path=model.DROPPATH, num_classes=model.NUM_CLASSES, merged=merged,
+                    recompute=model.RECOMPUTE)

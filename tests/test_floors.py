@@ -18,7 +18,7 @@ FLOORS = [
     {'main_single_gpu', 'main_multi_gpu', 'export', 'predictor'},
     {'predict', 'benchmark'},
 ]
-NEIGHBOURS = {('config', 'errors'), ('config', 'recipes'), ('utils', 'errors'), ('replknet', 'large_kernel'),
+NEIGHBOURS = {('config', 'errors'), ('config', 'large_kernel'), ('utils', 'errors'), ('replknet', 'large_kernel'),
               ('checkpoint', 'safe_load'), ('zoo', 'port_weights'), ('optim', 'optimizers'), ('doctor', 'checkup'),
               ('transforms', 'auto_augment'), ('loss_scaler', 'optim'), ('contact_sheets', 'datasets'),
               ('stopping', 'errors')}
