@@ -518,8 +518,9 @@ def _check_schedule(config):
         yield ('TRAIN.WARMUP_EPOCHS', f'is {train.WARMUP_EPOCHS}, more than TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
                'TRAIN.NUM_EPOCHS')
     if train.COOLDOWN_EPOCHS > train.NUM_EPOCHS - train.WARMUP_EPOCHS:
-        yield ('TRAIN.COOLDOWN_EPOCHS', f'is {train.COOLDOWN_EPOCHS}, more than TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} '
-               f'leaves of TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}', 'TRAIN.WARMUP_EPOCHS', 'TRAIN.NUM_EPOCHS')
+        yield ('TRAIN.COOLDOWN_EPOCHS', f'is {train.COOLDOWN_EPOCHS}, more than TRAIN.WARMUP_EPOCHS '
+               f'{train.WARMUP_EPOCHS} leaves of TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
+               'TRAIN.WARMUP_EPOCHS', 'TRAIN.NUM_EPOCHS')
     milestones = train.LR_SCHEDULER.MILESTONES
     if train.LR_SCHEDULER.NAME == 'multistep' and not milestones:
         yield ('TRAIN.LR_SCHEDULER.MILESTONES', 'is empty; multistep takes the epochs to decay at',
