@@ -76,7 +76,7 @@ def test_file_names_that_are_not_ascii(tmp_path):
     ('7', 'expected'), ('train/a class/0.png 1.0', 'expected'), ('train/a class/0.png one', 'expected'),
     ('train/a class/0.png 3', 'label 3 is out of range, must be 0 to 2 for 3 classes'),
     ('train/a class/0.png -1', 'label -1 is out of range'),
-    ('train/a class/x.png 1', 'x.png: no such picture'), ('train/a class 1', 'a class: no such picture'),
+    ('train/a class/x.png 1', 'x.png: no such image'), ('train/a class 1', 'a class: no such image'),
 ])
 def test_errors_name_list_and_line(root, line, words):
     (root / 'train_list.txt').write_text(f'train/a class/0.png 0\n{line}\ntrain/a class/1.png 1\n')
@@ -98,7 +98,7 @@ def test_long_lists_report_a_missing_picture_when_it_is_read(root, monkeypatch):
     monkeypatch.setattr(datasets, 'CHECK_FILES_UP_TO', 12)
     os.remove(root / 'train/a class/11.png')
     dataset = ImageNet2012Dataset(root, 'train_list.txt', np.asarray)
-    with pytest.raises(DataError, match=r'train_list.txt:12: .*11.png: no such picture'):
+    with pytest.raises(DataError, match=r'train_list.txt:12: .*11.png: no such image'):
         dataset[11]
 
 
@@ -110,7 +110,7 @@ def test_corrupt_pictures_name_list_line_and_picture(root, golden, content):
     content = damaged.get(content, content)
     (root / 'train/a class/3.png').write_bytes(content)
     dataset = ImageNet2012Dataset(root, 'train_list.txt', np.asarray)
-    with pytest.raises(DataError, match=r'train_list.txt:4: .*a class/3.png: cannot read the picture: ') as error:
+    with pytest.raises(DataError, match=r'train_list.txt:4: .*a class/3.png: cannot read the image: ') as error:
         dataset[3]
     assert '\n' not in str(error.value)
 
@@ -396,10 +396,9 @@ def test_protocol_and_transform_follow_the_config(config):
     assert datasets.eval_protocol(config) == 'crop'
     keywords = datasets.get_transform(config, 'val').keywords
     assert keywords['protocol'] == 'crop' and keywords['crop_pct'] == 0.875
-    keywords = datasets.get_transform(config, 'train').keywords
-    assert keywords['image_size'] == 384 and keywords['views'] == 1
-    keywords = keywords['augment_sample'].keywords
-    assert keywords['augment'].magnitude == 9 and keywords['re_mode'] == 'pixel'
+    train = datasets.get_transform(config, 'train')
+    assert train.image_size == 384 and train.views == 1
+    assert train.augment.magnitude == 9 and train.re_mode == 'pixel'
 
 
 def test_unknown_dataset_and_mode(config):

@@ -223,7 +223,7 @@ def test_random_erasing_probability_and_count(picture):
 
 def test_rand_augment_fills_with_the_mean(picture):
     transform = train_transform(40, mean=(0.5, 0.25, 1.0), auto_augment='rand')
-    assert transform.keywords['augment_sample'].keywords['augment'].fill == (128, 64, 255)
+    assert transform.augment.fill == (128, 64, 255)
 
 
 @pytest.mark.parametrize('settings', [{}, {'auto_augment': 'augmix'}, {'auto_augment': '', 're_prob': 1}])

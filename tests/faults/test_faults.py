@@ -133,7 +133,7 @@ def test_a_worker_of_the_loader_that_dies_ends_every_rank(fleets):
                 os.kill(int(worker), signal.SIGKILL)
         time.sleep(0.05)
     assert fleet.end(process) == 1
-    assert 'a loading process ended with status -9' in process.errors
+    assert 'a DataLoader worker exited with status -9' in process.errors
 
 
 def test_a_second_signal_ends_at_once(fleets, stopped):
