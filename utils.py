@@ -118,8 +118,7 @@ def setup_logging(verbose):
 
 
 def log_to_file(path):
-    """Appends all lines, those logged before too, to the file `path`; a full disk loses lines but does not stop the run.
-    """
+    """Appends all log lines, also the earlier ones, to a file; a full disk loses lines but does not stop the run."""
     file = logging.FileHandler(path, encoding='utf-8')
     file.handleError = lambda record: None
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))

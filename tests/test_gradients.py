@@ -1,4 +1,4 @@
-"""Recomputation, accumulation, loss scaling and several processes change no gradient and no statistic."""
+"""Recomputation, accumulation, loss scaling and several processes change neither gradients nor statistics."""
 import json
 import re
 
@@ -17,7 +17,7 @@ def test_every_combination_gives_the_gradients_of_the_plain_run(run_script):
 
 
 def test_a_second_pass_leaves_the_statistics_of_sync_batch_norm_alone():
-    """Its kernel is for GPUs only; what recomputation sets for the second pass can be seen anywhere."""
+    """Its kernel is for GPUs only; what recomputation sets for the second pass can be tested anywhere."""
     model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(RepLKNet([9], [1], [4]))
     norms = [layer for layer in model.sublayers() if isinstance(layer, paddle.nn.SyncBatchNorm)]
     before = [norm._momentum for norm in norms]
