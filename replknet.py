@@ -23,7 +23,7 @@ MIN_SIZE = 32  # pixels per side: the network's total stride
 
 
 def _uniform(fan_in):
-    """Weights uniform in +-1/sqrt(fan_in): PyTorch's default, which the official code uses."""
+    """Initial values uniform in +-1/sqrt(fan_in): PyTorch's default, which the official code uses."""
     bound = fan_in ** -0.5
     return paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
 
@@ -210,7 +210,8 @@ class RepLKNetStage(nn.Layer):
         recompute: recompute the blocks' activations in the backward pass.
     """
 
-    def __init__(self, channels, large_kernel, small_kernel, dw_ratio, ffn_ratio, drop_paths, norm, merged, recompute):
+    def __init__(self, channels, *, large_kernel, small_kernel, dw_ratio, ffn_ratio, drop_paths, norm, merged,
+                 recompute):
         super().__init__()
         self.recompute = recompute
         self.blocks = nn.LayerList()
@@ -300,10 +301,10 @@ class RepLKNet(nn.Layer):
             ConvBN(width, width, 3, stride=2, depthwise=True, activation='relu')])
         rates = iter(np.linspace(0, drop_path, sum(layers)).tolist())
         self.stages = nn.LayerList([
-            RepLKNetStage(channels[s], large_kernel_sizes[s], small_kernel or 0, dw_ratio, ffn_ratio,
-                          [next(rates) for _ in range(layers[s])],
-                          norm_intermediate_features and out_indices is not None and s in out_indices,
-                          merged, recompute)
+            RepLKNetStage(channels[s], large_kernel=large_kernel_sizes[s], small_kernel=small_kernel or 0,
+                          dw_ratio=dw_ratio, ffn_ratio=ffn_ratio, drop_paths=[next(rates) for _ in range(layers[s])],
+                          norm=norm_intermediate_features and out_indices is not None and s in out_indices,
+                          merged=merged, recompute=recompute)
             for s in range(stages)])
         self.transitions = nn.LayerList([
             nn.LayerList([ConvBN(channels[s], channels[s + 1], 1, activation='relu'),
