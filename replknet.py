@@ -17,7 +17,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, conv_block, map_layout
-from large_kernel.fused import NORMS
+from large_kernel.conv_norm_act import NORMS
 
 MIN_SIZE = 32  # pixels per side: the network's total stride
 

@@ -101,7 +101,7 @@ def seed_paddle(*key):
 # ---- metrics and logs
 
 def accuracy_line(metrics):
-    """The last line that every evaluation prints, of a dict with acc1 and acc5 (percent), loss and images."""
+    """The line that every evaluation prints last, from a dict with acc1 and acc5 (percent), loss and images."""
     return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
             f"images {metrics['images']}")
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import paddle
 from paddle import nn
 
-from large_kernel.deferred import BLOCK, defer
-from large_kernel.fused import CONVOLUTIONS, NORMS, is_watched
+from large_kernel.conv_norm_act import CONVOLUTIONS, NORMS, is_watched
+from large_kernel.sequence import BLOCK, defer
 
 _ACCEPTING = {nn.LayerList: None}  # {class: `may_defer`}; of these very types, as a subclass may compute something else
 
@@ -21,7 +21,7 @@ def accepts_nchw16c(may_defer=None):
 
     Args:
         may_defer: function of a layer, whether its `forward` does not combine maps, so that they may be deferred (see
-            `large_kernel.deferred`); None where this is always so.
+            `large_kernel.sequence`); None where this is always so.
     """
     def declare(layer_class):
         _ACCEPTING[layer_class] = may_defer

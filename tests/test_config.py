@@ -9,8 +9,8 @@ import yaml
 
 from auto_augment import build_auto_augment
 from config import KEYS, RETIRED_KEYS, ConfigError, config_changes, config_text, get_arguments, get_config, setting
+from dry_run.recipes import RECIPES
 from losses import build_loss
-from recipes import RECIPES
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -57,7 +57,7 @@ def test_evaluation_protocol_of_the_published_checkpoints(name, size, protocol, 
 
 
 def documented_settings():
-    text = (CONFIGS.parent / 'docs/augmentation.md').read_text() + (CONFIGS.parent / 'README.md').read_text()
+    text = ''.join((CONFIGS.parent / 'docs' / f'{page}.md').read_text() for page in ('augmentation', 'training'))
     return re.findall(r'(?:^\| `|-opts )((?:TRAIN\.[A-Z_.]+ [^ `]+ ?)+)`', text, re.M)
 
 
