@@ -1,9 +1,9 @@
-"""The recipe doctor: what a run would do, how that differs from the published recipe, and what is likely a mistake.
+"""The report of a dry run: what a run would do, where it differs from the published recipe, and likely mistakes.
 
     python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet -dry_run
     python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -dry_run -nodes 2 -gpus_per_node 8 -images_per_s 100
 
-Nothing is trained or written; neither a GPU nor the data needs to be there.
+Nothing is trained or written. Neither a GPU nor the data is needed.
 """
 import math
 
@@ -17,7 +17,8 @@ from dry_run.likely_mistakes import warnings
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from errors import UserError
-from run_folder.metrics import METRICS, read_metrics
+from run_folder.layout import METRICS
+from run_folder.metrics import read_metrics
 from training.optim import parameter_groups
 
 GPU_MEMORY = (16, 24, 40, 80)  # GiB
@@ -25,13 +26,14 @@ BAR = 40  # characters of the longest bar
 
 
 def report(config, device, processes):
-    """What the run would do, as text.
+    """The report as text of several lines.
 
     Args:
         config: settings.
-        device: of `planned_device`; `processes`: that would start here.
+        device: result of `planned_device`.
+        processes: number of processes that would start on this machine.
     Raises:
-        UserError: settings that no run could start with.
+        UserError: no run could start with these settings.
     """
     plan = make_plan(config, device, processes)
     sections = [('run', _run(plan))]
@@ -98,7 +100,7 @@ def _speed(plan):
 
 
 def _images_per_s(text):
-    """Images per second of one process: a number, or the median over the epochs of a run folder."""
+    """Images per second of one process, from a number or as the median over the epochs of a run folder."""
     try:
         speed = float(text)
     except ValueError:
@@ -135,7 +137,7 @@ def _data(plan):
 
 
 def _class_rows(mode, labels, classes):
-    """Images per class, with a bar for each class or for each range of counts."""
+    """Rows about the images per class, with a bar for each class, or with many classes for each range of counts."""
     found, counts = np.unique(labels, return_counts=True)
     rows = [(mode, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the head '
                    f'empty; images per class: min {counts.min():,}, median {np.median(counts):,.0f}, max '
@@ -172,7 +174,7 @@ def _memory(plan):
 
 
 def differences(plan):
-    """[(key, value here, value of the published recipe)] where they differ; [] where there is no recipe."""
+    """[(key, value here, value in the published recipe)] where they differ; [] without a recipe."""
     if not plan.config.TRAIN.RECIPE:
         return []
     recipe = RECIPES[plan.config.TRAIN.RECIPE]

@@ -85,7 +85,7 @@ def test_metrics_of_a_run_that_was_cut_off_are_read_up_to_there(tmp_path):
         file.write('\n')
     with pytest.raises(ValueError, match='metrics.jsonl:13: is not'):
         read_metrics(folder)
-    with pytest.raises(FileNotFoundError, match='name the folder of a run'):
+    with pytest.raises(FileNotFoundError, match='give the folder of a run'):
         read_metrics(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_without_matplotlib_a_run_says_so_in_its_log_and_the_tool_in_one_line(tm
 def test_a_run_without_steps_has_no_curves(tmp_path, run_script):
     (tmp_path / 'metrics.jsonl').write_text('{"event": "eval", "acc1": 1.0}\n')
     done = run_script('tools/plot_run.py', tmp_path)
-    assert done.returncode == 2 and 'has no steps of training to draw' in done.stderr and done.stderr.count('\n') == 1
+    assert done.returncode == 2 and 'has no training steps to draw' in done.stderr and done.stderr.count('\n') == 1
 
 
 # ---- VisualDL

@@ -7,7 +7,8 @@ import pytest
 from config import config_changes, config_text, get_config
 from errors import UserError
 from port_weights.safe_load import read_checkpoint
-from run_folder.writer import RunFolder, choose_folder, numbered_to_keep, read_resumed
+from run_folder.resume import choose_folder, read_resumed
+from run_folder.writer import RunFolder, numbered_to_keep
 from utils import append_json_line, truncate_lines
 
 ACCURACIES = {1: 10.0, 2: None, 3: 30.0, 4: 20.0, 5: 30.0, 6: None}
@@ -111,10 +112,10 @@ def test_a_folder_whose_run_saved_nothing_begins_anew_for_the_same_settings_only
     again = RunFolder(settings(tmp_path / 'run'))
     again.claim()
     assert not os.path.getsize(f'{again.path}/metrics.jsonl')
-    with pytest.raises(UserError, match='holds a run already'):
+    with pytest.raises(UserError, match='already contains a run'):
         settings(tmp_path / 'run', 'SEED', 7)
     again.record(event='eval', acc1=1.0)  # as -eval leaves it
-    with pytest.raises(UserError, match='holds a run already'):
+    with pytest.raises(UserError, match='already contains a run'):
         settings(tmp_path / 'run')
 
 
