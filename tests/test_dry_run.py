@@ -1,5 +1,6 @@
-"""The recipe doctor: what it counts is what a run does, and each likely mistake gets its line."""
+"""Dry runs: costs and schedules are those of a real run, and each likely mistake gets one line."""
 import gc
+import inspect
 import json
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from paddle.base import core
 
 from config import get_config
 from dry_run.cost import model_cost, training_memory
-from dry_run.likely_mistakes import warnings
+from dry_run.likely_mistakes import ARCHITECTURE, warnings
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from dry_run.report import differences, report
 from large_kernel import build
-from replknet import build_replknet
+from replknet import RepLKNet, build_replknet
 from training.ema import ModelEMA
 from training.optim import build_optimizer, parameter_groups
 
@@ -55,14 +56,14 @@ def test_parameters_and_multiply_accumulates_are_the_published_ones(name, parame
 @pytest.mark.skipif(not hasattr(core, 'host_memory_stat_reset_peak_value'), reason='Paddle 2.6 cannot reset the peak')
 @pytest.mark.parametrize('implementation', ['native', 'auto'])
 def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts, implementation, monkeypatch):
-    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)  # native: Paddle's layers, as on a GPU
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)  # native: Paddle's layers, which a GPU uses
     config = get_config(CONFIGS / f'replknet_{name}.yaml', opts)
     gc.collect()  # models of other tests
     before = core.host_memory_stat_current_value('Allocated', 0)
     model = build_replknet(config)
     ema = ModelEMA(model, 0.9) if config.TRAIN.MODEL_EMA else None
     optimizer = build_optimizer(config.TRAIN.OPTIMIZER.NAME, parameter_groups(model, 0.05))
-    for _ in range(2):  # the second step finds the gradients and the optimizer's state of the first
+    for _ in range(2):  # only the second step starts with gradients and optimizer state allocated
         core.host_memory_stat_reset_peak_value('Allocated', 0)
         images = paddle.rand([config.DATA.BATCH_SIZE, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE])
         model(images).sum().backward()
@@ -73,7 +74,7 @@ def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts, implementat
     print(f'{implementation}: peak {peak / 1e6:.1f} MB, estimate {sum(estimate.values()) / 1e6:.1f} MB')
     if implementation == 'native' or build.reason_unavailable():
         assert sum(estimate.values()) == pytest.approx(peak, rel=0.03)
-    else:  # the operator of norms does not keep GELU's inputs
+    else:  # the batch norm operator does not keep the input of GELU
         assert 0.85 * sum(estimate.values()) < peak < 1.03 * sum(estimate.values())
     assert (estimate['EMA'] == 0) == (ema is None)
 
@@ -109,7 +110,7 @@ def test_differences_from_the_recipe_are_listed_with_both_values():
 
 @pytest.mark.parametrize(('nodes', 'gpus', 'batch', 'flags'), [
     (1, 8, 64, (64, 4)), (2, 8, 64, (64, 2)), (4, 8, 64, (64, 1)), (16, 8, 64, (16, 1)), (1, 8, 48, (32, 8)),
-    (3, 8, 64, (64, 1)), (512, 8, 64, (64, 1))])  # the last two cannot have 2048
+    (3, 8, 64, (64, 1)), (512, 8, 64, (64, 1))])  # 2048 is impossible for the last two
 def test_accumulation_keeps_the_global_batch_of_the_recipe(nodes, gpus, batch, flags):
     plan = planned('replknet_31b', nodes=nodes, gpus=gpus, batch_size=batch)
     assert (plan.config.DATA.BATCH_SIZE, plan.config.TRAIN.ACCUM_ITER) == flags
@@ -162,14 +163,19 @@ def test_a_likely_mistake_gets_its_line(name, opts, words):
     assert len(found) == 1 and '\n' not in found[0]
 
 
-def test_weights_of_a_run_are_held_against_the_settings_beside_them(tmp_path):
+def test_the_architecture_is_what_the_model_takes_from_the_settings():
+    arguments = {name.upper() for name in inspect.signature(RepLKNet).parameters}
+    assert arguments & set(get_config().MODEL) == {*ARCHITECTURE, 'NUM_CLASSES', 'RECOMPUTE'}
+
+
+def test_weights_of_a_run_are_compared_with_the_settings_beside_them(tmp_path):
     (tmp_path / 'config.yaml').write_text('DATA: {IMAGE_SIZE: 384}\n')
     (tmp_path / 'best.pdparams').touch()
     found = list(warnings(planned('replknet_31b', pretrained=str(tmp_path / 'best.pdparams'))))
     assert any('IMAGE_SIZE is 224' in warning and 'trained at 384' in warning for warning in found)
 
 
-def test_what_this_machine_cannot_do_is_said(monkeypatch):
+def test_limits_of_this_machine_are_reported(monkeypatch):
     config = get_config(CONFIGS / 'replknet_31b.yaml', ['DATA.BATCH_SIZE', 4096, 'AMP', True], {'dry_run': True})
     found = '\n'.join(warnings(make_plan(config, 'cpu', 2)))
     assert '-amp has no effect on the CPU' in found and 'all processes together need about' in found
@@ -179,7 +185,7 @@ def test_what_this_machine_cannot_do_is_said(monkeypatch):
 
 # ---- data
 
-def test_classes_of_the_lists_are_held_against_the_head(tmp_path):
+def test_classes_of_the_lists_are_compared_with_the_head(tmp_path):
     write_list(tmp_path, 'train', [0, 0, 1, 5, 6])
     write_list(tmp_path, 'val', [0, 1, 2, 3, 4, 5, 6])
     plan = planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 5, data_path=str(tmp_path), batch_size=8, gpus=1)
@@ -187,7 +193,7 @@ def test_classes_of_the_lists_are_held_against_the_head(tmp_path):
     assert ('train_list.txt has 2 classes for which the head of 5 classes has no output, such as 5: '
             'set MODEL.NUM_CLASSES to 7') in found
     assert 'train_list.txt has no image of 3 of the 5 classes of the head: 2, 3, 4' in found
-    assert 'lower -batch_size' in found and plan.steps_per_epoch is None  # 5 images are less than a batch
+    assert 'lower -batch_size' in found and plan.steps_per_epoch is None  # 5 images are fewer than a batch
     assert 'swapped' not in found
 
 
@@ -203,12 +209,12 @@ def test_the_class_histogram_has_a_bar_for_each_class_or_range(tmp_path):
     write_list(tmp_path, 'train', [*labels, 2**31 - 1])
     text = report(planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 100, data_path=str(tmp_path)).config, 'gpu', 1)
     totals = [int(line.split()[-2]) for line in text.splitlines() if line.endswith(' classes') and '#' in line]
-    assert len(totals) == 8 and sum(totals) == 101  # the class beyond the head too
+    assert len(totals) == 8 and sum(totals) == 101  # including the class beyond the head
     assert "101 classes, 0 of the head's classes without images" in text
     assert '    1 to 13   ' in text and '    89 to 100 ' in text
 
 
-def test_a_broken_list_is_one_line_and_the_rest_goes_on(tmp_path):
+def test_a_broken_list_is_one_line_and_the_report_continues(tmp_path):
     (tmp_path / 'train_list.txt').write_text('p\n')
     write_list(tmp_path, 'val', [0])
     text = report(planned('replknet_31b', data_path=str(tmp_path)).config, 'gpu', 1)
@@ -218,7 +224,7 @@ def test_a_broken_list_is_one_line_and_the_rest_goes_on(tmp_path):
 # ---- as a user runs it
 
 @pytest.mark.parametrize('script', ['main_single_gpu.py', 'main_multi_gpu.py'])
-def test_a_dry_run_writes_nothing_and_ends_well(run_script, list_dataset, tiny_yaml, tmp_path, script):
+def test_a_dry_run_writes_nothing_and_succeeds(run_script, list_dataset, tiny_yaml, tmp_path, script):
     done = run_script(script, f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu', '-dry_run',
                       f'-output={tmp_path}/run', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
