@@ -174,6 +174,7 @@ class RunFolder:
             self.save_last(state)
 
     def _save_numbered(self, state, accuracies):
+        """Saves the numbered checkpoint of this epoch if it is to be kept, and deletes those that are not any more."""
         numbered, epoch = state['numbered'], state['epoch']
         name = NUMBERED.format(epoch)
         key = max(accuracies, key=accuracies.get, default='model')
