@@ -18,7 +18,7 @@ import fuzz_checkpoints  # noqa: E402
 import hostile  # noqa: E402
 
 from errors import CheckpointError  # noqa: E402
-from port_weights.restricted_pickle import Placeholder  # noqa: E402
+from port_weights.rebuild import Placeholder  # noqa: E402
 from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +251,8 @@ def test_every_truncation_is_noticed(tmp_path, golden, file):
 
 
 def test_needs_no_framework(golden):
-    program = ('import sys, safe_load; safe_load.read_checkpoint(sys.argv[1]); '
+    program = ('import sys; from port_weights.safe_load import read_checkpoint; '
+               'read_checkpoint(sys.argv[1]); '
                'sys.exit(bool({"torch", "paddle", "safetensors"} & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', program, str(golden / 'tiny.pth')], cwd=ROOT).returncode == 0
 
