@@ -325,7 +325,8 @@ def damaged(tiny, kind):
 @pytest.mark.parametrize('kind, message', [
     ('missing', '1 missing: stages.2.blocks.3.pw_conv_1.conv.weight; nothing was written'),
     ('surplus', '1 surplus: stages.2.blocks.1.extra.weight; nothing was written'),
-    ('shape', '1 of a wrong shape: transitions.0.1.conv.weight [16, 1, 5, 5], not [16, 1, 3, 3]; nothing was written'),
+    ('shape', '1 of the wrong shape: transitions.0.1.conv.weight [16, 1, 5, 5], not [16, 1, 3, 3]; '
+              'nothing was written'),
     ('stage', 'no usable tensor'), ('others', 'no usable tensor stem.0.conv.weight'), ('integers', 'int64'),
     ('mixed', 'mixes names')])
 def test_damaged_state_dicts(tmp_path, tiny, capsys, kind, message):
