@@ -133,6 +133,13 @@ def test_report_fills_its_sections_and_leaves_the_rest(run_script, tmp_path):
     assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
 
 
+@pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='it draws the chart')
+def test_the_chart_of_the_readme_is_drawn_from_the_recorded_results(run_script, tmp_path):
+    done = run_script('benchmarks/draw_speed.py', f'-output={tmp_path}/speed.png')
+    assert done.returncode == 0, done.stderr
+    assert 10_000 < (tmp_path / 'speed.png').stat().st_size < 150_000
+
+
 def test_a_system_that_computes_something_else_is_told():
     answers = {'peak': {'sample': []}, 'a': {'sample': [[1.0, -2.0], [3.0]]}, 'b': {'sample': [[1.0, -2.003], [3.001]]},
                'c': {'sample': [[1.0, -2.0], [float('nan')]]}, 'd': {'sample': [[1.1, -2.0], [3.0]]}}
