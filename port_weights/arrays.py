@@ -45,7 +45,7 @@ def read_bytes(file, nbytes, budget):
     budget.spend(nbytes)
     data = np.empty(nbytes, np.uint8)
     if file.readinto(data) != nbytes:
-        raise CheckpointError('truncated')
+        raise CheckpointError('is truncated')
     return data
 
 

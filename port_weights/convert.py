@@ -127,7 +127,7 @@ def convert(source, destination, **options):
     if not extension:
         destination, extension = f'{destination}.safetensors', '.safetensors'
     if extension not in _WRITERS:
-        raise CheckpointError(f'{destination}: unknown kind of file; use {", ".join(_WRITERS)}')
+        raise CheckpointError(f'{destination}: unknown extension; use {", ".join(_WRITERS)}')
     only = _NAMES.get(extension)
     if only and options.names not in ('auto', only):
         raise CheckpointError(f'{destination}: {extension} is written with {only} names only')
@@ -207,7 +207,7 @@ def _verify(written, tensors, report, reference, source):
         outputs = model(paddle.to_tensor(images.astype(np.float32)))
     for output in outputs if isinstance(outputs, list) else [outputs]:
         if not np.isfinite(output.numpy()).all():
-            raise CheckpointError(f'{source}: the model gives outputs that are not finite; nothing was written')
+            raise CheckpointError(f'{source}: the outputs of the model are not finite; nothing was written')
     lines.append('verified: loads strictly, outputs are finite')
     if reference is not None:
         lines.append(_check_reference(model, reference, report, source))
@@ -239,7 +239,7 @@ def _check_reference(model, reference, report, source):
     with paddle.no_grad():
         logits = model(paddle.to_tensor(images.astype(np.float32))).numpy()
     if logits.shape != wanted.shape:
-        raise CheckpointError(f'{reference}: logits of shape {list(wanted.shape)}, the model gives '
+        raise CheckpointError(f'{reference}: its logits have shape {list(wanted.shape)}, those of the model '
                               f'{list(logits.shape)}')
     difference, limit = float(np.abs(logits - wanted).max()), 2e-3 if report.half else 1e-4
     if not difference <= limit:

@@ -98,7 +98,7 @@ def _choose_head(state, names, dropped, head, official):
         if match:
             heads.setdefault(match.group(1) or 'head', {})[source] = f'head.{match.group(2)}'
     if head is None and len(heads) > 1:
-        raise CheckpointError('has several heads: choose with convert.py -head one of ' + ', '.join(
+        raise CheckpointError('has several heads; choose one with convert.py -head=NAME: ' + ', '.join(
             name + _class_count(state, sources, official) for name, sources in heads.items()) + ' or none')
     if head not in (None, 'none', *heads):
         raise CheckpointError(f"has no head {head!r}; it has {', '.join(heads) or 'none'}")
@@ -165,7 +165,7 @@ def infer_architecture(tensors):
     """
     def shape(name, dimensions=4):
         if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
-            raise CheckpointError(f'no usable tensor {name}: every RepLKNet has one')
+            raise CheckpointError(f'has no usable tensor {name}, which every RepLKNet has')
         return tensors[name].shape
 
     present = _indices(tensors, 'stages')

@@ -159,7 +159,7 @@ class Resolver:
             source = self(source)
             for pair in source.items() if type(source) is dict else source:
                 if type(pair) not in (list, tuple) or len(pair) != 2:
-                    raise CheckpointError('damaged pickle: a dict of something else than pairs')
+                    raise CheckpointError('damaged pickle: a dict made of something other than pairs')
                 items[checked_key(pair[0])] = pair[1]
         items.update(self.mapping(call.items))
         return items

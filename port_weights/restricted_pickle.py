@@ -56,17 +56,17 @@ class Unpickler:
     def take(self, count):
         """The next `count` bytes of the file."""
         if count > 4096 and count > self.end - self.file.tell():  # before so much memory is allocated
-            raise CheckpointError('truncated')
+            raise CheckpointError('is truncated')
         data = self.file.read(count)
         if len(data) != count:
-            raise CheckpointError('truncated')
+            raise CheckpointError('is truncated')
         return data
 
     def line(self):
         """The next line of the file, without its end."""
         line = self.file.readline(256)
         if not line.endswith(b'\n'):
-            raise CheckpointError('damaged pickle: a name without end')
+            raise CheckpointError('damaged pickle: an unterminated name')
         return line[:-1].decode()
 
     def pop_mark(self):

@@ -88,10 +88,10 @@ def find_weights(checkpoint, key='auto', path='checkpoint'):
     if not tensors:
         if found is not None and any(isinstance(state.get(k), dict) for k in _USUAL_KEYS):
             return find_weights(state, path=path)[0], found
-        raise CheckpointError(f'{path}: no tensors' + ('' if found is None else f' under {found!r}'))
+        raise CheckpointError(f'{path}: has no tensors' + ('' if found is None else f' under {found!r}'))
     unprintable = next((name for name in tensors if not name.isprintable()), None)
     if unprintable is not None:
-        raise CheckpointError(f'{path}: a tensor is called {unprintable!a:.60}')
+        raise CheckpointError(f'{path}: has a tensor with an unprintable name, {unprintable!a:.60}')
     for prefix in ('module.', '_orig_mod.'):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix):]: tensor for name, tensor in tensors.items()}
