@@ -70,7 +70,7 @@ class Unpickler:
         return line[:-1].decode()
 
     def pop_mark(self):
-        """Removes the topmost mark and all above it from the stack. Returns what was above."""
+        """Removes the topmost mark and everything above it from the stack. Returns the list of what was above."""
         stack = self.stack
         at = len(stack) - 1
         while stack[at] is not _MARK:  # IndexError when there is none
@@ -80,12 +80,12 @@ class Unpickler:
         return items
 
 
-# ---- handlers of opcodes, function(unpickler)
+# ---- handlers of opcodes: functions of an Unpickler, or functions that make one for the format of the operand
 # Too few values on the stack are an IndexError, an unknown memo index is a KeyError: `Unpickler.load` catches them.
 
 def _constant(value):
-    def push(self):
-        self.stack.append(value)
+    def push(machine):
+        machine.stack.append(value)
     return push
 
 
@@ -93,101 +93,101 @@ def _operand(fmt):
     """Function that reads the operand of an opcode, a number."""
     unpack, size = Struct(fmt).unpack, Struct(fmt).size
 
-    def read(self):
-        return unpack(self.take(size))[0]
+    def read(machine):
+        return unpack(machine.take(size))[0]
     return read
 
 
 def _number(fmt):
     operand = _operand(fmt)
 
-    def push(self):
-        self.stack.append(operand(self))
+    def push(machine):
+        machine.stack.append(operand(machine))
     return push
 
 
-def _long(self):
-    self.stack.append(int.from_bytes(self.take(self.take(1)[0]), 'little', signed=True))
+def _long(machine):
+    machine.stack.append(int.from_bytes(machine.take(machine.take(1)[0]), 'little', signed=True))
 
 
 def _text(fmt):
     length = _operand(fmt)
 
-    def push(self):
-        self.stack.append(self.take(length(self)).decode('utf-8', 'surrogatepass'))
+    def push(machine):
+        machine.stack.append(machine.take(length(machine)).decode('utf-8', 'surrogatepass'))
     return push
 
 
 def _bytes(fmt):
     length = _operand(fmt)
 
-    def push(self):
-        self.stack.append(self.take(length(self)))
+    def push(machine):
+        machine.stack.append(machine.take(length(machine)))
     return push
 
 
 def _put(fmt):
     index = _operand(fmt)
 
-    def put(self):
-        self.memo[index(self)] = self.stack[-1]
+    def put(machine):
+        machine.memo[index(machine)] = machine.stack[-1]
     return put
 
 
-def _memoize(self):
-    self.memo[len(self.memo)] = self.stack[-1]
+def _memoize(machine):
+    machine.memo[len(machine.memo)] = machine.stack[-1]
 
 
 def _get(fmt):
     index = _operand(fmt)
 
-    def push(self):
-        self.stack.append(self.memo[index(self)])
+    def push(machine):
+        machine.stack.append(machine.memo[index(machine)])
     return push
 
 
-def _frame(self):
-    self.take(8)
+def _frame(machine):
+    machine.take(8)
 
 
-def _pop(self):
-    self.stack.pop()
+def _pop(machine):
+    machine.stack.pop()
 
 
-def _pop_mark(self):
-    self.pop_mark()
+def _pop_mark(machine):
+    machine.pop_mark()
 
 
 def _tuple_of(count):
-    def replace(self):
-        if len(self.stack) < count:
+    def replace(machine):
+        if len(machine.stack) < count:
             raise IndexError
-        self.stack[-count:] = [tuple(self.stack[-count:])]
+        machine.stack[-count:] = [tuple(machine.stack[-count:])]
     return replace
 
 
-def _tuple(self):
-    self.stack.append(tuple(self.pop_mark()))
+def _tuple(machine):
+    machine.stack.append(tuple(machine.pop_mark()))
 
 
 def _empty(container):
-    def push(self):
-        self.stack.append(container())
+    def push(machine):
+        machine.stack.append(container())
     return push
 
 
-def _frozenset(self):
-    self.stack.append(self.pop_mark())
+def _frozenset(machine):
+    machine.stack.append(machine.pop_mark())
 
 
-def _append(self):
-    value = self.stack.pop()
-    _elements_of(self.stack[-1]).append(value)
+def _append(machine):
+    value = machine.stack.pop()
+    _elements_of(machine.stack[-1]).append(value)
 
 
-def _appends(self):
-    values = self.pop_mark()
-    _elements_of(self.stack[-1]).extend(values)
+def _appends(machine):
+    values = machine.pop_mark()
+    _elements_of(machine.stack[-1]).extend(values)
 
 
 def _elements_of(target):
@@ -198,14 +198,14 @@ def _elements_of(target):
     raise CheckpointError('damaged pickle: appends to something that is not a list')
 
 
-def _setitem(self):
-    value, key = self.stack.pop(), self.stack.pop()
-    _set_items(self.stack[-1], [key, value])
+def _setitem(machine):
+    value, key = machine.stack.pop(), machine.stack.pop()
+    _set_items(machine.stack[-1], [key, value])
 
 
-def _setitems(self):
-    pairs = self.pop_mark()
-    _set_items(self.stack[-1], pairs)
+def _setitems(machine):
+    pairs = machine.pop_mark()
+    _set_items(machine.stack[-1], pairs)
 
 
 def _set_items(target, pairs):
@@ -216,32 +216,32 @@ def _set_items(target, pairs):
         items[checked_key(key)] = value
 
 
-def _global(self):
-    module, name = self.line(), self.line()
-    self.stack.append(checked_global(module, name))
+def _global(machine):
+    module, name = machine.line(), machine.line()
+    machine.stack.append(checked_global(module, name))
 
 
-def _stack_global(self):
-    name, module = self.stack.pop(), self.stack.pop()
-    self.stack.append(checked_global(module, name))
+def _stack_global(machine):
+    name, module = machine.stack.pop(), machine.stack.pop()
+    machine.stack.append(checked_global(module, name))
 
 
-def _call(self):
-    args, function = self.stack.pop(), self.stack.pop()
+def _call(machine):
+    args, function = machine.stack.pop(), machine.stack.pop()
     if type(function) is not Global or type(args) is not tuple:
         raise CheckpointError('damaged pickle: calls something that is not a function')
-    self.stack.append(Call(function.name, args))
+    machine.stack.append(Call(function.name, args))
 
 
-def _build(self):
-    state = self.stack.pop()
-    if type(self.stack[-1]) is not Call:
+def _build(machine):
+    state = machine.stack.pop()
+    if type(machine.stack[-1]) is not Call:
         raise CheckpointError('damaged pickle: sets the state of a plain value')
-    self.stack[-1].state = state
+    machine.stack[-1].state = state
 
 
-def _persistent_id(self):
-    pid = self.stack.pop()
+def _persistent_id(machine):
+    pid = machine.stack.pop()
     if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != 'storage' or type(pid[1]) is not Global:
         raise CheckpointError('damaged pickle: a reference that is not tensor data')
     dtype, key, count = STORAGE_TYPES.get(pid[1].name), pid[2], pid[4]
@@ -249,14 +249,14 @@ def _persistent_id(self):
         raise CheckpointError(f'tensors of type {pid[1].name} are not supported')
     if type(key) is not str or not is_count(count) or pid[5:] not in ((), (None,)):
         raise CheckpointError('damaged pickle: a reference that is not tensor data')
-    storage = self.storages.setdefault(key, Storage(dtype, key, count))
+    storage = machine.storages.setdefault(key, Storage(dtype, key, count))
     if (storage.dtype, storage.count) != (dtype, count):
         raise CheckpointError(f'damaged pickle: tensor data {key!r} is described in two ways')
-    self.stack.append(storage)
+    machine.stack.append(storage)
 
 
 _HANDLERS = {
-    # constants, numbers, texts
+    # constants, numbers, texts, bytes
     pickle.NONE: _constant(None), pickle.NEWTRUE: _constant(True), pickle.NEWFALSE: _constant(False),
     pickle.BININT1: _number('<B'), pickle.BININT2: _number('<H'), pickle.BININT: _number('<i'),
     pickle.BINFLOAT: _number('>d'), pickle.LONG1: _long,
@@ -267,13 +267,13 @@ _HANDLERS = {
     pickle.BINPUT: _put('<B'), pickle.LONG_BINPUT: _put('<I'), pickle.MEMOIZE: _memoize,
     pickle.BINGET: _get('<B'), pickle.LONG_BINGET: _get('<I'),
     pickle.MARK: _constant(_MARK), pickle.POP: _pop, pickle.POP_MARK: _pop_mark, pickle.FRAME: _frame,
-    # tuples; sets become lists
+    # tuples, lists (for sets too), dicts
     pickle.EMPTY_TUPLE: _constant(()), pickle.TUPLE1: _tuple_of(1), pickle.TUPLE2: _tuple_of(2),
     pickle.TUPLE3: _tuple_of(3), pickle.TUPLE: _tuple,
     pickle.EMPTY_LIST: _empty(list), pickle.EMPTY_SET: _empty(list), pickle.FROZENSET: _frozenset,
     pickle.APPEND: _append, pickle.APPENDS: _appends, pickle.ADDITEMS: _appends,
     pickle.EMPTY_DICT: _empty(dict), pickle.SETITEM: _setitem, pickle.SETITEMS: _setitems,
-    # functions, classes and calls, which are recorded; tensor data
+    # functions, classes and calls, which are only recorded; tensor data
     pickle.GLOBAL: _global, pickle.STACK_GLOBAL: _stack_global, pickle.REDUCE: _call, pickle.NEWOBJ: _call,
     pickle.BUILD: _build, pickle.BINPERSID: _persistent_id,
 }
