@@ -20,7 +20,7 @@ from large_kernel import build
 from predict import Prediction, Predictor
 from replknet import build_replknet
 from run_folder.checkpoint import model_arrays, save_checkpoint
-from run_folder.layout import best_checkpoint
+from run_folder.metrics import best_checkpoint
 
 
 @pytest.fixture(scope='module')
