@@ -11,7 +11,8 @@ from fuse import pack
 from large_kernel import operator_serves
 from replknet import RepLKNet
 from run_folder.curves import curves_line
-from run_folder.writer import RunFolder, read_resumed
+from run_folder.resume import read_resumed
+from run_folder.writer import RunFolder
 from training.amp import Amp
 from training.engine import evaluate, train_one_epoch
 from training.progress import duration
