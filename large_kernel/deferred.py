@@ -9,7 +9,7 @@ import paddle
 from large_kernel import extension
 from large_kernel.conv import runs_custom
 
-BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
+BLOCK = 16  # channels that stand together in packed weights and blocked maps; kChannelBlock in feature_map.h
 _BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
 
 

@@ -150,7 +150,7 @@ def library_path():
 
 _registered = None  # path of the library this process has registered, or the BuildError that prevented it
 
-# The module of direct.h: serves(x, weight, bias, stride) and forward(x, weight, bias, stride), without gradients. None
+# The module of python_entry.h: serves(x, weight, bias, stride) and forward(x, weight, bias, stride), without gradients. None
 # where the operator is not loaded or was built without Python's headers.
 direct = None
 

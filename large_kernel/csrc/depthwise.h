@@ -3,25 +3,25 @@
 #pragma once
 #include <vector>
 
-#include "frequency.h"
-#include "narrow.h"
-#include "packed.h"
-#include "stencil.h"
-#include "whole_gradient.h"
+#include "depthwise_large_dft.h"
+#include "depthwise_tiny_map.h"
+#include "depthwise_3x3_5x5_packed.h"
+#include "depthwise_3x3.h"
+#include "depthwise_small_map_weight_gradient.h"
 
-namespace dwconv {
+namespace large_kernel {
 
-inline bool is_large(const Shape& s) { return s.stride == 1 && s.kernel > 5; }
+inline bool uses_large_kernel(const Shape& s) { return s.stride == 1 && s.kernel > 5; }
 
 // Measured: over packed planes up to this many pixels, beyond it over pixels of a row.
-constexpr int kPackedPixels = 256 * 256;
+constexpr int kMaxPackedPixels = 256 * 256;
 
-inline bool is_packed(const Shape& s) {
+inline bool uses_packed(const Shape& s) {
   return (s.kernel == 3 || s.kernel == 5) && s.channels >= kLanes / 2 &&
-         (std::ptrdiff_t)s.height * s.width <= kPackedPixels;
+         (std::ptrdiff_t)s.height * s.width <= kMaxPackedPixels;
 }
 
-// Calls f with K and stride as types, of the four combinations `is_packed` allows.
+// Calls f with K and stride as types, of the four combinations `uses_packed` allows.
 template <class F>
 void with_constants(const Shape& s, F f) {
   using std::integral_constant;
@@ -31,67 +31,67 @@ void with_constants(const Shape& s, F f) {
   return f(integral_constant<int, 5>{}, integral_constant<int, 2>{});
 }
 
-inline void correlate(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s, Order order,
-                      const Map<float>& y) {
-  if (is_narrow(s) && !x.blocked && !y.blocked) {
-    correlate_narrow(x.data, weight, epilogue, s, order, y.data);
-  } else if (is_whole(s, kWholeMap)) {
-    with_correlation(s.height, s.width, [&](const Correlation& c) { correlate_whole(x, weight, epilogue, s, order, y, c); });
-  } else if (is_frequent(s)) {
+inline void correlate_large_kernel(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s, Pass pass,
+                      const FeatureMap<float>& y) {
+  if (uses_tiny_map(s) && !x.nchw16c && !y.nchw16c) {
+    correlate_tiny_map(x.data, weight, epilogue, s, pass, y.data);
+  } else if (reaches_across_small_map(s, kSmallMapReach)) {
+    with_correlation(s.height, s.width, [&](const SmallMapCorrelation& c) { correlate_small_map(x, weight, epilogue, s, pass, y, c); });
+  } else if (dft_pays(s)) {
     with_tiling(s, [&](const Tiling& tiling, const RowTransform& transform) {
-      correlate_frequencies(x, weight, epilogue, s, order, y, tiling, transform);
+      correlate_dft(x, weight, epilogue, s, pass, y, tiling, transform);
     });
   } else {
-    correlate_large(x, weight, epilogue, s, order, y);
+    correlate_fir(x, weight, epilogue, s, pass, y);
   }
 }
 
-inline void forward(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
-                    const Map<float>& y) {
-  const bool blocked = x.blocked || y.blocked;
-  if (is_large(s)) {
-    correlate(x, weight, epilogue, s, Order::kForward, y);
-  } else if (is_stencil(s) && !blocked) {
-    (s.stride == 1 ? forward_stencil<1> : forward_stencil<2>)(x.data, weight, epilogue, s, y.data);
-  } else if (is_packed(s) || (blocked && (s.kernel == 3 || s.kernel == 5))) {
+inline void forward(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                    const FeatureMap<float>& y) {
+  const bool nchw16c = x.nchw16c || y.nchw16c;
+  if (uses_large_kernel(s)) {
+    correlate_large_kernel(x, weight, epilogue, s, Pass::kForward, y);
+  } else if (uses_3x3(s) && !nchw16c) {
+    (s.stride == 1 ? forward_3x3<1> : forward_3x3<2>)(x.data, weight, epilogue, s, y.data);
+  } else if (uses_packed(s) || (nchw16c && (s.kernel == 3 || s.kernel == 5))) {
     with_constants(s, [&](auto k, auto stride) { forward_packed<k(), stride()>(x, weight, epilogue, s, y); });
-  } else if (!blocked) {
-    forward_rows(x.data, weight, epilogue, s, y.data);
+  } else if (!nchw16c) {
+    forward_generic(x.data, weight, epilogue, s, y.data);
   } else {
     std::vector<float> in(x.pixels * s.batch * s.channels), out(y.pixels * s.batch * s.channels);
-    copy_map(x, s.batch, Map<float>{in.data(), s.channels, x.pixels});
-    forward_rows(in.data(), weight, epilogue, s, out.data());
-    copy_map(Map<const float>{out.data(), s.channels, y.pixels}, s.batch, y);
+    convert_layout(x, s.batch, FeatureMap<float>{in.data(), s.channels, x.pixels});
+    forward_generic(in.data(), weight, epilogue, s, out.data());
+    convert_layout(FeatureMap<const float>{out.data(), s.channels, y.pixels}, s.batch, y);
   }
 }
 
 // dx, dweight and dbias may be null, dbias must be where dweight is: what is null is not computed.
 inline void backward(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
                      float* dbias) {
-  if (is_large(s)) {
+  if (uses_large_kernel(s)) {
     const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
-    const Map<const float> from = {dy, s.channels, pixels};
-    if (dx) correlate(from, weight, Epilogue{}, s, Order::kInputGradient, Map<float>{dx, s.channels, pixels});
-    if (dweight && is_narrow(s) && !has_pairs()) {
-      weight_gradient_narrow(x, dy, s, dweight, dbias);
-    } else if (dweight && is_whole(s, kWholeGradient)) {
-      weight_gradient_whole(x, dy, s, dweight, dbias);
-    } else if (dweight && is_frequent(s) && has_wide_gradient(s)) {
+    const FeatureMap<const float> from = {dy, s.channels, pixels};
+    if (dx) correlate_large_kernel(from, weight, Epilogue{}, s, Pass::kInputGradient, FeatureMap<float>{dx, s.channels, pixels});
+    if (dweight && uses_tiny_map(s) && !packs_plane_pairs()) {
+      weight_gradient_tiny_map(x, dy, s, dweight, dbias);
+    } else if (dweight && reaches_across_small_map(s, kSmallMapGradientReach)) {
+      weight_gradient_small_map(x, dy, s, dweight, dbias);
+    } else if (dweight && dft_pays(s) && dft_gradient_is_accurate(s)) {
       with_tiling(s, [&](const Tiling& tiling, const RowTransform& transform) {
-        weight_gradient_frequencies(x, dy, s, dweight, dbias, tiling, transform);
+        weight_gradient_dft(x, dy, s, dweight, dbias, tiling, transform);
       });
     } else if (dweight) {
-      weight_gradient_large(x, dy, s, dweight, dbias);
+      weight_gradient_fir(x, dy, s, dweight, dbias);
     }
-  } else if (is_stencil(s)) {
-    (s.stride == 1 ? backward_stencil<1> : backward_stencil<2>)(x, weight, dy, s, dx, dweight, dbias);
-  } else if (is_packed(s)) {
+  } else if (uses_3x3(s)) {
+    (s.stride == 1 ? backward_3x3<1> : backward_3x3<2>)(x, weight, dy, s, dx, dweight, dbias);
+  } else if (uses_packed(s)) {
     with_constants(s, [&](auto k, auto stride) {
       backward_packed<k(), stride()>(x, weight, dy, s, dx, dweight, dbias);
     });
   } else {
-    backward_rows(x, weight, dy, s, dx, dweight, dbias);
+    backward_generic(x, weight, dy, s, dx, dweight, dbias);
   }
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

@@ -4,12 +4,12 @@
 
 #include "vector.h"
 
-namespace dwconv {
+namespace large_kernel {
 
 enum class Activation { kNone, kRelu, kGelu };
 
 // erf to 3.6e-7, relative: an odd polynomial over an even one, fitted on [-4, 4]; beyond it erf is 1 in float.
-DW_INLINE Vec erf(Vec x) {
+LK_INLINE Vec erf(Vec x) {
   const Vec u = x * x;
   const Vec p = x * (1.12837914f + u * (0.193547267f + u * (0.0531020469f + u * (0.00388344286f +
                 u * (0.000284568879f + u * 1.98677434e-06f)))));
@@ -20,7 +20,7 @@ DW_INLINE Vec erf(Vec x) {
 }
 
 template <Activation A>
-DW_INLINE Vec activate(Vec v) {
+LK_INLINE Vec activate(Vec v) {
   if constexpr (A == Activation::kRelu) return v < 0.f ? Vec{} : v;  // NaN stays
   if constexpr (A == Activation::kGelu) return 0.5f * v * (1.f + erf(v * 0.70710678f));
   return v;
@@ -32,18 +32,18 @@ struct Epilogue {
 
   // Calls f(a function of a vector of `lanes` channels from `channel` on).
   template <class F>
-  DW_INLINE void with_channels(int channel, int lanes, F f) const {
+  LK_INLINE void with_channels(int channel, int lanes, F f) const {
     apply(scale ? load_lanes(scale + channel, lanes) : splat(1.f), shift ? load_lanes(shift + channel, lanes) : Vec{}, f);
   }
 
   // Calls f(a function of a vector of pixels of this channel).
   template <class F>
-  DW_INLINE void with_channel(int channel, F f) const {
+  LK_INLINE void with_channel(int channel, F f) const {
     apply(splat(scale ? scale[channel] : 1.f), splat(shift ? shift[channel] : 0.f), f);
   }
 
   template <class F>
-  DW_INLINE void apply(Vec s, Vec t, F f) const {
+  LK_INLINE void apply(Vec s, Vec t, F f) const {
     switch (activation) {
       case Activation::kNone: return f([s, t](Vec v) { return v * s + t; });
       case Activation::kRelu: return f([s, t](Vec v) { return activate<Activation::kRelu>(v * s + t); });
@@ -57,10 +57,10 @@ struct Epilogue {
     Epilogue{nullptr, nullptr, activation}.with_channels(0, 1, [&](auto finish) {
       for (std::ptrdiff_t i = 0; i < pixels; i += kLanes) {
         const int count = (int)std::min<std::ptrdiff_t>(kLanes, pixels - i);
-        store_part(plane + i, finish(load_part(plane + i, count)), count);
+        store_partial(plane + i, finish(load_partial(plane + i, count)), count);
       }
     });
   }
 };
 
-}  // namespace dwconv
+}  // namespace large_kernel

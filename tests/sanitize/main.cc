@@ -10,14 +10,14 @@
 #include <vector>
 
 static bool large_cache;  // what depends on the size of the cache is run for either size
-#define DW_LARGE_CACHE large_cache
+#define LK_LARGE_L1 large_cache
 
-#include "dense.h"
+#include "conv_gemm.h"
 #include "depthwise.h"
-#include "norm.h"
+#include "batch_norm.h"
 
-using dwconv::Map;
-using dwconv::Shape;
+using large_kernel::FeatureMap;
+using large_kernel::Shape;
 
 namespace {
 
@@ -59,8 +59,8 @@ struct Held {
     return blocked ? ((std::size_t)image * channels + c / 16 * 16) * pixels + p * 16 + c % 16
                    : ((std::size_t)image * channels + c) * pixels + p;
   }
-  Map<const float> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
-  Map<float> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  FeatureMap<const float> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  FeatureMap<float> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
 };
 
 struct Reference {
@@ -93,8 +93,8 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   }
   std::vector<float> shift(s.channels);
   for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
-  dwconv::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
-  dwconv::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(), dbias.data.get());
+  large_kernel::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
+  large_kernel::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(), dbias.data.get());
 
   Reference ry(y.size), rdx(dx.size), rdweight(dweight.size), rdbias(dbias.size);
   for (std::size_t plane = 0; plane < planes; plane++) {
@@ -103,7 +103,7 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
       ry.add(plane * out + i, bias.at(c));
       rdbias.add(c, dy.at(plane * out + i));
     }
-    dwconv::for_each_tap(s, [&](std::size_t o, std::size_t i, std::size_t tap) {
+    large_kernel::for_each_tap(s, [&](std::size_t o, std::size_t i, std::size_t tap) {
       o += plane * out, i += plane * in, tap += c * area;
       ry.add(o, x.at(i) * weight.at(tap));
       rdx.add(i, dy.at(o) * weight.at(tap));
@@ -121,7 +121,7 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   for (int layouts = 1; layouts < 4 && s.channels % 16 == 0; layouts++) {
     const Held from(map, layouts & 1);
     Held to(s.batch, s.channels, out, layouts & 2);
-    dwconv::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
+    large_kernel::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
     const double error = worst(Held(to, false).buffer, ry);
     if (error > 8) {
       std::printf("[%d, %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
@@ -148,7 +148,7 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
     }
     const Held from(x, from_blocks), residual(added, to_blocks);
     Held to(s.batch, out_channels, out, to_blocks);
-    const dwconv::Epilogue epilogue = {scale.data.get(), shift.data.get()};
+    const large_kernel::Epilogue epilogue = {scale.data.get(), shift.data.get()};
     const float *a = norm ? in_scale.data.get() : nullptr, *b = norm ? in_shift.data.get() : nullptr;
     if (packed) {
       Buffer blocks(weight.size);
@@ -156,9 +156,9 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
         const std::size_t o = i / terms, k = i % terms;
         blocks.data[(o / 16 * terms + k) * 16 + o % 16] = weight.at(i);
       }
-      dwconv::dense(from.in(), dwconv::Packed{blocks.data.get()}, a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      large_kernel::conv_gemm(from.in(), large_kernel::PackedWeights{blocks.data.get()}, a, b, epilogue, residual.buffer.data.get(), s, to.out());
     } else {
-      dwconv::dense(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      large_kernel::conv_gemm(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
     }
     Reference want(to.buffer.size);
     for (int image = 0; image < s.batch; image++) {
@@ -167,7 +167,7 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
           want.add(to.index(image, o, p), shift.at(o)), want.add(to.index(image, o, p), added.buffer.at(added.index(image, o, p)));
         }
         for (int k = 0; k < s.channels; k++) {
-          dwconv::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
+          large_kernel::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
             const double w = weight.at((std::size_t)o * terms + k * area + tap) * scale.at(o), v = x.buffer.at(x.index(image, k, i));
             want.add(to.index(image, o, p), w * v * (norm ? in_scale.at(k) : 1));
             if (norm) want.add(to.index(image, o, p), w * in_shift.at(k));
@@ -186,18 +186,18 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
 }
 
 // activation(v) and its derivative.
-double activated(dwconv::Activation a, double v) {
-  if (a == dwconv::Activation::kRelu) return std::max(v, 0.);
-  return a == dwconv::Activation::kGelu ? v * 0.5 * std::erfc(-v * std::sqrt(0.5)) : v;
+double activated(large_kernel::Activation a, double v) {
+  if (a == large_kernel::Activation::kRelu) return std::max(v, 0.);
+  return a == large_kernel::Activation::kGelu ? v * 0.5 * std::erfc(-v * std::sqrt(0.5)) : v;
 }
 
-double slope(dwconv::Activation a, double v) {
-  if (a == dwconv::Activation::kRelu) return v > 0;
-  if (a == dwconv::Activation::kNone) return 1;
+double slope(large_kernel::Activation a, double v) {
+  if (a == large_kernel::Activation::kRelu) return v > 0;
+  if (a == large_kernel::Activation::kNone) return 1;
   return 0.5 * std::erfc(-v * std::sqrt(0.5)) + v * std::exp(-v * v / 2) / std::sqrt(2 * M_PI);
 }
 
-bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt19937& random) {
+bool run_norm(const large_kernel::BatchNormShape& s, large_kernel::Activation activation, std::mt19937& random) {
   const std::size_t size = (std::size_t)s.batch * s.channels * s.pixels;
   Buffer x(size), dy(size), y(size), dx(size), weight(s.channels), bias(s.channels), mean(s.channels);
   Buffer variance(s.channels), dweight(s.channels), dbias(s.channels);
@@ -206,9 +206,9 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
   const float epsilon = 1e-5f;
   Buffer running_mean(s.channels), running_variance(s.channels);
   std::fill_n(running_mean.data.get(), s.channels, 0.f), std::fill_n(running_variance.data.get(), s.channels, 0.f);
-  dwconv::norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s, y.data.get(), mean.data.get(),
+  large_kernel::batch_norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s, y.data.get(), mean.data.get(),
                        variance.data.get(), 0, running_mean.data.get(), running_variance.data.get());
-  dwconv::norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(), variance.data.get(), dy.data.get(),
+  large_kernel::batch_norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(), variance.data.get(), dy.data.get(),
                         epsilon, activation, s, dx.data.get(), dweight.data.get(), dbias.data.get());
   Reference ry(size), rdx(size), rmean(s.channels), rvariance(s.channels), rdweight(s.channels), rdbias(s.channels);
   auto each = [&](int c, auto f) {
@@ -226,7 +226,7 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
     auto inner = [&](std::size_t i) { return scale * (x.at(i) - m) + bias.at(c); };
     // how much rounding of what the activation acts on, and of its derivative, may move the gradient in front of it
     auto moved = [&](std::size_t i) {
-      const bool at_step = activation == dwconv::Activation::kRelu && std::fabs(inner(i)) < 1e-5;
+      const bool at_step = activation == large_kernel::Activation::kRelu && std::fabs(inner(i)) < 1e-5;
       return std::fabs(dy.at(i)) * (1 + std::fabs(scale) * (std::fabs(x.at(i)) + std::fabs(m)) + (at_step ? 1e9 : 0));
     };
     each(c, [&](std::size_t i) {
@@ -258,7 +258,7 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
 bool run_shared(int count, int chunk, int threads, int present) {
   const int most = omp_get_max_threads();
   omp_set_num_threads(threads);
-  dwconv::SharedTasks tasks(count, chunk);
+  large_kernel::WorkStealingTasks tasks(count, chunk);
   std::vector<int> done(count);
   bool good = true;
 #pragma omp parallel num_threads(present)
@@ -345,9 +345,9 @@ int run_all(int shapes) {
     }
   }
   for (int i = 0; i < 9 * shapes; i++, count++) {
-    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)}, (dwconv::Activation)(i % 3), random);
+    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)}, (large_kernel::Activation)(i % 3), random);
   }
-  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, dwconv::kLanes, large_cache ? "large" : "small");
+  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, large_kernel::kLanes, large_cache ? "large" : "small");
   return bad;
 }
 

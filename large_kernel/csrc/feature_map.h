@@ -2,42 +2,42 @@
 #pragma once
 #include <algorithm>
 
-#include "share.h"
+#include "work_stealing.h"
 #include "vector.h"
 
-namespace dwconv {
+namespace large_kernel {
 
 // Channels that stand together in blocked maps and packed weights, on every processor alike.
-constexpr int kBlock = 16, kBlockVectors = kBlock / kLanes;
+constexpr int kChannelBlock = 16, kVectorsPerBlock = kChannelBlock / kLanes;
 
 constexpr int kCacheLine = 16;  // floats
 
-// Planes [N, C, pixels], or blocks [N, C / kBlock, pixels, kBlock], for which C is a multiple of kBlock.
+// Planes [N, C, pixels], or blocks [N, C / kChannelBlock, pixels, kChannelBlock], for which C is a multiple of kChannelBlock.
 template <class T>
-struct Map {
+struct FeatureMap {
   T* data;
   int channels;
   std::ptrdiff_t pixels;
-  bool blocked = false;
+  bool nchw16c = false;
 
   T* at(int image, int channel, std::ptrdiff_t pixel) const {
     const std::ptrdiff_t first = (std::ptrdiff_t)image * channels;
-    return blocked ? data + (first + channel / kBlock * kBlock) * pixels + pixel * kBlock + channel % kBlock
+    return nchw16c ? data + (first + channel / kChannelBlock * kChannelBlock) * pixels + pixel * kChannelBlock + channel % kChannelBlock
                    : data + (first + channel) * pixels + pixel;
   }
 
   // `count` pixels from `pixel` on of `lanes` channels from `channel` on, a multiple of kLanes -> vectors, `step` apart.
   void read(int image, int channel, int lanes, std::ptrdiff_t pixel, int count, Vec* out, int step = 1) const {
     const T* from = at(image, channel, pixel);
-    if (!blocked) return pack(from, pixels, lanes, count, out, step);
-    for (int i = 0; i < count; i++) out[i * step] = load(from + i * kBlock);
+    if (!nchw16c) return pack(from, pixels, lanes, count, out, step);
+    for (int i = 0; i < count; i++) out[i * step] = load(from + i * kChannelBlock);
   }
 
   // Prefetches what `read` is going to read, or with kWritten `write` to write: to be called while there is something else to do.
   template <bool kWritten>
-  DW_INLINE void prefetch(int image, int channel, int lanes, std::ptrdiff_t pixel, int count) const {
+  LK_INLINE void prefetch(int image, int channel, int lanes, std::ptrdiff_t pixel, int count) const {
     const T* const from = at(image, channel, pixel);
-    const int runs = blocked ? 1 : lanes, size = blocked ? (count - 1) * kBlock + kLanes : count;
+    const int runs = nchw16c ? 1 : lanes, size = nchw16c ? (count - 1) * kChannelBlock + kLanes : count;
     for (int c = 0; c < runs; c++) {
       for (int i = 0; i < size; i += kCacheLine) __builtin_prefetch(from + c * pixels + i, kWritten);
       __builtin_prefetch(from + c * pixels + size - 1, kWritten);
@@ -50,19 +50,19 @@ struct Map {
              const T* added = nullptr) const {
     T* to = at(image, channel, pixel);
     if (added) added += to - data;
-    if (!blocked) return unpack(in, count, to, pixels, lanes, finish, added);
+    if (!nchw16c) return unpack(in, count, to, pixels, lanes, finish, added);
     for (int i = 0; i < count; i++) {
       const Vec v = finish(in[i]);
-      store(to + i * kBlock, added ? v + load(added + i * kBlock) : v);
+      store(to + i * kChannelBlock, added ? v + load(added + i * kChannelBlock) : v);
     }
   }
 };
 
 // The same values in the layout of `to`.
-inline void copy_map(const Map<const float>& from, int batch, const Map<float>& to) {
+inline void convert_layout(const FeatureMap<const float>& from, int batch, const FeatureMap<float>& to) {
   constexpr int strip = 512;  // pixels
   const int blocks = (from.channels + kLanes - 1) / kLanes;
-  SharedTasks tasks((std::ptrdiff_t)batch * blocks);
+  WorkStealingTasks tasks((std::ptrdiff_t)batch * blocks);
 #pragma omp parallel
   tasks.for_each([&](std::ptrdiff_t task) {
     const int image = (int)(task / blocks), channel = (int)(task % blocks) * kLanes;
@@ -76,4 +76,4 @@ inline void copy_map(const Map<const float>& from, int batch, const Map<float>& 
   });
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

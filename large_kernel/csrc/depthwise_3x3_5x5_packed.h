@@ -1,16 +1,16 @@
 // 5x5 kernels, 3x3 ones on narrow maps and either in blocks, stride 1 and 2, on all but very large planes: channels in vector
 // lanes, over whole packed planes with a border of zeros, which stay in the caches.
 #pragma once
-#include "rows.h"
+#include "depthwise_generic.h"
 
-namespace dwconv {
+namespace large_kernel {
 
 constexpr int kStripPixels = 4096;
 constexpr int kPackedRun = 7;  // outputs computed together: the network's maps are multiples of 7 wide
 
 // R outputs of a row: in points to the first output's window, whose taps are those of `taps`.
 template <int KY, int KX, int S, int R>
-DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec* out, int out_step) {
+LK_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const TapView& taps, Vec* out, int out_step) {
   Vec sum[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) sum[r] = Vec{};
@@ -31,7 +31,7 @@ DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps,
 
 // A row of `width` outputs, written `out_step` apart.
 template <int KY, int KX, int S>
-void packed_row(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, int width, Vec* out, int out_step) {
+void packed_row(const Vec* in, std::ptrdiff_t pitch, const TapView& taps, int width, Vec* out, int out_step) {
   int x = 0;
   for (; x + kPackedRun <= width; x += kPackedRun) {
     packed_run<KY, KX, S, kPackedRun>(in + x * S, pitch, taps, out + x * out_step, out_step);
@@ -59,7 +59,7 @@ struct PackedWorkspace {
 };
 
 // Rows [first, last) of x, zeros where it has none, with a border on both sides -> `to`, by way of `plane`.
-inline void read_bordered(const Map<const float>& x, int image, int channel, int lanes, int height, int width, int first,
+inline void read_bordered(const FeatureMap<const float>& x, int image, int channel, int lanes, int height, int width, int first,
                           int last, Vec* plane, Vec* to, std::ptrdiff_t pitch, int border) {
   const int begin = std::max(first, 0), end = std::min(last, height);
   x.read(image, channel, lanes, (std::ptrdiff_t)begin * width, (end - begin) * width, plane);
@@ -77,7 +77,7 @@ inline bool all_finite(const Vec* p, int count) {
 }
 
 // Rows [begin, end) of the output in w.plane, of the input in w.x, without the taps on the border.
-inline void packed_exact(PackedWorkspace& w, const Shape& s, int begin, int end) {
+inline void packed_scalar(PackedWorkspace& w, const Shape& s, int begin, int end) {
   const int k = s.kernel, pad = k / 2;
   Vec* out = w.plane;
   for (int oy = begin; oy < end; oy++) {
@@ -94,13 +94,13 @@ inline void packed_exact(PackedWorkspace& w, const Shape& s, int begin, int end)
 
 // Strips of rows are computed together, small enough to stay in the second-level cache.
 template <int K, int S>
-void forward_packed(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
-                    const Map<float>& y) {
+void forward_packed(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                    const FeatureMap<float>& y) {
   const int height = std::clamp(kStripPixels / s.out_width(), 1, s.out_height());
   const int strips = (s.out_height() + height - 1) / height;
   Shape strip = s;
   strip.height = (height - 1) * S + K;
-  SharedTasks tasks((std::ptrdiff_t)s.batch * s.blocks() * strips);
+  WorkStealingTasks tasks((std::ptrdiff_t)s.batch * s.blocks() * strips);
 #pragma omp parallel
   {
     PackedWorkspace w(strip);
@@ -117,7 +117,7 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
                               w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
         }
       } else {
-        packed_exact(w, s, begin, end);
+        packed_scalar(w, s, begin, end);
       }
       epilogue.with_channels(channel, lanes, [&](auto finish) {
         const int width = s.out_width();
@@ -131,7 +131,7 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
 template <int K, int S, int PY, int PX, class F>
 void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w, F prefetch) {
   constexpr int ny = (K - PY + S - 1) / S, nx = (K - PX + S - 1) / S, pad = K / 2;
-  const Taps taps = {w.weight + (PY + S * (ny - 1)) * K + PX + S * (nx - 1), ny, nx, -S * K, -S};
+  const TapView taps = {w.weight + (PY + S * (ny - 1)) * K + PX + S * (nx - 1), ny, nx, -S * K, -S};
   const int y0 = (PY + S * pad - pad) % S, x0 = (PX + S * pad - pad) % S;  // the first pixels of this phase
   for (int y = y0; y < s.height; y += S) {
     if (PX == 0) prefetch(y);
@@ -180,7 +180,7 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
                      float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   constexpr int rows = std::min(K, (kRegisters == 32 ? 25 : 10) / K);
-  SharedTasks blocks(s.blocks());
+  WorkStealingTasks blocks(s.blocks());
 #pragma omp parallel
   {
     PackedWorkspace w(s);
@@ -193,20 +193,20 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
       Vec bias_sum = {};
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
-        read_bordered(Map<const float>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
+        read_bordered(FeatureMap<const float>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
                       s.out_height() + K, w.plane, w.dy, w.dy_pitch, K);
         if (dbias) bias_sum += std::accumulate(w.plane, w.plane + out, Vec{});
         if (dx && finite) {
           packed_input_gradient<K, S>(s, w, [&](int row) {
-            Map<float>{dx, s.channels, in}.prefetch<true>(image, (int)first, lanes, (std::ptrdiff_t)row * s.width, s.width);
+            FeatureMap<float>{dx, s.channels, in}.prefetch<true>(image, (int)first, lanes, (std::ptrdiff_t)row * s.width, s.width);
           });
           unpack(w.plane, (int)in, dx + plane * in, in, lanes);
         }
         for (int c = 0; dx && !finite && c < lanes; c++) {
-          exact_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
+          scalar_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
         }
         if (dweight) {
-          read_bordered(Map<const float>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, -(K / 2),
+          read_bordered(FeatureMap<const float>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, -(K / 2),
                         s.height + K / 2, w.plane, w.x, w.x_pitch, K / 2);
           int ky = 0;
           for (; ky + rows <= K; ky += rows) packed_weight_gradient<K, S, rows>(s, w, ky);
@@ -215,11 +215,11 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
       }
       if (dweight) unpack(w.sum, K * K, dweight + first * K * K, K * K, lanes);
       for (int c = 0; dweight && !all_finite(w.sum, K * K) && c < lanes; c++) {
-        exact_weight_gradient(x + (first + c) * in, dy + (first + c) * out, s, dweight + (first + c) * K * K);
+        scalar_weight_gradient(x + (first + c) * in, dy + (first + c) * out, s, dweight + (first + c) * K * K);
       }
-      if (dbias) store_part(dbias + first, bias_sum, lanes);
+      if (dbias) store_partial(dbias + first, bias_sum, lanes);
     });
   }
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

@@ -2,53 +2,53 @@
 // all rows of the map in registers. Nothing is transposed, nothing has a border, and no tap falls on padding: values that are not
 // finite go where they should by themselves.
 #pragma once
-#include "rows.h"
+#include "depthwise_generic.h"
 
-namespace dwconv {
+namespace large_kernel {
 
-constexpr int kNarrow = kLargestSize;  // pixels of a row at most, and floats of a line
-constexpr int kPlane = kNarrow * kNarrow + std::max(kLanes, kNarrow);  // memory for a plane and what is touched behind it
-constexpr int kTogether = 16;  // images whose planes stay in the first cache
+constexpr int kTinySide = kMaxStaticSize;  // pixels of a row at most, and floats of a line
+constexpr int kPlaneFloats = kTinySide * kTinySide + std::max(kLanes, kTinySide);  // memory for a plane and what is touched behind it
+constexpr int kImagesTogether = 16;  // images whose planes stay in the first cache
 #if defined(__AVX512DQ__)
-constexpr bool kPairs = true;
+constexpr bool kHasPlanePairs = true;
 #else
-constexpr bool kPairs = false;
+constexpr bool kHasPlanePairs = false;
 #endif
 
 // Smaller maps leave too much of the registers empty. Others than square ones could be served, but would take as much code again.
-inline bool is_narrow(const Shape& s) {
-  return kLanes >= kNarrow && s.height == s.width && s.width <= kNarrow && s.width > kNarrow / 2 && s.kernel / 2 >= s.width - 1;
+inline bool uses_tiny_map(const Shape& s) {
+  return kLanes >= kTinySide && s.height == s.width && s.width <= kTinySide && s.width > kTinySide / 2 && s.kernel / 2 >= s.width - 1;
 }
 
 // Where two vectors of 16 lanes are multiplied in a cycle, those of 8 would give half of it away: there the lines of two planes
 // share a vector. The gradient of the taps, which is not computed like that, is left to whole_gradient.h: faster than 8 lanes.
-inline bool has_pairs() { return kPairs && has_large_cache(); }
+inline bool packs_plane_pairs() { return kHasPlanePairs && has_large_l1(); }
 
-constexpr int kLine = std::min(kNarrow, kLanes);  // with fewer lanes than kNarrow this only has to compile
-typedef float Line __attribute__((vector_size(kLine * 4), may_alias));
-typedef int32_t LineBits __attribute__((vector_size(kLine * 4)));
-typedef float LineUnaligned __attribute__((vector_size(kLine * 4), aligned(4), may_alias));
+constexpr int kRowLanes = std::min(kTinySide, kLanes);  // with fewer lanes than kTinySide this only has to compile
+typedef float RowVec __attribute__((vector_size(kRowLanes * 4), may_alias));
+typedef int32_t RowBits __attribute__((vector_size(kRowLanes * 4)));
+typedef float RowUnaligned __attribute__((vector_size(kRowLanes * 4), aligned(4), may_alias));
 
-DW_INLINE Line load_line(const float* p) { return *reinterpret_cast<const LineUnaligned*>(p); }
-DW_INLINE void store_line(float* p, Line v) { *reinterpret_cast<LineUnaligned*>(p) = v; }
+LK_INLINE RowVec load_line(const float* p) { return *reinterpret_cast<const RowUnaligned*>(p); }
+LK_INLINE void store_line(float* p, RowVec v) { *reinterpret_cast<RowUnaligned*>(p) = v; }
 
 // How vectors hold the planes that are computed together: `step` is the way from the first one to the second. `reverse` returns
 // lanes width - 1 to 0 of each plane, and after them any.
 struct OnePlane {
-  typedef Line Vector;
+  typedef RowVec Vector;
   static constexpr int kPlanes = 1;
 
-  static DW_INLINE Vector splat(const float* x, std::ptrdiff_t) { return *x - Line{}; }
-  static DW_INLINE Vector load_taps(const float* taps, std::ptrdiff_t) { return load_line(taps); }
-  static DW_INLINE Line get(Vector v, int) { return v; }
-  static DW_INLINE Vector reverse(Vector v, int width) {
+  static LK_INLINE Vector splat(const float* x, std::ptrdiff_t) { return *x - RowVec{}; }
+  static LK_INLINE Vector load_taps(const float* taps, std::ptrdiff_t) { return load_line(taps); }
+  static LK_INLINE RowVec get(Vector v, int) { return v; }
+  static LK_INLINE Vector reverse(Vector v, int width) {
 #if defined(__AVX2__)
-    LineBits from;
-    for (int i = 0; i < kLine; i++) from[i] = width - 1 - i;  // of each its last three bits count
-    return (Line)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+    RowBits from;
+    for (int i = 0; i < kRowLanes; i++) from[i] = width - 1 - i;  // of each its last three bits count
+    return (RowVec)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
 #else
-    Line reversed = v;
-    for (int i = 0; i < std::min(width, kLine); i++) reversed[i] = v[width - 1 - i];
+    RowVec reversed = v;
+    for (int i = 0; i < std::min(width, kRowLanes); i++) reversed[i] = v[width - 1 - i];
     return reversed;
 #endif
   }
@@ -61,19 +61,19 @@ struct TwoPlanes {
   typedef Vec Vector;
   static constexpr int kPlanes = 2;
 
-  static DW_INLINE Vector splat(const float* x, std::ptrdiff_t step) {
-    return (Vec)_mm512_mask_broadcastss_ps((__m512)dwconv::splat(*x), 0xff00, _mm_load_ss(x + step));
+  static LK_INLINE Vector splat(const float* x, std::ptrdiff_t step) {
+    return (Vec)_mm512_mask_broadcastss_ps((__m512)large_kernel::splat(*x), 0xff00, _mm_load_ss(x + step));
   }
-  static DW_INLINE Vector load_taps(const float* taps, std::ptrdiff_t step) {
+  static LK_INLINE Vector load_taps(const float* taps, std::ptrdiff_t step) {
     const __m256 first = _mm256_loadu_ps(taps);
     if (kSameTaps) return (Vec)_mm512_maskz_broadcast_f32x8(0xffff, first);  // GCC 12 warns of its own header without the mask
     return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(first), _mm256_loadu_ps(taps + step), 1);
   }
-  static DW_INLINE Line get(Vector v, int plane) {
-    return (Line)(plane ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1) : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
+  static LK_INLINE RowVec get(Vector v, int plane) {
+    return (RowVec)(plane ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1) : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
   }
-  static DW_INLINE Vector reverse(Vector v, int width) {
-    Ints from;
+  static LK_INLINE Vector reverse(Vector v, int width) {
+    VecI32 from;
     for (int i = 0; i < kLanes; i++) from[i] = (i & 8) | ((width - 1 - i) & 7);
     return (Vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)from, (__m512)v);
   }
@@ -87,13 +87,13 @@ typedef OnePlane TwoImages, TwoChannels;  // not used
 // Planes of H by H pixels, x_step apart, to `out`, out_step apart: as many as N vectors hold, which share what is read of the
 // taps. `taps` points to the middle of a kernel, that of a vector's second plane lies taps_step further. They are read as they
 // lie: for the output their rows would have to run backwards, so there the lanes do, until the end. Writes out [H, H]; unless
-// `exact`, up to kNarrow - 1 floats behind each plane too.
-template <class P, int N, int H, Order order>
+// `exact`, up to kTinySide - 1 floats behind each plane too.
+template <class P, int N, int H, Pass pass>
 __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x_step, const float* taps,
                                                 std::ptrdiff_t taps_step, int kernel, float* out, std::ptrdiff_t out_step,
                                                 bool exact) {
   typedef typename P::Vector Vector;
-  constexpr bool forward = order == Order::kForward;
+  constexpr bool forward = pass == Pass::kForward;
   constexpr int chains = N == 1 && kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
   const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel, vector_step = P::kPlanes * x_step;
   taps -= (H - 1) * down + (forward ? H - 1 : 0);
@@ -127,7 +127,7 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
         if (chains == 2) result[y] += sum[1][y];
         if (forward) result[y] = P::reverse(result[y], H);
       }
-      const Line v = P::get(result[y], plane % P::kPlanes);
+      const RowVec v = P::get(result[y], plane % P::kPlanes);
       if (y + 1 < H || !exact) {
         store_line(out + y * H, v);
       } else {
@@ -138,23 +138,23 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
 }
 
 // The products of every column of dy with all of x, summed over planes `x_step` and `dy_step` apart: parts
-// [H, 2 H - 1, 3 kNarrow], each in the middle of its row.
+// [H, 2 H - 1, 3 kTinySide], each in the middle of its row.
 template <int H>
 __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x_step, const float* dy, std::ptrdiff_t dy_step,
                                                 int planes, float* parts) {
   constexpr int busy = kRegisters == 32 ? H / 2 : -1;  // rows at most this far from the middle have two chains of additions
-  LineBits inside;
-  for (int i = 0; i < kLine; i++) inside[i] = i < H ? -1 : 0;
+  RowBits inside;
+  for (int i = 0; i < kRowLanes; i++) inside[i] = i < H ? -1 : 0;
   for (int column = 0; column < H; column++, dy++) {
-    Line sum[2 * H - 1] = {}, other[2 * H - 1] = {};
+    RowVec sum[2 * H - 1] = {}, other[2 * H - 1] = {};
     const float *in = x, *from = dy;
     for (int i = 0; i < planes; i++, in += x_step, from += dy_step) {
-      Line row[H];
+      RowVec row[H];
 #pragma GCC unroll 8
       for (int y = 0; y < H; y++) row[y] = load_line(in + y * H);
 #pragma GCC unroll 8
       for (int y = 0; y < H; y++) {
-        const Line value = from[y * H] - Line{};
+        const RowVec value = from[y * H] - RowVec{};
 #pragma GCC unroll 8
         for (int r = 0; r < H; r++) {
           const int d = r - y;
@@ -163,31 +163,31 @@ __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x
       }
     }
 #pragma GCC unroll 16
-    for (int d = 0; d < 2 * H - 1; d++, parts += 3 * kNarrow) {
-      const Line total = d - (H - 1) <= busy && H - 1 - d <= busy ? sum[d] + other[d] : sum[d];
-      store_line(parts + kNarrow, (Line)((LineBits)total & inside));
+    for (int d = 0; d < 2 * H - 1; d++, parts += 3 * kTinySide) {
+      const RowVec total = d - (H - 1) <= busy && H - 1 - d <= busy ? sum[d] + other[d] : sum[d];
+      store_line(parts + kTinySide, (RowVec)((RowBits)total & inside));
     }
   }
 }
 
-// The gradient of the taps out of what multiply_columns wrote and, if there are, sums [2 H - 1, 2 kNarrow] of earlier images:
+// The gradient of the taps out of what multiply_columns wrote and, if there are, sums [2 H - 1, 2 kTinySide] of earlier images:
 // to `to` if given, as such sums, or to a kernel's gradient with its middle at `middle`.
 template <int H>
 __attribute__((noinline)) void merge_columns(const float* parts, const float* from, float* to, float* middle,
                                              int kernel) {
-  constexpr int rows = 2 * H - 1, row = 3 * kNarrow, reach = H - 1;
+  constexpr int rows = 2 * H - 1, row = 3 * kTinySide, reach = H - 1;
   float* at = middle - (H - 1) * kernel - reach;
-  parts += kNarrow - reach;
+  parts += kTinySide - reach;
   for (int d = 0; d < rows; d++, at += kernel, parts += row) {
-    for (int i = 0; i < 2 * kNarrow; i += kLanes) {
+    for (int i = 0; i < 2 * kTinySide; i += kLanes) {
       Vec sum = {};
       const float* part = parts + i;
       for (int column = 0; column < H; column++, part += rows * row + 1) sum += load(part);
-      if (from) sum += load(from + d * 2 * kNarrow + i);
+      if (from) sum += load(from + d * 2 * kTinySide + i);
       if (to) {
-        store(to + d * 2 * kNarrow + i, sum);
+        store(to + d * 2 * kTinySide + i, sum);
       } else {  // zeros behind a row belong there or are written over by the next row
-        store_first(at + i, sum, d + 1 < rows ? kLanes : 2 * reach + 1 - i);
+        store_clamped(at + i, sum, d + 1 < rows ? kLanes : 2 * reach + 1 - i);
       }
     }
   }
@@ -195,14 +195,14 @@ __attribute__((noinline)) void merge_columns(const float* parts, const float* fr
 
 // `count` values to other memory, through `finish`.
 template <class F = Identity>
-DW_INLINE void copy_values(const float* from, int count, float* to, F finish = {}) {
+LK_INLINE void copy_values(const float* from, int count, float* to, F finish = {}) {
   for_each_window(
       count, [&](int i) { store(to + i, finish(load(from + i))); },
-      [&] { store_part(to, finish(load_part(from, count)), count); });
+      [&] { store_partial(to, finish(load_partial(from, count)), count); });
 }
 
 // The middle of a channel's weights: where they lie, or copied, with what is read behind them.
-DW_INLINE const float* middle_tap(const float* weight, int channel, const Shape& s, float* copied) {
+LK_INLINE const float* middle_tap(const float* weight, int channel, const Shape& s, float* copied) {
   const int area = s.kernel * s.kernel;
   const float* from = weight + (std::ptrdiff_t)channel * area;
   if (channel + 1 < s.channels) return from + area / 2;
@@ -212,13 +212,13 @@ DW_INLINE const float* middle_tap(const float* weight, int channel, const Shape&
 
 // Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for four planes of output and two channels'
 // weights.
-template <int H, Order order>
+template <int H, Pass pass>
 void correlate_channels(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, int begin, int end,
                         float* y, float* memory) {
   constexpr int pixels = H * H;
   const std::ptrdiff_t image_step = (std::ptrdiff_t)s.channels * pixels;
   const bool direct = !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
-  float *const out = memory, *const copied = out + 4 * kPlane;
+  float *const out = memory, *const copied = out + 4 * kPlaneFloats;
   const std::ptrdiff_t copied_step = s.kernel * s.kernel + kLanes;
 
   // The planes of as many vectors, of this image and channel on: the next one is of the next image or the next channel.
@@ -228,18 +228,18 @@ void correlate_channels(const float* x, const float* weight, const Epilogue& epi
     constexpr int channel_step = P::kPlanes == 2 && std::is_same_v<P, TwoChannels> ? 1 : 0;
     const std::ptrdiff_t first = image * image_step + (std::ptrdiff_t)channel * pixels, step = channel_step ? pixels : image_step;
     const bool exact = channel + channel_step + 1 == end;
-    correlate_planes<P, vectors(), H, order>(x + first, step, taps, next_taps - taps, s.kernel, direct ? y + first : out,
-                                             direct ? step : kPlane, direct && exact);
+    correlate_planes<P, vectors(), H, pass>(x + first, step, taps, next_taps - taps, s.kernel, direct ? y + first : out,
+                                             direct ? step : kPlaneFloats, direct && exact);
     for (int i = 0; !direct && i < count; i++) {
       epilogue.with_channel(channel + i * channel_step, [&](auto finish) {
-        copy_values(out + i * kPlane, pixels, y + first + i * step, finish);
+        copy_values(out + i * kPlaneFloats, pixels, y + first + i * step, finish);
       });
     }
   };
 
   const std::integral_constant<int, 1> one;
   const std::integral_constant<int, 2> two;
-  const int paired = has_pairs() ? s.batch / 2 * 2 : 0;  // images
+  const int paired = packs_plane_pairs() ? s.batch / 2 * 2 : 0;  // images
   for (int channel = begin; paired > 0 && channel < end; channel++) {
     const float* taps = middle_tap(weight, channel, s, copied);
     int image = 0;
@@ -248,7 +248,7 @@ void correlate_channels(const float* x, const float* weight, const Epilogue& epi
   }
   for (int channel = begin; paired < s.batch && channel < end; channel++) {
     const float* taps = middle_tap(weight, channel, s, copied);
-    if (has_pairs() && channel + 1 < end) {  // of the image that is left
+    if (packs_plane_pairs() && channel + 1 < end) {  // of the image that is left
       run(TwoChannels{}, one, paired, channel, taps, middle_tap(weight, channel + 1, s, copied + copied_step));
       channel++;
     } else {
@@ -258,18 +258,18 @@ void correlate_channels(const float* x, const float* weight, const Epilogue& epi
 }
 
 // Floats of memory that correlate_channels needs.
-inline std::size_t correlation_memory(const Shape& s) { return 4 * kPlane + 2 * (s.kernel * s.kernel + kLanes); }
+inline std::size_t correlation_scratch(const Shape& s) { return 4 * kPlaneFloats + 2 * (s.kernel * s.kernel + kLanes); }
 
 // x [N, C, H, W] -> y [N, C, H, W].
-inline void correlate_narrow(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, Order order,
+inline void correlate_tiny_map(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, Pass pass,
                              float* y) {
-  with_size(s.height, [&](auto height) {
-    const auto run = order == Order::kForward ? correlate_channels<height(), Order::kForward>
-                                              : correlate_channels<height(), Order::kInputGradient>;
-    SharedTasks pairs((s.channels + 1) / 2, 16);
+  with_static_size(s.height, [&](auto height) {
+    const auto run = pass == Pass::kForward ? correlate_channels<height(), Pass::kForward>
+                                              : correlate_channels<height(), Pass::kInputGradient>;
+    WorkStealingTasks pairs((s.channels + 1) / 2, 16);
 #pragma omp parallel
     {
-      Scratch scratch(correlation_memory(s));
+      Scratch scratch(correlation_scratch(s));
       pairs.for_each_chunk([&](std::ptrdiff_t begin, std::ptrdiff_t end) {
         run(x, weight, epilogue, s, 2 * (int)begin, std::min(2 * (int)end, s.channels), y, scratch.floats());
       });
@@ -279,48 +279,48 @@ inline void correlate_narrow(const float* x, const float* weight, const Epilogue
 
 // dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in its order.
 template <int H>
-void weight_gradient_narrow(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
-  constexpr int rows = 2 * H - 1, parts_size = kNarrow * rows * 3 * kNarrow, sums_size = rows * 2 * kNarrow;
+void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
+  constexpr int rows = 2 * H - 1, parts_size = kTinySide * rows * 3 * kTinySide, sums_size = rows * 2 * kTinySide;
   const int k = s.kernel, area = k * k;
   constexpr int pixels = H * H;
   const std::ptrdiff_t step = (std::ptrdiff_t)s.channels * pixels;
-  SharedTasks channels(s.channels);
+  WorkStealingTasks channels(s.channels);
 #pragma omp parallel
   {
-    Scratch scratch(2 * kTogether * kPlane + parts_size + sums_size);
-    float *const in = scratch.floats(), *const grads = in + kTogether * kPlane, *const parts = grads + kTogether * kPlane;
+    Scratch scratch(2 * kImagesTogether * kPlaneFloats + parts_size + sums_size);
+    float *const in = scratch.floats(), *const grads = in + kImagesTogether * kPlaneFloats, *const parts = grads + kImagesTogether * kPlaneFloats;
     float* const sums = parts + parts_size;
-    std::fill_n(in, 2 * kTogether * kPlane + parts_size, 0.f);
+    std::fill_n(in, 2 * kImagesTogether * kPlaneFloats + parts_size, 0.f);
     channels.for_each([&](int channel) {
       float bias = 0, *const to = dweight + (std::ptrdiff_t)channel * area;
       if (k > rows) std::fill_n(to, area, 0.f);
-      for (int image = 0; image < s.batch; image += kTogether) {
-        const int images = std::min(kTogether, s.batch - image);
+      for (int image = 0; image < s.batch; image += kImagesTogether) {
+        const int images = std::min(kImagesTogether, s.batch - image);
         const float *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
         if (channel + 1 < s.channels) {
           multiply_columns<H>(from, step, grad, step, images, parts);
         } else {  // copied, since more than these planes is read
           for (int i = 0; i < images; i++) {
-            copy_values(from + i * step, pixels, in + i * kPlane);
-            copy_values(grad + i * step, pixels, grads + i * kPlane);
+            copy_values(from + i * step, pixels, in + i * kPlaneFloats);
+            copy_values(grad + i * step, pixels, grads + i * kPlaneFloats);
           }
-          multiply_columns<H>(in, kPlane, grads, kPlane, images, parts);
+          multiply_columns<H>(in, kPlaneFloats, grads, kPlaneFloats, images, parts);
         }
         const bool last = image + images == s.batch;
         merge_columns<H>(parts, image ? sums : nullptr, last ? nullptr : sums, to + area / 2, k);
         for (int i = 0; dbias && i < images; i++) {
           Vec sum = {};
-          for (int j = 0; j < pixels; j += kLanes) sum += load_first(grad + i * step + j, pixels - j);
+          for (int j = 0; j < pixels; j += kLanes) sum += load_clamped(grad + i * step + j, pixels - j);
           bias += sum_lanes(sum);
         }
       }
-      if (dbias) store_part(dbias + channel, splat(bias), 1);
+      if (dbias) store_partial(dbias + channel, splat(bias), 1);
     });
   }
 }
 
-inline void weight_gradient_narrow(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
-  with_size(s.height, [&](auto height) { weight_gradient_narrow<height()>(x, dy, s, dweight, dbias); });
+inline void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
+  with_static_size(s.height, [&](auto height) { weight_gradient_tiny_map<height()>(x, dy, s, dweight, dbias); });
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

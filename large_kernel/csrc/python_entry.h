@@ -16,7 +16,7 @@ __attribute__((weak)) Tensor& CastPyArg2Tensor(PyObject*, Py_ssize_t);
 __attribute__((weak)) PyObject* ToPyObject(const Tensor&, bool);
 }  // namespace paddle::pybind
 
-namespace direct {
+namespace python_entry {
 
 using paddle::Tensor;
 

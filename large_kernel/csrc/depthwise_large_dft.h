@@ -2,9 +2,9 @@
 // is a product. Along the columns frequencies are correlated tap by tap. Rounding errors are relative to a row's largest pixels.
 #pragma once
 #include "dft.h"
-#include "large.h"
+#include "depthwise_large_fir.h"
 
-namespace dwconv {
+namespace large_kernel {
 
 // ---- rows of `length` numbers and their frequencies: Reals and then Complex numbers, `pairs` in all, `step` apart ----
 
@@ -12,40 +12,40 @@ struct RowTransform {
   const int length, pairs;
   RowTransform(int length) : length(length), pairs(length / 2) {}
   virtual ~RowTransform() = default;
-  virtual void there(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
+  virtual void forward(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
   // Of a row of taps, tap d in place d or length + d: the factor that makes a product a correlation.
-  virtual void taps(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
-  virtual void back(const Vec* pairs, std::ptrdiff_t step, Vec* row) const = 0;
+  virtual void forward_taps(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
+  virtual void inverse(const Vec* pairs, std::ptrdiff_t step, Vec* row) const = 0;
 };
 
 // Flattened: see gradient_leaf.
 template <int M>
 class Transform : public RowTransform {
  public:
-  Transform() : RowTransform(4 * M), back_(1.f / (2 * M)) {}
+  Transform() : RowTransform(4 * M), inverse_(1.f / (2 * M)) {}
 
-  __attribute__((flatten)) void there(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
-    const Dft<M> dft = there_;  // a copy, which writing results cannot change
-    dft.row([&](auto n) { return row[n]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
+  __attribute__((flatten)) void forward(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
+    const Dft<M> dft = forward_;  // a copy, which writing results cannot change
+    dft.forward([&](auto n) { return row[n]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
   }
 
-  __attribute__((flatten)) void taps(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
-    const Dft<M> dft = there_;
-    dft.row([&](auto n) { return row[(4 * M - n) % (4 * M)]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
+  __attribute__((flatten)) void forward_taps(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
+    const Dft<M> dft = forward_;
+    dft.forward([&](auto n) { return row[(4 * M - n) % (4 * M)]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
   }
 
-  __attribute__((flatten)) void back(const Vec* from, std::ptrdiff_t step, Vec* row) const override {
-    const Dft<M> dft = back_;
-    dft.back([&](int pair, int i) { return from[pair * step + i]; }, [&](auto n, Vec v) { row[n] = v; });
+  __attribute__((flatten)) void inverse(const Vec* from, std::ptrdiff_t step, Vec* row) const override {
+    const Dft<M> dft = inverse_;
+    dft.inverse([&](int pair, int i) { return from[pair * step + i]; }, [&](auto n, Vec v) { row[n] = v; });
   }
 
  private:
-  const Dft<M> there_, back_;
-  static DW_INLINE void put(Vec* to, Vec a, Vec b) { to[0] = a, to[1] = b; }
+  const Dft<M> forward_, inverse_;
+  static LK_INLINE void put(Vec* to, Vec a, Vec b) { to[0] = a, to[1] = b; }
 };
 
 // Pairs of a row (or column) of outputs and the inputs that meet them.
-inline std::int64_t meetings(int size, int kernel) {
+inline std::int64_t valid_taps(int size, int kernel) {
   const std::int64_t reach = std::min(kernel / 2, size - 1);
   return size + reach * (2 * size - 1 - reach);
 }
@@ -63,7 +63,7 @@ struct Tiling {
     const int tiles = (s.width + most - 1) / most;
     const float transform = 2.f * m * m + 24 * m;
     const int tap_rows = std::min(s.kernel, 2 * s.height - 1);
-    return {length, tiles, tap_rows * transform + tiles * (2 * s.height * transform + 2.f * length * meetings(s.height, s.kernel))};
+    return {length, tiles, tap_rows * transform + tiles * (2 * s.height * transform + 2.f * length * valid_taps(s.height, s.kernel))};
   }
 };
 
@@ -88,28 +88,28 @@ void with_tiling(const Shape& s, F f) {
 }
 
 // Whether frequencies take less time than the taps themselves, measured.
-inline bool is_frequent(const Shape& s) {
+inline bool dft_pays(const Shape& s) {
   const Tiling tiling = best_tiling(s);
-  return tiling.length && tiling.cost < 0.75f * meetings(s.height, s.kernel) * meetings(s.width, s.kernel);
+  return tiling.length && tiling.cost < 0.75f * valid_taps(s.height, s.kernel) * valid_taps(s.width, s.kernel);
 }
 
-constexpr int kStrip = 64;  // output rows whose frequencies are in memory together
+constexpr int kStripRows = 64;  // output rows whose frequencies are in memory together
 
 // From one pair's numbers, of so many rows, to the next one's: an odd number of rows, or all would share a few cache sets.
-inline std::ptrdiff_t pair_step(int rows) { return 2 * (rows | 1); }
+inline std::ptrdiff_t pair_stride(int rows) { return 2 * (rows | 1); }
 
 // Calls f(strip's first row, behind its last, and those of the input that they meet).
 template <class F>
-DW_INLINE void for_each_strip(int begin, int end, const Shape& s, F f) {
+LK_INLINE void for_each_strip(int begin, int end, const Shape& s, F f) {
   for (int stop; begin < end; begin = stop) {
-    stop = std::min(end, begin + kStrip);
+    stop = std::min(end, begin + kStripRows);
     f(begin, stop, std::max(0, begin - s.kernel / 2), std::min(s.height, stop + s.kernel / 2));
   }
 }
 
 // Calls f(tile's first column, behind its last, and those of the input that they meet).
 template <class F>
-DW_INLINE void for_each_tile(const Tiling& tiling, const Shape& s, F f) {
+LK_INLINE void for_each_tile(const Tiling& tiling, const Shape& s, F f) {
   const int reach = tiling.tiles == 1 ? s.width : s.kernel / 2;
   for (int tile = 0; tile < tiling.tiles; tile++) {
     const int x0 = s.width * tile / tiling.tiles, x1 = s.width * (tile + 1) / tiling.tiles;
@@ -119,35 +119,35 @@ DW_INLINE void for_each_tile(const Tiling& tiling, const Shape& s, F f) {
 
 // Calls f(pair, a number of the kind it holds).
 template <class F>
-DW_INLINE void for_each_pair_of(const RowTransform& transform, F f) {
-  f(0, Reals{});
+LK_INLINE void for_each_pair(const RowTransform& transform, F f) {
+  f(0, RealPair{});
   for (int pair = 1; pair < transform.pairs; pair++) f(pair, Complex{});
 }
 
 template <class E>
-DW_INLINE E* numbers(Vec* pairs, E) { return reinterpret_cast<E*>(pairs); }
+LK_INLINE E* as_numbers(Vec* pairs, E) { return reinterpret_cast<E*>(pairs); }
 
 // x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
-// it: those blocks of an image are left to `correlate_large`.
-inline void correlate_frequencies(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
-                                  Order order, const Map<float>& y, const Tiling& tiling, const RowTransform& transform) {
+// it: those blocks of an image are left to `correlate_fir`.
+inline void correlate_dft(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                                  Pass pass, const FeatureMap<float>& y, const Tiling& tiling, const RowTransform& transform) {
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
-  const Tasks tasks(s);
-  const std::ptrdiff_t step = pair_step(std::min(s.height, kStrip + k - 1)), taps_step = pair_step(k);
+  const CorrelationTasks tasks(s);
+  const std::ptrdiff_t step = pair_stride(std::min(s.height, kStripRows + k - 1)), taps_step = pair_stride(k);
   const std::size_t per_thread = length + pairs * taps_step + std::max<std::size_t>((pairs + 1) * step, area);
   Scratch scratch(per_thread * tasks.threads * kLanes);
   std::vector<char> failed(tasks.count);
-  SharedTasks shared(tasks.count, tasks.per_block);
+  WorkStealingTasks shared(tasks.count, tasks.per_block);
 #pragma omp parallel num_threads(tasks.threads)
   {
     Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *const table = row + length, *const out_pairs = table + pairs * taps_step, *const in_pairs = out_pairs + step;
     int packed = -1;
     shared.for_each([&](std::ptrdiff_t task) {
-      const int cut = task % tasks.cuts, image = task / tasks.cuts % s.batch, block = task / tasks.per_block;
+      const int slice = task % tasks.slices, image = task / tasks.slices % s.batch, block = task / tasks.per_block;
       const int lanes = s.lanes(block), channel = block * kLanes;
       if (packed != block) {
-        const bool rotated = order == Order::kInputGradient;
+        const bool rotated = pass == Pass::kInputGradient;
         pack(weight + (std::ptrdiff_t)channel * area, area, lanes, area, rotated ? out_pairs + area - 1 : out_pairs,
              rotated ? -1 : 1);
         std::fill_n(row, length, Vec{});
@@ -156,33 +156,33 @@ inline void correlate_frequencies(const Map<const float>& x, const float* weight
           const Vec* const middle = out_pairs + ky * k + pad;
           std::copy_n(middle, pad + 1, row);
           std::copy_n(middle - pad, pad, row + length - pad);
-          transform.taps(row, table + 2 * (k - 1 - ky), taps_step);
+          transform.forward_taps(row, table + 2 * (k - 1 - ky), taps_step);
         }
         packed = block;
       }
-      Finite finite;
-      const int top = s.height * cut / tasks.cuts, bottom = s.height * (cut + 1) / tasks.cuts;
+      FiniteCheck finite;
+      const int top = s.height * slice / tasks.slices, bottom = s.height * (slice + 1) / tasks.slices;
       for_each_strip(top, bottom, s, [&](int begin, int stop, int first, int last) {
         for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
           std::fill_n(row + (right - left), length - (right - left), Vec{});
           for (int i = first; i < last; i++) {
             if (i + 1 < last) x.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
             x.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
-            transform.there(row, in_pairs + 2 * (i - first), step);
+            transform.forward(row, in_pairs + 2 * (i - first), step);
           }
-          for_each_pair_of(transform, [&](int pair, auto number) {
-            const auto *stream = numbers(in_pairs + pair * step, number), *taps = numbers(table + pair * taps_step, number);
-            auto* const to = numbers(out_pairs + pair * step, number);  // in place of the pair before
-            for_each_run(stop - begin, std::min(k, most_run(number)), [&](int a, int b) {
+          for_each_pair(transform, [&](int pair, auto number) {
+            const auto *stream = as_numbers(in_pairs + pair * step, number), *taps = as_numbers(table + pair * taps_step, number);
+            auto* const to = as_numbers(out_pairs + pair * step, number);  // in place of the pair before
+            for_each_run(stop - begin, std::min(k, max_run(number)), [&](int a, int b) {
               const int above = begin + a - pad, skipped = std::max(0, -above);  // the kernel's first row meets row `above`
-              select_run(b - a, number)({stream + (above + skipped - first), 1, 0, taps, 0, 1}, k, skipped,
+              select_run_kernel(b - a, number)({stream + (above + skipped - first), 1, 0, taps, 0, 1}, k, skipped,
                                         std::min(k - 1 + b - a, s.height - above), nullptr, to + a);
             });
           });
           epilogue.with_channels(channel, lanes, [&](auto finish) {
             for (int i = begin; i < stop; i++) {
               if (i + 1 < stop) y.prefetch<true>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
-              transform.back(out_pairs + 2 * (i - begin), step, row);
+              transform.inverse(out_pairs + 2 * (i - begin), step, row);
               y.write(row + (x0 - left), image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, [&](Vec v) {
                 finite.see(v);
                 return finish(v);
@@ -194,69 +194,69 @@ inline void correlate_frequencies(const Map<const float>& x, const float* weight
       failed[task] = !finite.all();
     });
   }
-  if (!is_any(failed)) return;
-  std::vector<char> blocks(tasks.count / tasks.cuts);
-  for (std::ptrdiff_t task = 0; task < tasks.count; task++) blocks[task / tasks.cuts] |= failed[task];
-  correlate_large(x, weight, epilogue, s, order, y, blocks);
+  if (!any_failed(failed)) return;
+  std::vector<char> blocks(tasks.count / tasks.slices);
+  for (std::ptrdiff_t task = 0; task < tasks.count; task++) blocks[task / tasks.slices] |= failed[task];
+  correlate_fir(x, weight, epilogue, s, pass, y, blocks);
 }
 
 // Whether the outermost taps still meet so many columns that rounding errors relative to whole rows are small beside them.
-inline bool has_wide_gradient(const Shape& s) { return s.kernel / 2 <= 0.6f * s.width; }
+inline bool dft_gradient_is_accurate(const Shape& s) { return s.kernel / 2 <= 0.6f * s.width; }
 
 // dweight [C, K, K], dbias [C] or null. Frequencies are summed over rows, tiles and images by one thread, in that order, so the
 // result does not depend on the number of threads.
-inline void weight_gradient_frequencies(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias,
+inline void weight_gradient_dft(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias,
                                         const Tiling& tiling, const RowTransform& transform) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
-  const int threads = omp_get_max_threads(), cuts = parts(s.blocks(), (k + 7) / 8);
-  const std::ptrdiff_t x_step = pair_step(std::min(s.height, kStrip + k - 1)), dy_step = pair_step(std::min(s.height, kStrip));
-  const std::ptrdiff_t sum_step = pair_step(k);
+  const int threads = omp_get_max_threads(), slices = slice_count(s.blocks(), (k + 7) / 8);
+  const std::ptrdiff_t x_step = pair_stride(std::min(s.height, kStripRows + k - 1)), dy_step = pair_stride(std::min(s.height, kStripRows));
+  const std::ptrdiff_t sum_step = pair_stride(k);
   const std::size_t per_thread = length + pairs * (x_step + dy_step + sum_step) + area;
   Scratch scratch(per_thread * threads * kLanes);
-  std::vector<char> failed(s.blocks() * cuts);
-  SharedTasks tasks((std::ptrdiff_t)s.blocks() * cuts);
+  std::vector<char> failed(s.blocks() * slices);
+  WorkStealingTasks tasks((std::ptrdiff_t)s.blocks() * slices);
 #pragma omp parallel num_threads(threads)
   {
     Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
     Vec *const x_pairs = row + length, *const dy_pairs = x_pairs + pairs * x_step, *const sums = dy_pairs + pairs * dy_step;
     Vec* const out = sums + pairs * sum_step;
     tasks.for_each([&](int task) {
-      const int cut = task % cuts, block = task / cuts, lanes = s.lanes(block), channel = block * kLanes;
-      const int ky0 = k * cut / cuts, ky1 = k * (cut + 1) / cuts;
+      const int slice = task % slices, block = task / slices, lanes = s.lanes(block), channel = block * kLanes;
+      const int ky0 = k * slice / slices, ky1 = k * (slice + 1) / slices;
       std::fill_n(sums, pairs * sum_step, Vec{});
       Vec total = {};
       for (int image = 0; image < s.batch; image++) {
-        const Map<const float> in = {x, s.channels, plane}, grad = {dy, s.channels, plane};
+        const FeatureMap<const float> in = {x, s.channels, plane}, grad = {dy, s.channels, plane};
         for_each_strip(0, s.height, s, [&](int begin, int stop, int first, int last) {
           for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
             std::fill_n(row + (right - left), length - (right - left), Vec{});
             for (int i = first; i < last; i++) {
               if (i + 1 < last) in.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
               in.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
-              transform.there(row, x_pairs + 2 * (i - first), x_step);
+              transform.forward(row, x_pairs + 2 * (i - first), x_step);
             }
             std::fill_n(row, length, Vec{});
             Vec bias = {};  // summed apart, so that small terms do not drown in large sums
             for (int i = begin; i < stop; i++) {  // in reverse, as `run` takes them
               if (i + 1 < stop) grad.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
               grad.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, row + (x0 - left));
-              if (dbias && cut == 0) bias += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
-              transform.taps(row, dy_pairs + 2 * (stop - 1 - i), dy_step);
+              if (dbias && slice == 0) bias += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
+              transform.forward_taps(row, dy_pairs + 2 * (stop - 1 - i), dy_step);
             }
             total += bias;
             const int low = std::max(ky0, pad - stop + 1), high = std::min(ky1, s.height - begin + pad), rows = last - first;
             if (high <= low) return;
-            for_each_pair_of(transform, [&](int pair, auto number) {
-              const auto *stream = numbers(dy_pairs + pair * dy_step, number), *table = numbers(x_pairs + pair * x_step, number);
-              for_each_run(high - low, std::min(rows, most_run(number)), [&](int a, int b) {
+            for_each_pair(transform, [&](int pair, auto number) {
+              const auto *stream = as_numbers(dy_pairs + pair * dy_step, number), *table = as_numbers(x_pairs + pair * x_step, number);
+              for_each_run(high - low, std::min(rows, max_run(number)), [&](int a, int b) {
                 // the row of dy behind the strip would meet row `below` of these rows of x
                 const int below = stop + low + a - pad - first;
                 Vec part[kMaxRun];  // summed apart as well
-                select_run(b - a, number)({stream + std::max(0, below - rows), 1, 0, table, 0, 1}, rows,
+                select_run_kernel(b - a, number)({stream + std::max(0, below - rows), 1, 0, table, 0, 1}, rows,
                                           std::max(0, rows - below),
                                           std::min(rows - below + stop - begin, rows - 1 + b - a), nullptr,
-                                          numbers(part, number));
+                                          as_numbers(part, number));
                 Vec* const sum = sums + pair * sum_step + 2 * (low + a);
                 for (int i = 0; i < 2 * (b - a); i++) sum[i] += part[i];
               });
@@ -264,9 +264,9 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
           });
         });
       }
-      Finite finite;
+      FiniteCheck finite;
       for (int ky = ky0; ky < ky1; ky++) {
-        transform.back(sums + 2 * ky, sum_step, row);
+        transform.inverse(sums + 2 * ky, sum_step, row);
         Vec* const to = out + (ky - ky0) * k;
         std::copy_n(row, pad + 1, to + pad);
         std::copy_n(row + length - pad, pad, to);
@@ -274,13 +274,13 @@ inline void weight_gradient_frequencies(const float* x, const float* dy, const S
       }
       failed[task] = !finite.all();
       unpack(out, (ky1 - ky0) * k, dweight + (std::ptrdiff_t)channel * area + ky0 * k, area, lanes);
-      if (dbias && cut == 0) store_part(dbias + channel, total, lanes);
+      if (dbias && slice == 0) store_partial(dbias + channel, total, lanes);
     });
   }
-  if (!is_any(failed)) return;
+  if (!any_failed(failed)) return;
   std::vector<char> blocks(s.blocks());
-  for (std::size_t task = 0; task < failed.size(); task++) blocks[task / cuts] |= failed[task];
-  weight_gradient_large(x, dy, s, dweight, dbias, blocks);
+  for (std::size_t task = 0; task < failed.size(); task++) blocks[task / slices] |= failed[task];
+  weight_gradient_fir(x, dy, s, dweight, dbias, blocks);
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

@@ -2,49 +2,49 @@
 // and no taps skipped. Rounding errors are relative to the whole map, met by a kernel or not.
 #pragma once
 #include "dft.h"
-#include "large.h"
+#include "depthwise_large_fir.h"
 
-namespace dwconv {
+namespace large_kernel {
 
-constexpr int kLeaf = kLargestSize;  // pixels of a row or column of a map, or of half a map
+constexpr int kDirectSide = kMaxStaticSize;  // pixels of a row or column of a map, or of half a map
 
 // Whether kernels reach at least this share of the longest way across the map: those that do not would waste more products
 // on taps they do not have than are saved.
-inline bool is_whole(const Shape& s, float share) {
+inline bool reaches_across_small_map(const Shape& s, float share) {
   const int longest = std::max(s.height, s.width), shortest = std::min(s.height, s.width);
-  return longest <= 2 * kLeaf && shortest > kLeaf / 2 && s.kernel / 2 >= share * (longest - 1);
+  return longest <= 2 * kDirectSide && shortest > kDirectSide / 2 && s.kernel / 2 >= share * (longest - 1);
 }
 
-constexpr float kWholeMap = 0.75f, kWholeGradient = 0.55f;  // measured
+constexpr float kSmallMapReach = 0.75f, kSmallMapGradientReach = 0.55f;  // measured
 
-// An axis of more than kLeaf pixels is cut in two halves, with a zero behind an odd number of pixels.
+// An axis of more than kDirectSide pixels is cut in two halves, with a zero behind an odd number of pixels.
 struct Axis {
   int half, parts;  // pixels; 1 part or 2
 
-  explicit Axis(int size) : half(size > kLeaf ? (size + 1) / 2 : size), parts(size > kLeaf ? 2 : 1) {}
+  explicit Axis(int size) : half(size > kDirectSide ? (size + 1) / 2 : size), parts(size > kDirectSide ? 2 : 1) {}
   int size() const { return half * parts; }
 };
 
 // Rows of vectors.
-struct Grid {
+struct Grid2D {
   Vec* at;
   std::ptrdiff_t row;
 
-  Grid moved(int rows, int columns) const { return {at + rows * row + columns, row}; }
+  Grid2D shifted(int rows, int columns) const { return {at + rows * row + columns, row}; }
 };
 
-inline void copy_rows(Grid from, Grid to, int rows, int columns) {
+inline void copy_rows(Grid2D from, Grid2D to, int rows, int columns) {
   if (from.at == to.at) from.at += from.row, to.at += to.row, rows--;  // the first one is there
   for (; rows > 0; rows--, from.at += from.row, to.at += to.row) std::copy_n(from.at, columns, to.at);
 }
 
 // What is prefetched during a correlation: `count` floats where its result will be written, and where the next input is.
-struct Following {
+struct MapPrefetcher {
   const float *result, *next;
   int count;
 
   // One of `shares` equal shares.
-  DW_INLINE void prefetch(int share, int shares) const {
+  LK_INLINE void prefetch(int share, int shares) const {
     const int lines = (count + kCacheLine - 1) / kCacheLine;
     for (int i = lines * share / shares; i < lines * (share + 1) / shares; i++) {
       __builtin_prefetch(result + i * kCacheLine, 1);
@@ -55,25 +55,25 @@ struct Following {
 
 // ---- correlations of one map: output (i, j) is the sum over (r, c) of tap (r - i, c - j) times pixel (r, c) ----
 
-struct Correlation {
+struct SmallMapCorrelation {
   const int height, width, memory;  // of the map, with zeros behind what the image has; vectors of memory needed
 
-  Correlation(int height, int width, int memory) : height(height), width(width), memory(memory) {}
-  virtual ~Correlation() = default;
+  SmallMapCorrelation(int height, int width, int memory) : height(height), width(width), memory(memory) {}
+  virtual ~SmallMapCorrelation() = default;
   // Gets ready for taps, [2 height - 1, 2 width - 1] around `middle`, which have to stay where they are.
-  virtual void prepare(Grid middle, Vec* memory) const = 0;
-  virtual void apply(const Vec* in, Grid middle, Vec* memory, Vec* out, const Following& following) const = 0;
+  virtual void prepare(Grid2D middle, Vec* memory) const = 0;
+  virtual void apply(const Vec* in, Grid2D middle, Vec* memory, Vec* out, const MapPrefetcher& prefetcher) const = 0;
 };
 
 // W inputs of a row and W sums are in registers: a tap is loaded once for up to W products.
 template <int W>
-class DirectCorrelation : public Correlation {
+class DirectCorrelation : public SmallMapCorrelation {
  public:
-  explicit DirectCorrelation(int height) : Correlation(height, W, 0) {}
-  void prepare(Grid, Vec*) const override {}
-  void apply(const Vec* in, Grid taps, Vec*, Vec* out, const Following& following) const override {
+  explicit DirectCorrelation(int height) : SmallMapCorrelation(height, W, 0) {}
+  void prepare(Grid2D, Vec*) const override {}
+  void apply(const Vec* in, Grid2D taps, Vec*, Vec* out, const MapPrefetcher& prefetcher) const override {
     for (int o = 0; o < height; o++, taps.at -= taps.row, out += W) {
-      following.prefetch(o, height);
+      prefetcher.prefetch(o, height);
       Vec sum[W] = {};
       const Vec *from = in, *tap = taps.at;
       for (int r = 0; r < height; r++, from += W, tap += taps.row) {
@@ -95,7 +95,7 @@ class DirectCorrelation : public Correlation {
 // Adds to the H sums re, im the products of the H inputs xr, xi of a column of frequencies with taps t[d], |d| < H, or with
 // t[d] + also[d]. Where kReal, re and im are of two real frequencies.
 template <int H, bool kReal>
-DW_INLINE void multiply_column(const Vec* xr, const Vec* xi, const Vec* t, const Vec* also, Vec* re, Vec* im) {
+LK_INLINE void multiply_column(const Vec* xr, const Vec* xi, const Vec* t, const Vec* also, Vec* re, Vec* im) {
 #pragma GCC unroll 16
   for (int d = 1 - H; d < H; d++) {
     const Vec tr = also ? t[2 * d] + also[2 * d] : t[2 * d];
@@ -154,35 +154,35 @@ __attribute__((noinline)) void correlate_column(Vec* x, const Vec* taps, int par
 
 // Along the rows of the map as products of frequencies, along its columns as they are. Flattened: see gradient_leaf.
 template <int M>
-class FrequencyCorrelation : public Correlation {
+class DftCorrelation : public SmallMapCorrelation {
  public:
-  explicit FrequencyCorrelation(const Axis& axis)
-      : Correlation(axis.size(), D::kPixels, D::kPairs * 2 * (3 * axis.size() - 1)), axis_(axis),
-        back_(1.f / D::kPixels) {}
+  explicit DftCorrelation(const Axis& axis)
+      : SmallMapCorrelation(axis.size(), D::kPixels, D::kHasPlanePairs * 2 * (3 * axis.size() - 1)), axis_(axis),
+        inverse_(1.f / D::kPixels) {}
 
-  __attribute__((flatten)) void prepare(Grid middle, Vec* memory) const override {
-    const D dft = there_;
-    const Grid first = middle.moved(1 - height, 0);
+  __attribute__((flatten)) void prepare(Grid2D middle, Vec* memory) const override {
+    const D dft = forward_;
+    const Grid2D first = middle.shifted(1 - height, 0);
     for (int y = 0; y < taps(); y++) {
-      dft.taps(first.moved(y, 0).at, [&](int pair, Vec a, Vec b) { put(memory + 2 * (pair * taps() + y), a, b); });
+      dft.forward_taps(first.shifted(y, 0).at, [&](int pair, Vec a, Vec b) { put(memory + 2 * (pair * taps() + y), a, b); });
     }
   }
 
-  __attribute__((flatten)) void apply(const Vec* in, Grid, Vec* memory, Vec* out, const Following& following) const override {
-    Vec* const columns = memory + D::kPairs * 2 * taps();
-    const D dft = there_, back = back_;  // copies, which writing results cannot change
+  __attribute__((flatten)) void apply(const Vec* in, Grid2D, Vec* memory, Vec* out, const MapPrefetcher& prefetcher) const override {
+    Vec* const columns = memory + D::kHasPlanePairs * 2 * taps();
+    const D dft = forward_, inverse = inverse_;  // copies, which writing results cannot change
     for (int y = 0; y < height; y++) {
-      dft.pixels(in + y * width, [&](int pair, Vec a, Vec b) { put(columns + 2 * (pair * height + y), a, b); });
+      dft.forward_padded(in + y * width, [&](int pair, Vec a, Vec b) { put(columns + 2 * (pair * height + y), a, b); });
     }
-    with_size(axis_.half, [&](auto half) {
+    with_static_size(axis_.half, [&](auto half) {
       correlate_column<half(), true>(columns, memory, axis_.parts);
-      for (int pair = 1; pair < D::kPairs; pair++) {
-        following.prefetch(pair - 1, D::kPairs - 1);
+      for (int pair = 1; pair < D::kHasPlanePairs; pair++) {
+        prefetcher.prefetch(pair - 1, D::kHasPlanePairs - 1);
         correlate_column<half(), false>(columns + 2 * pair * height, memory + pair * 2 * taps(), axis_.parts);
       }
     });
     for (int y = 0; y < height; y++) {
-      back.back([&](int pair, int i) { return columns[2 * (pair * height + y) + i]; },
+      inverse.inverse([&](int pair, int i) { return columns[2 * (pair * height + y) + i]; },
                 [&](auto n, Vec v) { if (n < width) out[y * width + n] = v; });
     }
   }
@@ -190,52 +190,52 @@ class FrequencyCorrelation : public Correlation {
  private:
   using D = Dft<M>;
   const Axis axis_;
-  const D there_, back_;
+  const D forward_, inverse_;
 
   int taps() const { return 2 * height - 1; }
-  static DW_INLINE void put(Vec* to, Vec a, Vec b) { to[0] = a, to[1] = b; }
+  static LK_INLINE void put(Vec* to, Vec a, Vec b) { to[0] = a, to[1] = b; }
 };
 
 // Calls f with the correlation for maps of this size.
 template <class F>
 void with_correlation(int height, int width, F f) {
   const Axis rows(height);
-  if (width <= kLeaf) return with_size(width, [&](auto w) { f(DirectCorrelation<w()>(height)); });
-  if (width <= Dft<5>::kPixels) return f(FrequencyCorrelation<5>(rows));
-  if (width <= Dft<7>::kPixels) return f(FrequencyCorrelation<7>(rows));
-  f(FrequencyCorrelation<9>(rows));
+  if (width <= kDirectSide) return with_static_size(width, [&](auto w) { f(DirectCorrelation<w()>(height)); });
+  if (width <= Dft<5>::kPixels) return f(DftCorrelation<5>(rows));
+  if (width <= Dft<7>::kPixels) return f(DftCorrelation<7>(rows));
+  f(DftCorrelation<9>(rows));
 }
 
 // ---- whole tensors ----
 
 // x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
-// it: those blocks of an image are left to `correlate_large`.
-inline void correlate_whole(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
-                            Order order, const Map<float>& y, const Correlation& correlation) {
+// it: those blocks of an image are left to `correlate_fir`.
+inline void correlate_small_map(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                            Pass pass, const FeatureMap<float>& y, const SmallMapCorrelation& correlation) {
   const int k = s.kernel, area = k * k, pixels = s.height * s.width, height = correlation.height, width = correlation.width;
   const int size = height * width;
   const bool exact = pixels == size, covers = k / 2 >= height - 1 && k / 2 >= width - 1;
   const int padded = covers ? 0 : (2 * height - 1) * (2 * width - 1);
   const std::ptrdiff_t tasks = (std::ptrdiff_t)s.blocks() * s.batch;
   std::vector<char> failed(tasks);
-  SharedTasks shared(tasks, s.batch);
+  WorkStealingTasks shared(tasks, s.batch);
 #pragma omp parallel
   {
     Scratch scratch((std::size_t)(area + padded + correlation.memory + 2 * size) * kLanes);
     Vec *table = scratch.vectors(), *memory = table + area + padded, *in = memory + correlation.memory, *out = in + size;
     std::fill_n(in, size, Vec{});
     std::fill_n(table + area, padded, Vec{});
-    const Grid kernel = {table + area / 2, k}, inside = {table + area + padded / 2, 2 * width - 1};
-    const Grid taps = covers ? kernel : inside;
+    const Grid2D kernel = {table + area / 2, k}, inside = {table + area + padded / 2, 2 * width - 1};
+    const Grid2D taps = covers ? kernel : inside;
     int packed = -1;
     shared.for_each([&](std::ptrdiff_t task) {
       const int image = task % s.batch, block = task / s.batch, lanes = s.lanes(block), channel = block * kLanes;
       if (packed != block) {
-        const bool rotated = order == Order::kInputGradient;
+        const bool rotated = pass == Pass::kInputGradient;
         pack(weight + (std::ptrdiff_t)channel * area, area, lanes, area, rotated ? table + area - 1 : table, rotated ? -1 : 1);
         if (!covers) {
           const int rows = std::min(k / 2, height - 1), columns = std::min(k / 2, width - 1);
-          copy_rows(kernel.moved(-rows, -columns), inside.moved(-rows, -columns), 2 * rows + 1, 2 * columns + 1);
+          copy_rows(kernel.shifted(-rows, -columns), inside.shifted(-rows, -columns), 2 * rows + 1, 2 * columns + 1);
         }
         correlation.prepare(taps, memory);
         packed = block;
@@ -244,10 +244,10 @@ inline void correlate_whole(const Map<const float>& x, const float* weight, cons
       if (!exact) copy_rows({out, s.width}, {in, width}, s.height, s.width);
       const std::ptrdiff_t then = std::min(task + 1, tasks - 1);
       correlation.apply(in, taps, memory, out, {y.at(image, channel, 0), x.at(then % s.batch, (int)(then / s.batch) * kLanes, 0),
-                                                pixels * (y.blocked ? kBlock : lanes)});
+                                                pixels * (y.nchw16c ? kChannelBlock : lanes)});
       if (!exact) copy_rows({out, width}, {out, s.width}, s.height, s.width);
       epilogue.with_channels(channel, lanes, [&](auto finish) {
-        Finite finite;
+        FiniteCheck finite;
         y.write(out, image, channel, lanes, 0, pixels, [&](Vec v) {
           finite.see(v);
           return finish(v);
@@ -256,7 +256,7 @@ inline void correlate_whole(const Map<const float>& x, const float* weight, cons
       });
     });
   }
-  if (is_any(failed)) correlate_large(x, weight, epilogue, s, order, y, failed);
+  if (any_failed(failed)) correlate_fir(x, weight, epilogue, s, pass, y, failed);
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

@@ -1,19 +1,19 @@
 // 3x3 kernels, stride 1 and 2, on planes: pixels of a row in vector lanes, down the rows of a strip one vector wide. Planes
 // are read and written where they lie: a copy with a border or a transposition takes longer than the products.
 #pragma once
-#include "rows.h"
+#include "depthwise_generic.h"
 
-namespace dwconv {
+namespace large_kernel {
 
 // Measured: maps from this width on. On narrower ones transposing wins, which fills vectors whatever the width.
-constexpr int kStencilFrom = kLanes == 16 ? 10 : kLanes == 8 ? 32 : 1 << 30;
+constexpr int kMin3x3Width = kLanes == 16 ? 10 : kLanes == 8 ? 32 : 1 << 30;
 
-inline bool is_stencil(const Shape& s) { return s.kernel == 3 && s.width >= kStencilFrom; }
+inline bool uses_3x3(const Shape& s) { return s.kernel == 3 && s.width >= kMin3x3Width; }
 
-constexpr int kBand = 4;  // rows of outputs, in wide maps
+constexpr int kBandRows = 4;  // rows of outputs, in wide maps
 
 // Pixels prefetched before they are needed, 3.5 KB: the processor does not foresee them.
-constexpr int kAhead = 896;
+constexpr int kPrefetchAhead = 896;
 
 template <class T>
 struct Plane {
@@ -25,26 +25,26 @@ struct Plane {
 
 // The lanes of a strip that are on the map: with Inside all of them, else the first n.
 template <bool Inside>
-struct Strip {
-  First first;
+struct StripLanes {
+  LaneMask first;
 
-  DW_INLINE explicit Strip(std::ptrdiff_t n) : first(n) {}
-  DW_INLINE Vec read(const float* p) const { return Inside ? load(p) : first.read(p); }
-  DW_INLINE void write(float* p, Vec v) const { Inside ? store(p, v) : first.write(p, v); }
+  LK_INLINE explicit StripLanes(std::ptrdiff_t n) : first(n) {}
+  LK_INLINE Vec read(const float* p) const { return Inside ? load(p) : first.read(p); }
+  LK_INLINE void write(float* p, Vec v) const { Inside ? store(p, v) : first.write(p, v); }
 };
 
 // Nine weights, each in all lanes.
-DW_INLINE void splat9(const float* weight, Vec* to) {
+LK_INLINE void splat9(const float* weight, Vec* to) {
 #pragma GCC unroll 9
   for (int i = 0; i < 9; i++) to[i] = splat(weight[i]);
 }
 
 // What the taps of one row of the kernel meet in a row of the input.
-struct Taps3 {
+struct Window3 {
   Vec left, middle, right;
 
-  DW_INLINE Vec times(const Vec* weight) const { return left * weight[0] + middle * weight[1] + right * weight[2]; }
-  DW_INLINE void add_to(Vec* sums, Vec value) const {
+  LK_INLINE Vec times(const Vec* weight) const { return left * weight[0] + middle * weight[1] + right * weight[2]; }
+  LK_INLINE void add_to(Vec* sums, Vec value) const {
     sums[0] += left * value;
     sums[1] += middle * value;
     sums[2] += right * value;
@@ -53,28 +53,28 @@ struct Taps3 {
 
 // Reads them row after row, for output columns x and on.
 template <int S, bool Inside>
-struct TapReader {
+struct WindowReader {
   const float* at;
   std::ptrdiff_t pitch;
   bool first;
-  Strip<Inside> before, from, behind;
+  StripLanes<Inside> before, from, behind;
 
-  DW_INLINE TapReader(const Plane<const float>& plane, int y, int x)
+  LK_INLINE WindowReader(const Plane<const float>& plane, int y, int x)
       : at(plane.row(y) + S * x), pitch(plane.width), first(x == 0), before(plane.width - x + 1),
         from(plane.width - S * x), behind(plane.width - S * x - (S == 1 ? 1 : kLanes)) {}
 
-  DW_INLINE Taps3 next() {
-    const float *here = at, *ahead = at + kAhead;
+  LK_INLINE Window3 next() {
+    const float *here = at, *ahead = at + kPrefetchAhead;
     at += pitch;
     __builtin_prefetch(ahead);
     if constexpr (S == 1) {
       const Vec middle = from.read(here);
-      return {first ? move_up(Vec{}, middle) : before.read(here - 1), middle, behind.read(here + 1)};
+      return {first ? shift_lanes_up(Vec{}, middle) : before.read(here - 1), middle, behind.read(here + 1)};
     } else {
       __builtin_prefetch(ahead + kLanes);
       Vec even, odd;
       deinterleave(from.read(here), behind.read(here + kLanes), &even, &odd);
-      return {move_up(first ? Vec{} : load(here - kLanes), odd), even, odd};
+      return {shift_lanes_up(first ? Vec{} : load(here - kLanes), odd), even, odd};
     }
   }
 };
@@ -82,7 +82,7 @@ struct TapReader {
 // Calls f(begin, end, first column, last column, whether all is inside) for rows [begin, end) of the strips of outputs of an
 // input. Strips of wide maps have few rows, so that a plane is passed from front to back.
 template <int S, class F>
-DW_INLINE void for_each_strips(int height, int width, int few, F f) {
+LK_INLINE void for_each_column_strip(int height, int width, int few, F f) {
   const int rows = (height - 1) / S + 1, step = width > 2 * kLanes ? few : rows;
   const int inside = std::max(0, width - (S == 1)) / (S * kLanes) * kLanes;
   for (int begin = 0; begin < rows; begin += step) {
@@ -95,15 +95,15 @@ DW_INLINE void for_each_strips(int height, int width, int few, F f) {
 // out = finish(the correlation of x with nine weights), rows [begin, end) of the strips from column `first` to `last`. These
 // are functions of their own, so that what their loops need finds registers.
 template <int S, bool Inside, class F>
-__attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const float* weight, const Plane<float>& out,
+__attribute__((noinline)) void correlate_strips(const Plane<const float>& x, const float* weight, const Plane<float>& out,
                                               int begin, int end, int first, int last, F finish) {
   const std::ptrdiff_t pitch = out.width;
   const int pairs = std::min(end, x.height / 2), reach = std::min(end + 1, x.height);
   Vec w[9];
   splat9(weight, w);
   for (int column = first; column < last; column += kLanes) {
-    const Strip<Inside> strip(out.width - column);
-    TapReader<S, Inside> taps(x, begin > 0 ? S * begin - 1 : 0, column);
+    const StripLanes<Inside> strip(out.width - column);
+    WindowReader<S, Inside> taps(x, begin > 0 ? S * begin - 1 : 0, column);
     float* to = out.row(begin) + column;
     auto put = [&](Vec v) {
       strip.write(to, finish(v));
@@ -111,7 +111,7 @@ __attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const
     };
     Vec above = begin > 0 ? taps.next().times(w) : Vec{};  // what the row above contributes to the next output
     if constexpr (S == 1) {
-      Taps3 row = taps.next();
+      Window3 row = taps.next();
       Vec sum = above + row.times(w + 3);
       above = row.times(w);
       for (int y = begin + 1; y < reach; y++) {
@@ -124,7 +124,7 @@ __attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const
     } else {
       for (int y = begin; y < pairs; y++) {
         const Vec sum = above + taps.next().times(w + 3);
-        const Taps3 odd = taps.next();
+        const Window3 odd = taps.next();
         above = odd.times(w);
         put(sum + odd.times(w + 6));
       }
@@ -136,15 +136,15 @@ __attribute__((noinline)) void stencil_strips(const Plane<const float>& x, const
 // The input's gradient at stride 2: a pixel of an even row or column met the middle tap alone, one of an odd row or column
 // the last tap of one output and the first of the next. `soon` is prefetched: what is read next, or is written here.
 template <bool Inside>
-__attribute__((noinline)) void spread_strips(const Plane<const float>& dy, const float* weight, const Plane<float>& dx,
+__attribute__((noinline)) void input_gradient_strips(const Plane<const float>& dy, const float* weight, const Plane<float>& dx,
                                              int begin, int end, int first, int last, const float* soon) {
   const std::ptrdiff_t pitch = dy.width, to_pitch = dx.width;
   const int full = std::min(end, dy.height - 1);
   Vec w[9];
   splat9(weight, w);
   for (int column = first; column < last; column += kLanes) {
-    const Strip<Inside> here(dy.width - column), right(dy.width - column - 1);
-    const Strip<Inside> low(dx.width - 2 * column), high(dx.width - 2 * column - kLanes);
+    const StripLanes<Inside> here(dy.width - column), right(dy.width - column - 1);
+    const StripLanes<Inside> low(dx.width - 2 * column), high(dx.width - 2 * column - kLanes);
     const float* from = dy.row(begin) + column;
     float* to = dx.row(2 * begin) + 2 * column;
     const float* fetch = soon + 2 * begin * to_pitch + 2 * column;
@@ -161,7 +161,7 @@ __attribute__((noinline)) void spread_strips(const Plane<const float>& dy, const
     Vec p = here.read(from), p1 = right.read(from + 1);
     for (int y = begin; y < full; y++) {
       from += pitch;
-      __builtin_prefetch(from + kAhead);
+      __builtin_prefetch(from + kPrefetchAhead);
       const Vec q = here.read(from), q1 = right.read(from + 1);
       put(p * w[4], p * w[5] + p1 * w[3]);
       put(p * w[7] + q * w[1], p * w[8] + p1 * w[6] + (q * w[2] + q1 * w[0]));
@@ -176,25 +176,25 @@ __attribute__((noinline)) void spread_strips(const Plane<const float>& dy, const
 
 // Adds the products of dy with the input to the gradients of the nine weights.
 template <int S, bool Inside>
-__attribute__((noinline)) void add_products_strips(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums,
+__attribute__((noinline)) void weight_gradient_strips(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums,
                                                    int begin, int end, int first, int last) {
   const std::ptrdiff_t pitch = dy.width;
   Vec sum[9] = {};
   for (int column = first; column < last; column += kLanes) {
-    TapReader<S, Inside> taps(x, S * begin, column);
-    const Strip<Inside> strip(dy.width - column);
+    WindowReader<S, Inside> taps(x, S * begin, column);
+    const StripLanes<Inside> strip(dy.width - column);
     const float* from = dy.row(begin) + column;
     Vec before = begin > 0 ? strip.read(from - pitch) : Vec{}, value = strip.read(from);
     for (int y = begin; y < end; y++) {
       from += pitch;
       const Vec next = y + 1 < dy.height ? strip.read(from) : Vec{};
-      const Taps3 row = taps.next();
+      const Window3 row = taps.next();
       row.add_to(sum + 3, value);
       if constexpr (S == 1) {
         row.add_to(sum, next);
         row.add_to(sum + 6, before);
       } else if (2 * y + 1 < x.height) {
-        const Taps3 odd = taps.next();
+        const Window3 odd = taps.next();
         odd.add_to(sum, next);
         odd.add_to(sum + 6, value);
       }
@@ -209,30 +209,30 @@ __attribute__((noinline)) void add_products_strips(const Plane<const float>& x, 
 
 // On maps this narrow, with 16 lanes: row o of the output in the first half of a vector, row o + 1 in the second.
 #if defined(__AVX512F__)
-inline bool is_paired(int out_width) { return out_width <= kLanes / 2; }
+inline bool packs_row_pairs(int out_width) { return out_width <= kLanes / 2; }
 
 // The columns of two rows of the input that the middle and the right tap of a row of the kernel meet. The left tap meets `odd`
 // one output further on.
-struct Columns {
+struct ParityColumns {
   Vec even, odd;
 
   // rows a and b, zeros behind their ends
-  DW_INLINE Columns(Vec a, Vec b)
-      : even(DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)),
-        odd(DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)) {}
+  LK_INLINE ParityColumns(Vec a, Vec b)
+      : even(LK_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)),
+        odd(LK_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)) {}
   // the second row of a and the first of b
-  DW_INLINE Columns(const Columns& a, const Columns& b) : even(second_first(a.even, b.even)), odd(second_first(a.odd, b.odd)) {}
+  LK_INLINE ParityColumns(const ParityColumns& a, const ParityColumns& b) : even(second_first(a.even, b.even)), odd(second_first(a.odd, b.odd)) {}
 
-  static DW_INLINE Vec second_first(Vec a, Vec b) {
-    return DW_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+  static LK_INLINE Vec second_first(Vec a, Vec b) {
+    return LK_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
   }
-  DW_INLINE Vec times(const Vec* weight) const { return even * weight[1] + odd * weight[2]; }
+  LK_INLINE Vec times(const Vec* weight) const { return even * weight[1] + odd * weight[2]; }
 };
 
 // Calls f(first output row of two, what the kernel's three rows meet).
 template <class F>
-DW_INLINE void for_each_pair(const Plane<const float>& x, int rows, F f) {
-  const First first(x.width);
+LK_INLINE void for_each_row_pair(const Plane<const float>& x, int rows, F f) {
+  const LaneMask first(x.width);
   const float* at = x.data;
   int y = 0;
   auto next = [&] {
@@ -241,28 +241,28 @@ DW_INLINE void for_each_pair(const Plane<const float>& x, int rows, F f) {
     at += x.width;
     return row;
   };
-  Columns before(Vec{}, Vec{});
+  ParityColumns before(Vec{}, Vec{});
   for (int o = 0; o < rows; o += 2) {
-    __builtin_prefetch(at + kAhead);
-    __builtin_prefetch(at + kAhead + 2 * x.width);
+    __builtin_prefetch(at + kPrefetchAhead);
+    __builtin_prefetch(at + kPrefetchAhead + 2 * x.width);
     const Vec a = next(), b = next(), c = next(), d = next();
-    const Columns bottom(b, d);
-    f(o, Columns(before, bottom), Columns(a, c), bottom);
+    const ParityColumns bottom(b, d);
+    f(o, ParityColumns(before, bottom), ParityColumns(a, c), bottom);
     before = bottom;
   }
 }
 
 template <class F>
-__attribute__((noinline)) void stencil_pairs(const Plane<const float>& x, const float* weight, const Plane<float>& out,
+__attribute__((noinline)) void correlate_row_pairs(const Plane<const float>& x, const float* weight, const Plane<float>& out,
                                              F finish) {
-  Ints together;  // the lanes of both rows, one behind the other; of each number its last four bits count
+  VecI32 together;  // the lanes of both rows, one behind the other; of each number its last four bits count
   for (int i = 0; i < kLanes; i++) together[i] = i < out.width ? i : i - out.width + kLanes / 2;
   Vec w[9];
   splat9(weight, w);
-  const First both(2 * out.width), one(out.width);
-  for_each_pair(x, out.height, [&](int o, const Columns& top, const Columns& middle, const Columns& bottom) {
+  const LaneMask both(2 * out.width), one(out.width);
+  for_each_row_pair(x, out.height, [&](int o, const ParityColumns& top, const ParityColumns& middle, const ParityColumns& bottom) {
     const Vec left = top.odd * w[0] + middle.odd * w[3] + bottom.odd * w[6];
-    Vec sum = DW_SHUFFLE(left, Vec{}, 16, 0, 1, 2, 3, 4, 5, 6, 16, 8, 9, 10, 11, 12, 13, 14);
+    Vec sum = LK_SHUFFLE(left, Vec{}, 16, 0, 1, 2, 3, 4, 5, 6, 16, 8, 9, 10, 11, 12, 13, 14);
     sum += top.times(w) + middle.times(w + 3) + bottom.times(w + 6);
     // with a mask, since GCC 12 warns of its own header without
     const Vec rows = (Vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)together, (__m512)finish(sum));
@@ -270,14 +270,14 @@ __attribute__((noinline)) void stencil_pairs(const Plane<const float>& x, const 
   });
 }
 
-inline __attribute__((noinline)) void add_product_pairs(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums) {
-  const First first(dy.width);
+inline __attribute__((noinline)) void weight_gradient_row_pairs(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums) {
+  const LaneMask first(dy.width);
   Vec sum[9] = {};
-  for_each_pair(x, dy.height, [&](int o, const Columns& top, const Columns& middle, const Columns& bottom) {
+  for_each_row_pair(x, dy.height, [&](int o, const ParityColumns& top, const ParityColumns& middle, const ParityColumns& bottom) {
     const Vec a = first.read(dy.row(o)), b = o + 1 < dy.height ? first.read(dy.row(o + 1)) : Vec{};
-    const Vec value = DW_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    const Vec next = DW_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 17, 18, 19, 20, 21, 22, 23, 24);
-    auto add = [&](Vec* sum, const Columns& row) {
+    const Vec value = LK_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const Vec next = LK_SHUFFLE(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 17, 18, 19, 20, 21, 22, 23, 24);
+    auto add = [&](Vec* sum, const ParityColumns& row) {
       sum[0] += row.odd * next;
       sum[1] += row.even * value;
       sum[2] += row.odd * value;
@@ -292,18 +292,18 @@ inline __attribute__((noinline)) void add_product_pairs(const Plane<const float>
 
 // Rows of the input's gradient fit into a vector: each output's gradient in the lanes of the two columns it meets, and the one
 // to the right of it in the second of them.
-inline __attribute__((noinline)) void spread_pairs(const Plane<const float>& dy, const float* weight, const Plane<float>& dx) {
+inline __attribute__((noinline)) void input_gradient_row_pairs(const Plane<const float>& dy, const float* weight, const Plane<float>& dx) {
   auto both = [&](int even, int odd) {
-    return DW_SHUFFLE(splat(weight[even]), splat(weight[odd]), 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16);
+    return LK_SHUFFLE(splat(weight[even]), splat(weight[odd]), 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16);
   };
   const Vec even = both(4, 5), even_right = splat(weight[3]), odd = both(7, 8), odd_right = splat(weight[6]);
   const Vec next = both(1, 2), next_right = splat(weight[0]);
-  const First from(dy.width), to(dx.width);
+  const LaneMask from(dy.width), to(dx.width);
   struct Row {
     Vec here, right;
-    DW_INLINE explicit Row(Vec v)
-        : here(DW_SHUFFLE(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)),
-          right(DW_SHUFFLE(v, Vec{}, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8)) {}
+    LK_INLINE explicit Row(Vec v)
+        : here(LK_SHUFFLE(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)),
+          right(LK_SHUFFLE(v, Vec{}, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8)) {}
   };
   Row p(from.read(dy.data));
   for (int y = 0; y < dy.height; y++) {
@@ -320,18 +320,18 @@ inline __attribute__((noinline)) void spread_pairs(const Plane<const float>& dy,
 // ---- whole planes ----
 
 template <int S, class F>
-void stencil(const Plane<const float>& x, const float* weight, const Plane<float>& out, F finish) {
+void correlate_3x3(const Plane<const float>& x, const float* weight, const Plane<float>& out, F finish) {
 #if defined(__AVX512F__)
-  if (S == 2 && is_paired(out.width)) return stencil_pairs(x, weight, out, finish);
+  if (S == 2 && packs_row_pairs(out.width)) return correlate_row_pairs(x, weight, out, finish);
 #endif
-  for_each_strips<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
-    stencil_strips<S, is_inside()>(x, weight, out, begin, end, first, last, finish);
+  for_each_column_strip<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
+    correlate_strips<S, is_inside()>(x, weight, out, begin, end, first, last, finish);
   });
 }
 
 // Whether gradients [N, C, H, W] of these planes are written past the caches, which could not keep them but would first read
 // what is written over; of the network's layers those at 224 pixels with a batch of 4 or more.
-inline bool is_streamed([[maybe_unused]] const Shape& s, [[maybe_unused]] const void* dx) {
+inline bool streams_past_caches([[maybe_unused]] const Shape& s, [[maybe_unused]] const void* dx) {
 #if defined(__AVX512F__)
   constexpr std::ptrdiff_t least = 2 << 20;  // pixels
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
@@ -342,19 +342,19 @@ inline bool is_streamed([[maybe_unused]] const Shape& s, [[maybe_unused]] const 
 }
 
 // Rows of dx that are written together.
-inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBand : s.height; }
+inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBandRows : s.height; }
 
 // With `band`, memory for band_rows(), dx is written past the caches, and `soon` not prefetched: that would delay both.
-inline void spread(const Plane<const float>& dy, const float* weight, const Plane<float>& dx, [[maybe_unused]] float* band,
+inline void input_gradient_stride2(const Plane<const float>& dy, const float* weight, const Plane<float>& dx, [[maybe_unused]] float* band,
                    const float* soon) {
 #if defined(__AVX512F__)
-  if (is_paired(dy.width)) return spread_pairs(dy, weight, dx);
+  if (packs_row_pairs(dy.width)) return input_gradient_row_pairs(dy, weight, dx);
 #endif
-  for_each_strips<1>(dy.height, dy.width, kBand, [&](int begin, int end, int first, int last, auto is_inside) {
+  for_each_column_strip<1>(dy.height, dy.width, kBandRows, [&](int begin, int end, int first, int last, auto is_inside) {
 #if defined(__AVX512F__)
     if (band) {
       const std::ptrdiff_t before = (std::ptrdiff_t)2 * begin * dx.width;
-      spread_strips<is_inside()>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last, band - before);
+      input_gradient_strips<is_inside()>(dy, weight, {band - before, dx.height, dx.width}, begin, end, first, last, band - before);
       const std::ptrdiff_t pixels = (std::ptrdiff_t)std::min(2 * end, dx.height) * dx.width - before;
       for (std::ptrdiff_t i = 0; last == dy.width && i < pixels; i += kLanes) {
         _mm512_stream_ps(dx.data + before + i, (__m512)load(band + i));
@@ -362,25 +362,25 @@ inline void spread(const Plane<const float>& dy, const float* weight, const Plan
       return;
     }
 #endif
-    spread_strips<is_inside()>(dy, weight, dx, begin, end, first, last, soon);
+    input_gradient_strips<is_inside()>(dy, weight, dx, begin, end, first, last, soon);
   });
 }
 
 template <int S>
-void add_products(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums) {
+void weight_gradient_3x3(const Plane<const float>& x, const Plane<const float>& dy, Vec* sums) {
 #if defined(__AVX512F__)
-  if (S == 2 && is_paired(dy.width)) return add_product_pairs(x, dy, sums);
+  if (S == 2 && packs_row_pairs(dy.width)) return weight_gradient_row_pairs(x, dy, sums);
 #endif
-  for_each_strips<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
-    add_products_strips<S, is_inside()>(x, dy, sums, begin, end, first, last);
+  for_each_column_strip<S>(x.height, x.width, 2 * S, [&](int begin, int end, int first, int last, auto is_inside) {
+    weight_gradient_strips<S, is_inside()>(x, dy, sums, begin, end, first, last);
   });
 }
 
 // Copies nine weights. Whether all are finite; if not, zeros beyond the border must not meet them.
-inline bool read_weights(const float* weight, float* to) {
-  Finite finite;
+inline bool load_weights_3x3(const float* weight, float* to) {
+  FiniteCheck finite;
   for (int i = 0; i < 9; i += kLanes) {
-    const Vec v = load_first(weight + i, 9 - i);
+    const Vec v = load_clamped(weight + i, 9 - i);
     finite.see(v);
     store(to + i, v);
   }
@@ -388,17 +388,17 @@ inline bool read_weights(const float* weight, float* to) {
 }
 
 template <int S>
-void forward_stencil(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
+void forward_3x3(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-  SharedTasks planes((std::ptrdiff_t)s.batch * s.channels, 4);
+  WorkStealingTasks planes((std::ptrdiff_t)s.batch * s.channels, 4);
 #pragma omp parallel
   planes.for_each([&](std::ptrdiff_t plane) {
     const int channel = (int)(plane % s.channels);
     const float* w = weight + (std::ptrdiff_t)channel * 9;
     float taps[9 + kLanes];
-    if (!read_weights(w, taps)) return exact_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
+    if (!load_weights_3x3(w, taps)) return scalar_forward(x + plane * in, w, epilogue, channel, s, y + plane * out);
     epilogue.with_channel(channel, [&](auto finish) {
-      stencil<S>(Plane<const float>{x + plane * in, s.height, s.width}, taps,
+      correlate_3x3<S>(Plane<const float>{x + plane * in, s.height, s.width}, taps,
                  Plane<float>{y + plane * out, s.out_height(), s.out_width()}, finish);
     });
   });
@@ -406,11 +406,11 @@ void forward_stencil(const float* x, const float* weight, const Epilogue& epilog
 
 // dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
 template <int S>
-void backward_stencil(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
+void backward_3x3(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
                       float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-  const bool streamed = S == 2 && dx && is_streamed(s, dx);
-  SharedTasks channels(s.channels);
+  const bool streamed = S == 2 && dx && streams_past_caches(s, dx);
+  WorkStealingTasks channels(s.channels);
 #pragma omp parallel
   {
     Scratch memory(streamed ? (std::size_t)band_rows(s) * s.width : 0);
@@ -419,7 +419,7 @@ void backward_stencil(const float* x, const float* weight, const float* dy, cons
       const float* w = weight + (std::ptrdiff_t)channel * 9;
       float taps[9 + kLanes], rotated[9];
       Vec sums[9] = {}, bias = {};
-      const bool finite = read_weights(w, taps);
+      const bool finite = load_weights_3x3(w, taps);
       std::reverse_copy(taps, taps + 9, rotated);
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t index = (std::ptrdiff_t)image * s.channels + channel;
@@ -427,24 +427,24 @@ void backward_stencil(const float* x, const float* weight, const float* dy, cons
         const Plane<const float> gradient = {dy + index * out, s.out_height(), s.out_width()};
         const Plane<float> to = {dx ? dx + index * in : nullptr, s.height, s.width};
         if (dx && !finite) {
-          exact_input_gradient(gradient.data, w, s, to.data);
+          scalar_input_gradient(gradient.data, w, s, to.data);
         } else if (dx && S == 1) {
-          stencil<1>(gradient, rotated, to, Identity{});
+          correlate_3x3<1>(gradient, rotated, to, Identity{});
         } else if (dx) {
-          spread(gradient, taps, to, band, dweight ? plane.data : to.data);
+          input_gradient_stride2(gradient, taps, to, band, dweight ? plane.data : to.data);
         }
         if (dweight) {
           if (s.out_width() <= kLanes) {
-            add_products<S>(plane, gradient, sums);
+            weight_gradient_3x3<S>(plane, gradient, sums);
           } else {  // of each plane by itself, so that small terms do not drown in large sums
             Vec products[9] = {};
-            add_products<S>(plane, gradient, products);
+            weight_gradient_3x3<S>(plane, gradient, products);
             for (int i = 0; i < 9; i++) sums[i] += products[i];
           }
         }
         if (dbias) {
           Vec sum = {};
-          for (std::ptrdiff_t i = 0; i < out; i += kLanes) sum += load_first(gradient.data + i, out - i);
+          for (std::ptrdiff_t i = 0; i < out; i += kLanes) sum += load_clamped(gradient.data + i, out - i);
           bias += sum;
         }
       }
@@ -455,10 +455,10 @@ void backward_stencil(const float* x, const float* weight, const float* dy, cons
         if (all_finite(sum, 9)) {
           write_row(sum, 9, to, to + 9);
         } else {
-          exact_weight_gradient(x + channel * in, dy + channel * out, s, to);
+          scalar_weight_gradient(x + channel * in, dy + channel * out, s, to);
         }
       }
-      if (dbias) store_part(dbias + channel, splat(sum_lanes(bias)), 1);
+      if (dbias) store_partial(dbias + channel, splat(sum_lanes(bias)), 1);
     });
 #if defined(__AVX512F__)
     if (streamed) _mm_sfence();  // so that other threads see what was written
@@ -466,4 +466,4 @@ void backward_stencil(const float* x, const float* weight, const float* dy, cons
   }
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

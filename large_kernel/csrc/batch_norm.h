@@ -9,48 +9,48 @@
 #include <type_traits>
 
 #include "epilogue.h"
-#include "share.h"
+#include "work_stealing.h"
 
-namespace dwconv {
+namespace large_kernel {
 
-struct NormShape {
+struct BatchNormShape {
   int batch, channels;
   std::ptrdiff_t pixels;
 
   double count() const { return (double)batch * pixels; }
 };
 
-inline float inverse_deviation(float variance, float epsilon) { return (float)(1 / std::sqrt((double)variance + epsilon)); }
+inline float inverse_std(float variance, float epsilon) { return (float)(1 / std::sqrt((double)variance + epsilon)); }
 
 // exp(x) for -87 <= x <= 0, to 2e-7, relative.
-DW_INLINE Vec exp_negative(Vec x) {
-  const Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // rounded to the nearest
+LK_INLINE Vec exp_nonpositive(Vec x) {
+  const VecI32 power = __builtin_convertvector(x * 1.44269504f - 0.5f, VecI32);  // rounded to the nearest
   const Vec n = __builtin_convertvector(power, Vec), r = x - n * 0.693145752f - n * 1.42860677e-6f;
   const Vec p = 1.f + r * (1.f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f +
                 r * 0.00138888889f)))));
-  return (Vec)((Ints)p + (power << 23));
+  return (Vec)((VecI32)p + (power << 23));
 }
 
 template <Activation A>
-DW_INLINE Vec derivative(Vec v) {
+LK_INLINE Vec activation_derivative(Vec v) {
   if constexpr (A == Activation::kRelu) return v > 0.f ? splat(1.f) : Vec{};
   if constexpr (A == Activation::kGelu) {
     v = v < -13.f ? splat(-13.f) : v > 13.f ? splat(13.f) : v;  // 0 and 1 from there on; NaN stays
-    return 0.5f * (1.f + erf(v * 0.70710678f)) + v * 0.39894228f * exp_negative(v * v * -0.5f);
+    return 0.5f * (1.f + erf(v * 0.70710678f)) + v * 0.39894228f * exp_nonpositive(v * v * -0.5f);
   }
   return splat(1.f);
 }
 
 // Calls f(i, n) for the vectors that [first, last) consists of: n values from i on.
 template <class F>
-DW_INLINE void for_each_vector(std::ptrdiff_t first, std::ptrdiff_t last, F f) {
+LK_INLINE void for_each_vector(std::ptrdiff_t first, std::ptrdiff_t last, F f) {
   for (; first + kLanes <= last; first += kLanes) f(first, kLanes);
   if (first < last) f(first, (int)(last - first));
 }
 
 // Calls f(i, n) for the vectors of the planes of channel c.
 template <class F>
-DW_INLINE void for_each_vector_of(const NormShape& s, int c, F f) {
+LK_INLINE void for_each_channel_vector(const BatchNormShape& s, int c, F f) {
   for (int image = 0; image < s.batch; image++) {
     const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + c) * s.pixels;
     for_each_vector(plane, plane + s.pixels, f);
@@ -60,14 +60,14 @@ DW_INLINE void for_each_vector_of(const NormShape& s, int c, F f) {
 // Sums over the planes of channel c: term(at, n, sums) adds what n values from `at` on contribute, lane by lane; lanes
 // past n are left out. Float for a while, then double.
 template <int S, class F>
-DW_INLINE void sum_channel(const NormShape& s, int c, double (&totals)[S], F term) {
-  constexpr std::ptrdiff_t kWhile = 2048;
+LK_INLINE void sum_channel(const BatchNormShape& s, int c, double (&totals)[S], F term) {
+  constexpr std::ptrdiff_t kFloatTerms = 2048;
   std::fill_n(totals, S, 0.);
   for (int image = 0; image < s.batch; image++) {
     const std::ptrdiff_t plane = ((std::ptrdiff_t)image * s.channels + c) * s.pixels;
-    for (std::ptrdiff_t first = 0; first < s.pixels; first += kWhile) {
+    for (std::ptrdiff_t first = 0; first < s.pixels; first += kFloatTerms) {
       Vec sums[S] = {};
-      for_each_vector(plane + first, plane + std::min(first + kWhile, s.pixels), [&](std::ptrdiff_t at, int n) {
+      for_each_vector(plane + first, plane + std::min(first + kFloatTerms, s.pixels), [&](std::ptrdiff_t at, int n) {
         Vec terms[S];
         term(at, n, terms);
         for (int i = 0; i < S; i++) sums[i] += n < kLanes ? keep_first(terms[i], n) : terms[i];
@@ -91,18 +91,18 @@ void with_activation(Activation activation, F f) {
 
 // Mean and variance of the batch [C], divided by the number of its values, as well as y. The running statistics [C] become
 // momentum times what they were, and the batch's times the rest; with a momentum of 1 they are not touched.
-inline void norm_forward(const float* x, const float* weight, const float* bias, float epsilon, Activation activation,
-                         const NormShape& s, float* y, float* mean, float* variance, float momentum, float* running_mean,
+inline void batch_norm_forward(const float* x, const float* weight, const float* bias, float epsilon, Activation activation,
+                         const BatchNormShape& s, float* y, float* mean, float* variance, float momentum, float* running_mean,
                          float* running_variance) {
   with_activation(activation, [&](auto a) {
-    SharedTasks channels(s.channels);
+    WorkStealingTasks channels(s.channels);
 #pragma omp parallel num_threads(omp_get_max_threads())
     channels.for_each([&](int c) {
       double sum[1], squares[1];
-      sum_channel(s, c, sum, [&](std::ptrdiff_t at, int n, Vec* terms) { terms[0] = load_first(x + at, n); });
+      sum_channel(s, c, sum, [&](std::ptrdiff_t at, int n, Vec* terms) { terms[0] = load_clamped(x + at, n); });
       const float m = (float)(sum[0] / s.count());
       sum_channel(s, c, squares, [&](std::ptrdiff_t at, int n, Vec* terms) {
-        const Vec d = load_first(x + at, n) - m;
+        const Vec d = load_clamped(x + at, n) - m;
         terms[0] = d * d;
       });
       mean[c] = m;
@@ -111,32 +111,32 @@ inline void norm_forward(const float* x, const float* weight, const float* bias,
         running_mean[c] = momentum * running_mean[c] + (1 - momentum) * mean[c];
         running_variance[c] = momentum * running_variance[c] + (1 - momentum) * variance[c];
       }
-      const float scale = weight[c] * inverse_deviation(variance[c], epsilon), shift = bias[c];
-      for_each_vector_of(s, c, [&](std::ptrdiff_t at, int n) {
-        store_first(y + at, activate<a()>((load_first(x + at, n) - m) * scale + shift), n);
+      const float scale = weight[c] * inverse_std(variance[c], epsilon), shift = bias[c];
+      for_each_channel_vector(s, c, [&](std::ptrdiff_t at, int n) {
+        store_clamped(y + at, activate<a()>((load_clamped(x + at, n) - m) * scale + shift), n);
       });
     });
   });
 }
 
-// Gradients to x, [C] weight and [C] bias, from what norm_forward was given and gave.
-inline void norm_backward(const float* x, const float* weight, const float* bias, const float* mean, const float* variance,
-                          const float* dy, float epsilon, Activation activation, const NormShape& s, float* dx,
+// Gradients to x, [C] weight and [C] bias, from what batch_norm_forward was given and gave.
+inline void batch_norm_backward(const float* x, const float* weight, const float* bias, const float* mean, const float* variance,
+                          const float* dy, float epsilon, Activation activation, const BatchNormShape& s, float* dx,
                           float* dweight, float* dbias) {
   with_activation(activation, [&](auto a) {
     // the gradient in front of the activation stays in dx between the two passes, which the caches hold
     const float* const inner = a == Activation::kNone ? dy : dx;
-    SharedTasks channels(s.channels);
+    WorkStealingTasks channels(s.channels);
 #pragma omp parallel num_threads(omp_get_max_threads())
     channels.for_each([&](int c) {
-      const float m = mean[c], inverse = inverse_deviation(variance[c], epsilon), scale = weight[c] * inverse, shift = bias[c];
+      const float m = mean[c], inverse = inverse_std(variance[c], epsilon), scale = weight[c] * inverse, shift = bias[c];
       double sums[2];  // of g, and of g * (x - mean)
       sum_channel(s, c, sums, [&](std::ptrdiff_t at, int n, Vec* terms) {
-        const Vec d = load_first(x + at, n) - m;
-        Vec g = load_first(dy + at, n);
+        const Vec d = load_clamped(x + at, n) - m;
+        Vec g = load_clamped(dy + at, n);
         if (a != Activation::kNone) {
-          g *= derivative<a()>(d * scale + shift);
-          store_first(dx + at, g, n);
+          g *= activation_derivative<a()>(d * scale + shift);
+          store_clamped(dx + at, g, n);
         }
         terms[0] = g;
         terms[1] = g * d;
@@ -145,12 +145,12 @@ inline void norm_backward(const float* x, const float* weight, const float* bias
       dbias[c] = (float)sums[0];
       const float per_value = (float)(sums[0] / s.count());
       const float slope = (float)(sums[1] / s.count() * inverse * inverse);
-      for_each_vector_of(s, c, [&](std::ptrdiff_t at, int n) {
-        const Vec d = load_first(x + at, n) - m;
-        store_first(dx + at, scale * (load_first(inner + at, n) - per_value - d * slope), n);
+      for_each_channel_vector(s, c, [&](std::ptrdiff_t at, int n) {
+        const Vec d = load_clamped(x + at, n) - m;
+        store_clamped(dx + at, scale * (load_clamped(inner + at, n) - per_value - d * slope), n);
       });
     });
   });
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel
