@@ -1,6 +1,6 @@
-// Batch norm with the statistics of the batch and the activation behind it, for training, over planes [N, C, pixels]:
-// y = activation((x - mean) / sqrt(variance + epsilon) * weight + bias). What the activation acts on is computed again for
-// the gradient instead of being kept.
+// Batch norm with batch statistics and the activation that follows it, for training, on planes [N, C, pixels]: y =
+// activation((x - mean) / sqrt(variance + epsilon) * weight + bias). Backward recomputes the activation's input instead
+// of storing it. One thread computes a channel, whose planes stay in the caches between the passes over them.
 #pragma once
 #include <omp.h>
 
@@ -22,12 +22,13 @@ struct BatchNormShape {
 
 inline float inverse_std(float variance, float epsilon) { return (float)(1 / std::sqrt((double)variance + epsilon)); }
 
-// exp(x) for -87 <= x <= 0, to 2e-7, relative.
+// exp(x) for -87 <= x <= 0 with a relative error of at most 2e-7.
 LK_INLINE Vec exp_nonpositive(Vec x) {
-  const VecI32 power = __builtin_convertvector(x * 1.44269504f - 0.5f, VecI32);  // rounded to the nearest
+  const VecI32 power = __builtin_convertvector(x * 1.44269504f - 0.5f, VecI32);  // rounded to nearest
   const Vec n = __builtin_convertvector(power, Vec), r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  const Vec p = 1.f + r * (1.f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f +
-                r * 0.00138888889f)))));
+  const Vec p =
+      1.f +
+      r * (1.f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * 0.00138888889f)))));
   return (Vec)((VecI32)p + (power << 23));
 }
 
@@ -35,20 +36,20 @@ template <Activation A>
 LK_INLINE Vec activation_derivative(Vec v) {
   if constexpr (A == Activation::kRelu) return v > 0.f ? splat(1.f) : Vec{};
   if constexpr (A == Activation::kGelu) {
-    v = v < -13.f ? splat(-13.f) : v > 13.f ? splat(13.f) : v;  // 0 and 1 from there on; NaN stays
+    v = v < -13.f ? splat(-13.f) : v > 13.f ? splat(13.f) : v;  // the derivative is constant beyond; keeps NaN
     return 0.5f * (1.f + erf(v * 0.70710678f)) + v * 0.39894228f * exp_nonpositive(v * v * -0.5f);
   }
   return splat(1.f);
 }
 
-// Calls f(i, n) for the vectors that [first, last) consists of: n values from i on.
+// Calls f(i, n) for each vector in [first, last): n values starting at i.
 template <class F>
 LK_INLINE void for_each_vector(std::ptrdiff_t first, std::ptrdiff_t last, F f) {
   for (; first + kLanes <= last; first += kLanes) f(first, kLanes);
   if (first < last) f(first, (int)(last - first));
 }
 
-// Calls f(i, n) for the vectors of the planes of channel c.
+// Calls f(i, n) for each vector in the planes of channel c.
 template <class F>
 LK_INLINE void for_each_channel_vector(const BatchNormShape& s, int c, F f) {
   for (int image = 0; image < s.batch; image++) {
@@ -57,8 +58,8 @@ LK_INLINE void for_each_channel_vector(const BatchNormShape& s, int c, F f) {
   }
 }
 
-// Sums over the planes of channel c: term(at, n, sums) adds what n values from `at` on contribute, lane by lane; lanes
-// past n are left out. Float for a while, then double.
+// Sums over the planes of channel c: term(at, n, terms) computes the contributions of n values starting at `at`, by
+// lanes; lanes past n are ignored. Partial sums of kFloatTerms values are float, the totals double.
 template <int S, class F>
 LK_INLINE void sum_channel(const BatchNormShape& s, int c, double (&totals)[S], F term) {
   constexpr std::ptrdiff_t kFloatTerms = 2048;
@@ -79,7 +80,7 @@ LK_INLINE void sum_channel(const BatchNormShape& s, int c, double (&totals)[S], 
   }
 }
 
-// Calls f(activation as a type).
+// Calls f with the activation as a type.
 template <class F>
 void with_activation(Activation activation, F f) {
   switch (activation) {
@@ -89,11 +90,11 @@ void with_activation(Activation activation, F f) {
   }
 }
 
-// Mean and variance of the batch [C], divided by the number of its values, as well as y. The running statistics [C] become
-// momentum times what they were, and the batch's times the rest; with a momentum of 1 they are not touched.
-inline void batch_norm_forward(const float* x, const float* weight, const float* bias, float epsilon, Activation activation,
-                         const BatchNormShape& s, float* y, float* mean, float* variance, float momentum, float* running_mean,
-                         float* running_variance) {
+// Computes y and the batch's mean and biased variance [C]. Updates the running statistics [C] to momentum * running +
+// (1 - momentum) * batch, unless momentum is 1.
+inline void batch_norm_forward(const float* x, const float* weight, const float* bias, float epsilon,
+                               Activation activation, const BatchNormShape& s, float* y, float* mean, float* variance,
+                               float momentum, float* running_mean, float* running_variance) {
   with_activation(activation, [&](auto a) {
     WorkStealingTasks channels(s.channels);
 #pragma omp parallel num_threads(omp_get_max_threads())
@@ -119,17 +120,18 @@ inline void batch_norm_forward(const float* x, const float* weight, const float*
   });
 }
 
-// Gradients to x, [C] weight and [C] bias, from what batch_norm_forward was given and gave.
-inline void batch_norm_backward(const float* x, const float* weight, const float* bias, const float* mean, const float* variance,
-                          const float* dy, float epsilon, Activation activation, const BatchNormShape& s, float* dx,
-                          float* dweight, float* dbias) {
+// The gradients of x, weight [C] and bias [C], from the arguments and results of batch_norm_forward.
+inline void batch_norm_backward(const float* x, const float* weight, const float* bias, const float* mean,
+                                const float* variance, const float* dy, float epsilon, Activation activation,
+                                const BatchNormShape& s, float* dx, float* dweight, float* dbias) {
   with_activation(activation, [&](auto a) {
-    // the gradient in front of the activation stays in dx between the two passes, which the caches hold
+    // dx holds the gradient of the activation's input between the two passes
     const float* const inner = a == Activation::kNone ? dy : dx;
     WorkStealingTasks channels(s.channels);
 #pragma omp parallel num_threads(omp_get_max_threads())
     channels.for_each([&](int c) {
-      const float m = mean[c], inverse = inverse_std(variance[c], epsilon), scale = weight[c] * inverse, shift = bias[c];
+      const float m = mean[c], inverse = inverse_std(variance[c], epsilon), scale = weight[c] * inverse,
+                  shift = bias[c];
       double sums[2];  // of g, and of g * (x - mean)
       sum_channel(s, c, sums, [&](std::ptrdiff_t at, int n, Vec* terms) {
         const Vec d = load_clamped(x + at, n) - m;

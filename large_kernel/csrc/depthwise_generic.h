@@ -1,16 +1,22 @@
-// Everything else (stride 2 with large kernels, few channels, very large maps): pixels of a row in vector lanes, over planes
-// copied once with a border of zeros.
+// Depthwise convolution of any shape, for those without a specialised kernel: large kernels at stride 2, 1x1, few
+// channels, very large maps. Forward and backward, in NCHW. Pixels map to SIMD lanes; planes are copied once with a
+// border of zeros.
+//
+//   stride 1:  0 0 p p p p p 0 0        stride 2, columns split by parity:   0 p p p 0  |  0 p p 0
+//              tiles of 4 output rows share the loads of the rows that they have in common
 #pragma once
-#include <cmath>
-#include <numeric>
+#include <algorithm>
+#include <cstring>
 
-#include "depthwise_large_fir.h"
+#include "depthwise_scalar.h"
+#include "finite.h"
+#include "work_stealing.h"
 
 namespace large_kernel {
 
-constexpr int kTileRows = 4;  // output rows computed together, sharing loads
+constexpr int kTileRows = 4;  // output rows computed together, which share loads
 
-// A plane copied with a border of zeros, its columns split by parity for stride 2: element (row, column) of the bordered
+// A plane copied with a border of zeros, its columns split by parity for stride 2: element (row, column) of the padded
 // plane is data[column % stride * phase + row * pitch + column / stride].
 struct PaddedPlane {
   float* data;
@@ -24,14 +30,14 @@ struct PaddedPlane {
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Memory of one thread. Whole vectors and whole tiles of rows stay inside.
+// One thread's memory, large enough for accesses in whole vectors and whole tiles of rows.
 struct GenericWorkspace {
   std::ptrdiff_t out_pitch;
   Scratch memory;
-  PaddedPlane x, dy;      // input, with a border of K / 2; output gradient, with a border of (K - 1) / stride
-  Vec* weight;         // [K * K], each in all lanes
-  Vec* weight_sum;     // [K * K], gradient of the weight, to be summed over the lanes
-  float *row, *out;    // K * K weights; a tile of rows in stride x stride phases and one interleaved row
+  PaddedPlane x, dy;  // input, with a border of K / 2; output gradient, with a border of (K - 1) / stride
+  Vec* weight;        // [K * K], each in all lanes
+  Vec* weight_sum;    // [K * K], gradient of the weight, still to be summed over the lanes
+  float *row, *out;   // K * K weights; a tile of rows in stride x stride phases and one interleaved row
 
   explicit GenericWorkspace(const Shape& s) : GenericWorkspace(s, Sizes(s)) {}
 
@@ -43,7 +49,8 @@ struct GenericWorkspace {
       x_pitch = round_up(round_up(s.out_width(), kLanes) + reach, kLanes);
       x_phase = x_pitch * ((rows - 1) * s.stride + k + s.stride);
       x = x_phase * s.stride + kLanes;
-      const int begin = k / 2 / s.stride, skip = k / 2 % s.stride;  // where dx starts among bordered rows and columns
+      // where dx starts among padded rows and columns
+      const int begin = k / 2 / s.stride, skip = k / 2 % s.stride;
       const int dx_rows = round_up((s.height + skip + s.stride - 1) / s.stride, kTileRows);
       const int dx_columns = round_up((s.width + skip + s.stride - 1) / s.stride, kLanes);
       dy_pitch = round_up(begin + dx_columns + reach, kLanes);
@@ -55,7 +62,8 @@ struct GenericWorkspace {
   };
 
   GenericWorkspace(const Shape& s, const Sizes& n)
-      : out_pitch(n.out_pitch), memory(2 * n.area * kLanes + n.x + n.dy + n.out + n.area + kLanes) {
+      : out_pitch(n.out_pitch),
+        memory(2 * n.area * kLanes + n.x + n.dy + n.out + n.area + kLanes) {
     weight = memory.vectors();
     weight_sum = weight + n.area;
     float* p = memory.floats() + 2 * n.area * kLanes;
@@ -67,8 +75,8 @@ struct GenericWorkspace {
   }
 };
 
-// Fills the interior of a bordered plane; the border was zeroed once and stays so, as rows are written in order and end
-// in zeros.
+// Fills the interior of a padded plane. The border was zeroed once and remains zero, as rows are written in order and
+// end in zeros.
 inline void pad_plane(const float* plane, int height, int width, int border, const PaddedPlane& to) {
   const float* end = plane + (std::ptrdiff_t)height * width;
   for (int y = 0; y < height; y++) {
@@ -78,7 +86,7 @@ inline void pad_plane(const float* plane, int height, int width, int border, con
       copy_row(from, width, end, row + border);
       continue;
     }
-    // Column x lies at x + border: even x in the phase of the border's parity.
+    // Column x is stored at x + border: even x in the phase of the border's parity.
     float* even = row + (border & 1) * to.phase + (border >> 1);
     float* odd = row + (~border & 1) * to.phase + ((border + 1) >> 1);
     for (int i = 0; i < width; i += 2 * kLanes) {
@@ -90,18 +98,12 @@ inline void pad_plane(const float* plane, int height, int width, int border, con
   }
 }
 
-// ---- correlation with a [KY, KX] kernel whose entries are `row_step` and `column_step` apart ----
+// ---- correlation with a [KY, KX] kernel ----
 
-struct TapView {
-  const Vec* weight;
-  int rows, columns, row_step, column_step;
-  const Vec& at(int y, int x) const { return weight[y * row_step + x * column_step]; }
-};
-
-// kTileRows rows of `vectors` vectors of output, from bordered row `row` and column `column` on.
+// kTileRows rows of `vectors` vectors of output, starting at padded row `row` and column `column`.
 template <int KY, int KX, int S>
-void correlate_tile(const PaddedPlane& in, int row, int column, const TapView& taps, float bias, int vectors, float* out,
-          std::ptrdiff_t out_pitch) {
+void correlate_tile(const PaddedPlane& in, int row, int column, const TapView& taps, float bias, int vectors,
+                    float* out, std::ptrdiff_t out_pitch) {
   const float* columns[KX];
   for (int x = 0; x < KX; x++) columns[x] = in.at(row, column + x);
   for (int v = 0; v < vectors; v++) {
@@ -125,8 +127,8 @@ void correlate_tile(const PaddedPlane& in, int row, int column, const TapView& t
 }
 
 template <>
-inline void correlate_tile<0, 0, 0>(const PaddedPlane& in, int row, int column, const TapView& taps, float bias, int vectors, float* out,
-                          std::ptrdiff_t out_pitch) {
+inline void correlate_tile<0, 0, 0>(const PaddedPlane& in, int row, int column, const TapView& taps, float bias,
+                                    int vectors, float* out, std::ptrdiff_t out_pitch) {
   for (int v = 0; v < vectors; v++) {
     Vec sum[kTileRows];
     for (int r = 0; r < kTileRows; r++) sum[r] = splat(bias);
@@ -161,67 +163,7 @@ inline TileKernel select_tile_kernel(int ky, int kx, int stride) {
   return correlate_tile<0, 0, 0>;
 }
 
-// ---- exact scalar versions, for when a value that is not finite would meet a zero of the border ----
-
-// Calls f(index of the output pixel, of the input pixel, of the tap) for every tap that does not fall on padding.
-template <class F>
-LK_INLINE void for_each_tap(const Shape& s, F f) {
-  const int k = s.kernel, pad = k / 2;
-  for (int oy = 0; oy < s.out_height(); oy++) {
-    for (int ox = 0; ox < s.out_width(); ox++) {
-      for (int ky = 0; ky < k; ky++) {
-        for (int kx = 0; kx < k; kx++) {
-          const int iy = oy * s.stride + ky - pad, ix = ox * s.stride + kx - pad;
-          if (iy < 0 || iy >= s.height || ix < 0 || ix >= s.width) continue;
-          f((std::ptrdiff_t)oy * s.out_width() + ox, (std::ptrdiff_t)iy * s.width + ix, ky * k + kx);
-        }
-      }
-    }
-  }
-}
-
-inline bool all_finite(const float* p, int count) {
-  for (int i = 0; i < count; i++) {
-    if (!std::isfinite(p[i])) return false;
-  }
-  return true;
-}
-
-inline void scalar_forward(const float* x, const float* weight, const Epilogue& epilogue, std::ptrdiff_t channel,
-                          const Shape& s, float* y) {
-  const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f, shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
-  const std::ptrdiff_t pixels = (std::ptrdiff_t)s.out_height() * s.out_width();
-  Scratch exact(pixels + kLanes);
-  float* sum = exact.floats();
-  std::fill(sum, sum + pixels, shift);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += x[i] * (scale * weight[tap]); });
-  write_row(sum, (int)pixels, y, y + pixels);
-  epilogue.activate_plane(pixels, y);
-}
-
-inline void scalar_input_gradient(const float* dy, const float* weight, const Shape& s, float* dx) {
-  const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
-  Scratch exact(pixels + kLanes);
-  float* sum = exact.floats();
-  std::fill(sum, sum + pixels, 0.f);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[i] += dy[o] * weight[tap]; });
-  write_row(sum, (int)pixels, dx, dx + pixels);
-}
-
-// Of one channel over the batch; x and dy point to its first plane.
-inline void scalar_weight_gradient(const float* x, const float* dy, const Shape& s, float* dweight) {
-  const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-  const int area = s.kernel * s.kernel;
-  Scratch exact(area + kLanes);
-  float* sum = exact.floats();
-  std::fill(sum, sum + area, 0.f);
-  for (std::ptrdiff_t image = 0; image < s.batch; image++, x += s.channels * in, dy += s.channels * out) {
-    for_each_tap(s, [&](auto o, auto i, int tap) { sum[tap] += dy[o] * x[i]; });
-  }
-  write_row(sum, area, dweight, dweight + area);
-}
-
-// ---- the three passes over one plane ----
+// ---- forward pass and gradients of one plane ----
 
 inline void forward_plane(const float* plane, float bias, const Shape& s, GenericWorkspace& w, float* y) {
   const int k = s.kernel, height = s.out_height(), width = s.out_width();
@@ -237,8 +179,8 @@ inline void forward_plane(const float* plane, float bias, const Shape& s, Generi
   }
 }
 
-// dy stands in w.dy. Row and column Y = 2 a + phase of the bordered input receive dy[a - m] * weight[2 m + phase], which
-// is a correlation with every second tap of the rotated kernel; the same at stride 1 with the one phase 0.
+// The input gradient, for dy in w.dy. Row (and column) Y = 2 a + phase of the padded input receives dy[a - m] *
+// weight[2 m + phase]: a correlation with every second tap of the rotated kernel. At stride 1 there is only phase 0.
 inline void input_gradient_plane(const Shape& s, GenericWorkspace& w, float* dx) {
   const int k = s.kernel, pad = k / 2, stride = s.stride, reach = (k - 1) / stride;
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
@@ -253,7 +195,7 @@ inline void input_gradient_plane(const Shape& s, GenericWorkspace& w, float* dx)
       const int last = (py + stride * (ny - 1)) * k + px + stride * (nx - 1);
       const TapView taps = {w.weight + std::max(last, 0), ny, nx, -stride * k, -stride};
       select_tile_kernel(ny, nx, 1)(w.dy, a + reach + 1 - ny, start + reach + 1 - nx, taps, 0.f, vectors,
-                             w.out + phase * kTileRows * w.out_pitch, w.out_pitch);
+                                    w.out + phase * kTileRows * w.out_pitch, w.out_pitch);
     }
     for (int r = 0; r < kTileRows * stride; r++) {
       const int y = stride * a + r - pad;
@@ -274,9 +216,11 @@ inline void input_gradient_plane(const Shape& s, GenericWorkspace& w, float* dx)
   }
 }
 
-// Adds KY rows of the weight gradient, from kernel row ky on, to sum. Rows and columns of dy behind the last are zeros.
+// Adds KY rows of the weight gradient, starting at kernel row ky, to `sum`. Rows and columns past the end of dy are
+// zeros.
 template <int KY, int KX, int S>
-void weight_gradient_tile(const PaddedPlane& x, const PaddedPlane& dy, int border, int ky, int height, int vectors, Vec* sum) {
+void weight_gradient_tile(const PaddedPlane& x, const PaddedPlane& dy, int border, int ky, int height, int vectors,
+                          Vec* sum) {
   Vec part[KY * KX];
 #pragma GCC unroll 32
   for (int i = 0; i < KY * KX; i++) part[i] = sum[i];
@@ -324,7 +268,7 @@ inline void weight_gradient_any(const PaddedPlane& x, const PaddedPlane& dy, int
   }
 }
 
-// Adds one plane's weight gradient to w.weight_sum; dy stands in w.dy.
+// Adds one plane's weight gradient to w.weight_sum, for dy in w.dy.
 inline void weight_gradient_plane(const float* x, const Shape& s, GenericWorkspace& w) {
   const int k = s.kernel, border = (k - 1) / s.stride, height = s.out_height();
   const int vectors = round_up(s.out_width(), kLanes) / kLanes;
@@ -338,22 +282,9 @@ inline void weight_gradient_plane(const float* x, const Shape& s, GenericWorkspa
   }
 }
 
-// ---- whole tensors ----
+// ---- tensors ----
 
-LK_INLINE float sum_lanes(Vec v) {
-#if defined(__AVX512F__)
-  v += LK_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += LK_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  v += LK_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  return v[0] + v[1];
-#else
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; lane++) sum += v[lane];
-  return sum;
-#endif
-}
-
-// Whether all are finite; if not, zeros of a border must not be multiplied with them.
+// Returns whether all weights are finite; otherwise they must not be multiplied by the zeros of a border.
 inline bool read_weights(const float* weight, int area, float scale, GenericWorkspace& w) {
   for (int i = 0; i < area; i++) {
     w.row[i] = scale * weight[i];
@@ -383,9 +314,9 @@ inline void forward_generic(const float* x, const float* weight, const Epilogue&
   }
 }
 
-// dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
-inline void backward_generic(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
-                          float* dbias) {
+// dx, dweight and dbias may be null. One thread sums a channel over the batch, in order.
+inline void backward_generic(const float* x, const float* weight, const float* dy, const Shape& s, float* dx,
+                             float* dweight, float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel, border = (s.kernel - 1) / s.stride;
   WorkStealingTasks channels(s.channels);

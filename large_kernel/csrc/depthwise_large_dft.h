@@ -1,37 +1,46 @@
-// Large kernels, stride 1, on larger maps: channels in vector lanes and rows as frequencies, so that along the rows a correlation
-// is a product. Along the columns frequencies are correlated tap by tap. Rounding errors are relative to a row's largest pixels.
+// Large kernels at stride 1 on larger maps, by a DFT along the rows: there a correlation becomes a product of
+// frequencies. Along the columns, each frequency is correlated tap by tap (run_kernel.h). Forward pass, input gradient
+// and weight gradient. Rounding errors are relative to the largest pixels of a row.
+//
+//   map, H rows          forward DFT        frequencies, per pair: H x (re, im)      inverse DFT      output, H rows
+//   [x0 x1 ... | 0 0]  ------------->  pair 0    | | |  correlated down the      ------------->  [y0 y1 ... | unused]
+//   length 44, 60 or 76                pair 1    | | |  column with the taps'
+//                                      ...       v v v  frequencies
+// Channels map to SIMD lanes. Wide maps are divided into tiles of columns, tall ones into strips of rows.
 #pragma once
-#include "dft.h"
 #include "depthwise_large_fir.h"
+#include "dft.h"
 
 namespace large_kernel {
 
-// ---- rows of `length` numbers and their frequencies: Reals and then Complex numbers, `pairs` in all, `step` apart ----
+// ---- transforms of rows of `length` numbers into `pairs` pairs: pair 0 is a RealPair, the others are Complex, `step`
+// apart ----
 
 struct RowTransform {
   const int length, pairs;
   RowTransform(int length) : length(length), pairs(length / 2) {}
   virtual ~RowTransform() = default;
   virtual void forward(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
-  // Of a row of taps, tap d in place d or length + d: the factor that makes a product a correlation.
+  // For a row of taps, with tap d at index d or length + d: the factor that turns products into a correlation.
   virtual void forward_taps(const Vec* row, Vec* pairs, std::ptrdiff_t step) const = 0;
   virtual void inverse(const Vec* pairs, std::ptrdiff_t step, Vec* row) const = 0;
 };
 
-// Flattened: see gradient_leaf.
+// The functions are flattened for the reason given at gradient_leaf.
 template <int M>
 class Transform : public RowTransform {
  public:
   Transform() : RowTransform(4 * M), inverse_(1.f / (2 * M)) {}
 
   __attribute__((flatten)) void forward(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
-    const Dft<M> dft = forward_;  // a copy, which writing results cannot change
+    const Dft<M> dft = forward_;  // a local copy, which the stores of results cannot alias
     dft.forward([&](auto n) { return row[n]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
   }
 
   __attribute__((flatten)) void forward_taps(const Vec* row, Vec* to, std::ptrdiff_t step) const override {
     const Dft<M> dft = forward_;
-    dft.forward([&](auto n) { return row[(4 * M - n) % (4 * M)]; }, [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
+    dft.forward([&](auto n) { return row[(4 * M - n) % (4 * M)]; },
+                [&](int pair, Vec a, Vec b) { put(to + pair * step, a, b); });
   }
 
   __attribute__((flatten)) void inverse(const Vec* from, std::ptrdiff_t step, Vec* row) const override {
@@ -44,39 +53,7 @@ class Transform : public RowTransform {
   static LK_INLINE void put(Vec* to, Vec a, Vec b) { to[0] = a, to[1] = b; }
 };
 
-// Pairs of a row (or column) of outputs and the inputs that meet them.
-inline std::int64_t valid_taps(int size, int kernel) {
-  const std::int64_t reach = std::min(kernel / 2, size - 1);
-  return size + reach * (2 * size - 1 - reach);
-}
-
-// Rows are cut into tiles of outputs, each a cyclic correlation of the inputs it reaches, which are so few, or stand so far from
-// the ends, that nothing comes around to these outputs.
-struct Tiling {
-  int length = 0, tiles = 0;  // numbers of a transform; 0: none serves
-  float cost = 0;             // of a map, about, in multiply-adds
-
-  static Tiling of(int length, const Shape& s) {
-    const int reach = s.kernel / 2, m = length / 4;
-    const int most = s.width + reach <= length ? s.width : length - 2 * reach;  // outputs of a tile
-    if (reach >= length / 2 || most < 1) return {};
-    const int tiles = (s.width + most - 1) / most;
-    const float transform = 2.f * m * m + 24 * m;
-    const int tap_rows = std::min(s.kernel, 2 * s.height - 1);
-    return {length, tiles, tap_rows * transform + tiles * (2 * s.height * transform + 2.f * length * valid_taps(s.height, s.kernel))};
-  }
-};
-
-inline Tiling best_tiling(const Shape& s) {
-  Tiling best;
-  for (int length : {44, 60, 76}) {
-    const Tiling tiling = Tiling::of(length, s);
-    if (tiling.length && (!best.length || tiling.cost < best.cost)) best = tiling;
-  }
-  return best;
-}
-
-// Calls f with the best tiling of a shape, for which there is one, and its transform.
+// Calls f with the best tiling of a shape, which has to exist, and its transform.
 template <class F>
 void with_tiling(const Shape& s, F f) {
   const Tiling tiling = best_tiling(s);
@@ -87,18 +64,13 @@ void with_tiling(const Shape& s, F f) {
   }
 }
 
-// Whether frequencies take less time than the taps themselves, measured.
-inline bool dft_pays(const Shape& s) {
-  const Tiling tiling = best_tiling(s);
-  return tiling.length && tiling.cost < 0.75f * valid_taps(s.height, s.kernel) * valid_taps(s.width, s.kernel);
-}
+constexpr int kStripRows = 64;  // output rows whose frequencies are in memory at the same time
 
-constexpr int kStripRows = 64;  // output rows whose frequencies are in memory together
-
-// From one pair's numbers, of so many rows, to the next one's: an odd number of rows, or all would share a few cache sets.
+// Vectors from one pair's column of `rows` rows to the next one's: an odd number of rows, or all columns would share a
+// few cache sets.
 inline std::ptrdiff_t pair_stride(int rows) { return 2 * (rows | 1); }
 
-// Calls f(strip's first row, behind its last, and those of the input that they meet).
+// Calls f(first row, end row, first input row, end input row) for each strip of outputs.
 template <class F>
 LK_INLINE void for_each_strip(int begin, int end, const Shape& s, F f) {
   for (int stop; begin < end; begin = stop) {
@@ -107,7 +79,7 @@ LK_INLINE void for_each_strip(int begin, int end, const Shape& s, F f) {
   }
 }
 
-// Calls f(tile's first column, behind its last, and those of the input that they meet).
+// Calls f(first column, end column, first input column, end input column) for each tile of outputs.
 template <class F>
 LK_INLINE void for_each_tile(const Tiling& tiling, const Shape& s, F f) {
   const int reach = tiling.tiles == 1 ? s.width : s.kernel / 2;
@@ -117,7 +89,7 @@ LK_INLINE void for_each_tile(const Tiling& tiling, const Shape& s, F f) {
   }
 }
 
-// Calls f(pair, a number of the kind it holds).
+// Calls f(pair, an element of the type that the pair holds).
 template <class F>
 LK_INLINE void for_each_pair(const RowTransform& transform, F f) {
   f(0, RealPair{});
@@ -125,12 +97,15 @@ LK_INLINE void for_each_pair(const RowTransform& transform, F f) {
 }
 
 template <class E>
-LK_INLINE E* as_numbers(Vec* pairs, E) { return reinterpret_cast<E*>(pairs); }
+LK_INLINE E* as_numbers(Vec* pairs, E) {
+  return reinterpret_cast<E*>(pairs);
+}
 
-// x [N, C, H, W] -> y [N, C, H, W]. Where a result is not finite, what is not may have been carried to outputs that do not meet
-// it: those blocks of an image are left to `correlate_fir`.
-inline void correlate_dft(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
-                                  Pass pass, const FeatureMap<float>& y, const Tiling& tiling, const RowTransform& transform) {
+// x [N, C, H, W] -> y [N, C, H, W]. Blocks of channels with a result that is not finite are left to correlate_fir: a
+// DFT carries NaN and Inf to windows that do not contain them.
+inline void correlate_dft(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue,
+                          const Shape& s, Pass pass, const FeatureMap<float>& y, const Tiling& tiling,
+                          const RowTransform& transform) {
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
   const CorrelationTasks tasks(s);
   const std::ptrdiff_t step = pair_stride(std::min(s.height, kStripRows + k - 1)), taps_step = pair_stride(k);
@@ -151,7 +126,7 @@ inline void correlate_dft(const FeatureMap<const float>& x, const float* weight,
         pack(weight + (std::ptrdiff_t)channel * area, area, lanes, area, rotated ? out_pairs + area - 1 : out_pairs,
              rotated ? -1 : 1);
         std::fill_n(row, length, Vec{});
-        // rows that meet any of the map, in reverse, as `run` takes them
+        // the kernel rows that meet any of the map, in reverse order, as correlate_run expects them
         for (int ky = std::max(0, pad - s.height + 1); ky < std::min(k, pad + s.height); ky++) {
           const Vec* const middle = out_pairs + ky * k + pad;
           std::copy_n(middle, pad + 1, row);
@@ -166,22 +141,26 @@ inline void correlate_dft(const FeatureMap<const float>& x, const float* weight,
         for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
           std::fill_n(row + (right - left), length - (right - left), Vec{});
           for (int i = first; i < last; i++) {
-            if (i + 1 < last) x.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
+            if (i + 1 < last)
+              x.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
             x.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
             transform.forward(row, in_pairs + 2 * (i - first), step);
           }
           for_each_pair(transform, [&](int pair, auto number) {
-            const auto *stream = as_numbers(in_pairs + pair * step, number), *taps = as_numbers(table + pair * taps_step, number);
-            auto* const to = as_numbers(out_pairs + pair * step, number);  // in place of the pair before
+            const auto *stream = as_numbers(in_pairs + pair * step, number),
+                       *taps = as_numbers(table + pair * taps_step, number);
+            auto* const to = as_numbers(out_pairs + pair * step, number);  // overwrites the previous pair's input
             for_each_run(stop - begin, std::min(k, max_run(number)), [&](int a, int b) {
-              const int above = begin + a - pad, skipped = std::max(0, -above);  // the kernel's first row meets row `above`
+              const int above = begin + a - pad;  // the input row that the kernel's first row meets
+              const int skipped = std::max(0, -above);
               select_run_kernel(b - a, number)({stream + (above + skipped - first), 1, 0, taps, 0, 1}, k, skipped,
-                                        std::min(k - 1 + b - a, s.height - above), nullptr, to + a);
+                                               std::min(k - 1 + b - a, s.height - above), nullptr, to + a);
             });
           });
           epilogue.with_channels(channel, lanes, [&](auto finish) {
             for (int i = begin; i < stop; i++) {
-              if (i + 1 < stop) y.prefetch<true>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
+              if (i + 1 < stop)
+                y.prefetch<true>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
               transform.inverse(out_pairs + 2 * (i - begin), step, row);
               y.write(row + (x0 - left), image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, [&](Vec v) {
                 finite.see(v);
@@ -200,17 +179,15 @@ inline void correlate_dft(const FeatureMap<const float>& x, const float* weight,
   correlate_fir(x, weight, epilogue, s, pass, y, blocks);
 }
 
-// Whether the outermost taps still meet so many columns that rounding errors relative to whole rows are small beside them.
-inline bool dft_gradient_is_accurate(const Shape& s) { return s.kernel / 2 <= 0.6f * s.width; }
-
-// dweight [C, K, K], dbias [C] or null. Frequencies are summed over rows, tiles and images by one thread, in that order, so the
-// result does not depend on the number of threads.
+// dweight [C, K, K], dbias [C] or null. One thread sums the frequencies over rows, tiles and images, in this order, so
+// that results do not depend on the number of threads.
 inline void weight_gradient_dft(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias,
-                                        const Tiling& tiling, const RowTransform& transform) {
+                                const Tiling& tiling, const RowTransform& transform) {
   const std::ptrdiff_t plane = (std::ptrdiff_t)s.height * s.width;
   const int k = s.kernel, pad = k / 2, area = k * k, length = transform.length, pairs = transform.pairs;
   const int threads = omp_get_max_threads(), slices = slice_count(s.blocks(), (k + 7) / 8);
-  const std::ptrdiff_t x_step = pair_stride(std::min(s.height, kStripRows + k - 1)), dy_step = pair_stride(std::min(s.height, kStripRows));
+  const std::ptrdiff_t x_step = pair_stride(std::min(s.height, kStripRows + k - 1)),
+                       dy_step = pair_stride(std::min(s.height, kStripRows));
   const std::ptrdiff_t sum_step = pair_stride(k);
   const std::size_t per_thread = length + pairs * (x_step + dy_step + sum_step) + area;
   Scratch scratch(per_thread * threads * kLanes);
@@ -219,7 +196,8 @@ inline void weight_gradient_dft(const float* x, const float* dy, const Shape& s,
 #pragma omp parallel num_threads(threads)
   {
     Vec* const row = scratch.vectors() + per_thread * omp_get_thread_num();
-    Vec *const x_pairs = row + length, *const dy_pairs = x_pairs + pairs * x_step, *const sums = dy_pairs + pairs * dy_step;
+    Vec *const x_pairs = row + length, *const dy_pairs = x_pairs + pairs * x_step,
+               *const sums = dy_pairs + pairs * dy_step;
     Vec* const out = sums + pairs * sum_step;
     tasks.for_each([&](int task) {
       const int slice = task % slices, block = task / slices, lanes = s.lanes(block), channel = block * kLanes;
@@ -232,31 +210,35 @@ inline void weight_gradient_dft(const float* x, const float* dy, const Shape& s,
           for_each_tile(tiling, s, [&](int x0, int x1, int left, int right) {
             std::fill_n(row + (right - left), length - (right - left), Vec{});
             for (int i = first; i < last; i++) {
-              if (i + 1 < last) in.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
+              if (i + 1 < last)
+                in.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + left, right - left);
               in.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + left, right - left, row);
               transform.forward(row, x_pairs + 2 * (i - first), x_step);
             }
             std::fill_n(row, length, Vec{});
-            Vec bias = {};  // summed apart, so that small terms do not drown in large sums
-            for (int i = begin; i < stop; i++) {  // in reverse, as `run` takes them
-              if (i + 1 < stop) grad.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
+            // summed separately, so that small terms are not lost in large sums
+            Vec bias = {};
+            for (int i = begin; i < stop; i++) {  // in reverse order, as correlate_run expects them
+              if (i + 1 < stop)
+                grad.prefetch<false>(image, channel, lanes, (std::ptrdiff_t)(i + 1) * s.width + x0, x1 - x0);
               grad.read(image, channel, lanes, (std::ptrdiff_t)i * s.width + x0, x1 - x0, row + (x0 - left));
               if (dbias && slice == 0) bias += std::accumulate(row + (x0 - left), row + (x1 - left), Vec{});
               transform.forward_taps(row, dy_pairs + 2 * (stop - 1 - i), dy_step);
             }
             total += bias;
-            const int low = std::max(ky0, pad - stop + 1), high = std::min(ky1, s.height - begin + pad), rows = last - first;
+            const int low = std::max(ky0, pad - stop + 1), high = std::min(ky1, s.height - begin + pad),
+                      rows = last - first;
             if (high <= low) return;
             for_each_pair(transform, [&](int pair, auto number) {
-              const auto *stream = as_numbers(dy_pairs + pair * dy_step, number), *table = as_numbers(x_pairs + pair * x_step, number);
+              const auto *stream = as_numbers(dy_pairs + pair * dy_step, number),
+                         *table = as_numbers(x_pairs + pair * x_step, number);
               for_each_run(high - low, std::min(rows, max_run(number)), [&](int a, int b) {
-                // the row of dy behind the strip would meet row `below` of these rows of x
+                // the row of dy past the strip would meet row `below` of these rows of x
                 const int below = stop + low + a - pad - first;
-                Vec part[kMaxRun];  // summed apart as well
-                select_run_kernel(b - a, number)({stream + std::max(0, below - rows), 1, 0, table, 0, 1}, rows,
-                                          std::max(0, rows - below),
-                                          std::min(rows - below + stop - begin, rows - 1 + b - a), nullptr,
-                                          as_numbers(part, number));
+                Vec part[kMaxRun];  // summed separately, too
+                select_run_kernel(b - a, number)(
+                    {stream + std::max(0, below - rows), 1, 0, table, 0, 1}, rows, std::max(0, rows - below),
+                    std::min(rows - below + stop - begin, rows - 1 + b - a), nullptr, as_numbers(part, number));
                 Vec* const sum = sums + pair * sum_step + 2 * (low + a);
                 for (int i = 0; i < 2 * (b - a); i++) sum[i] += part[i];
               });

@@ -1,5 +1,11 @@
-// The weight gradient of large kernels, stride 1, on small maps, where they reach from most pixels to every other: channels in
-// vector lanes and three products instead of four along either axis.
+// The weight gradient of large kernels at stride 1 on maps of 5x5 to 16x16 pixels. The outermost taps are sums of a few
+// products, in which the rounding errors of a DFT would dominate. Therefore only Winograd's products of halves are
+// used, along both axes.
+//
+//   x   = x0 | x1        taps   -S+1 ... -half | ... 0 ... | half ... S-1        S = 2 half, the side of the map
+//   dy  = y0 | y1               x0 y1            all three   x1 y0
+//   products (x0 - x1)(y0 - y1), x1 y0 and x0 y1: 3 per axis instead of 4, 9 per map instead of 16
+// Channels map to SIMD lanes.
 #pragma once
 #include "depthwise_small_map.h"
 
@@ -7,9 +13,10 @@ namespace large_kernel {
 
 // Along an axis of two halves of `half` pixels, the gradient of tap d is the sum of x[r] * dy[o] over r - o = d. With
 // |d| < half and the products
-//   difference[d] = the sum of (x0 - x1)[r] * (dy0 - dy1)[o],   first[d] = of x1[r] * dy0[o],   second[d] = of x0[r] * dy1[o],
-// over r - o = d, the gradient of tap d is the sum of all three at d, plus first[d - half], plus second[d + half], as far as
-// there are such: three products instead of four (Winograd, 1980, transposed).
+//   difference[d] = the sum of (x0 - x1)[r] * (dy0 - dy1)[o],
+//   first[d] = the sum of x1[r] * dy0[o],   second[d] = the sum of x0[r] * dy1[o],
+// over r - o = d, the gradient of tap d is the sum of all three at d, plus first[d - half] and second[d + half] where
+// these exist: three products instead of four (Winograd, 1980, transposed).
 enum Product { kDifference, kFirst, kSecond };
 
 inline int product_count(const Axis& axis) { return axis.parts == 2 ? 3 : 1; }
@@ -22,15 +29,15 @@ inline void subtract_rows(Grid2D a, Grid2D b, int rows, int columns, Grid2D to) 
   }
 }
 
-// One factor of each product, by product along the rows and along the columns.
+// One factor of each product, indexed by the products along the rows and along the columns of the map.
 struct Factors {
   Grid2D grid[3][3];
 };
 
-// Vectors of memory for them.
+// Vectors of scratch memory for the factors.
 inline int factors_scratch(const Axis& h, const Axis& w) { return (h.size() + 3 * h.half) * w.half; }
 
-// Of an input, or of the gradient of an output.
+// The factors of an input, or with `output` of an output gradient.
 inline Factors factors_of(const Grid2D& map, bool output, const Axis& h, const Axis& w, Vec* memory) {
   const Product low = output ? kFirst : kSecond, high = output ? kSecond : kFirst;
   Factors factors = {};
@@ -54,7 +61,8 @@ inline Factors factors_of(const Grid2D& map, bool output, const Axis& h, const A
   return factors;
 }
 
-// Row d of the factors of some images, of W pixels: in each `count` rows from in and from on, images `step` apart.
+// The pairs of rows of x and dy that contribute to row d of the taps: `count` per image, in images `step` vectors
+// apart.
 struct RowPairs {
   const Vec *in, *from;
   std::ptrdiff_t in_row, from_row, step;
@@ -70,7 +78,7 @@ LK_INLINE void for_each_pair(RowPairs pairs, F f) {
   }
 }
 
-// sum [2 W - 1], the gradient of a row of taps.
+// Adds the gradient of a row of taps to sum [2 W - 1].
 template <int W>
 LK_INLINE void gradient_row(const RowPairs& pairs, Vec* sum) {
   for_each_pair(pairs, [&](const Vec* in, const Vec* from) {
@@ -86,7 +94,7 @@ LK_INLINE void gradient_row(const RowPairs& pairs, Vec* sum) {
   });
 }
 
-// The same, rows once more as three products of halves, of A and B pixels. It keeps some 30 vectors in registers.
+// The same, with each row split into halves of A and B pixels and three products again. It uses about 30 registers.
 template <int W>
 LK_INLINE void gradient_row_halves(const RowPairs& pairs, Vec* sum) {
   constexpr int A = (W + 1) / 2, B = W / 2;
@@ -123,16 +131,17 @@ LK_INLINE void gradient_row_halves(const RowPairs& pairs, Vec* sum) {
   }
 }
 
-// The gradient of the taps, [2 rows - 1, 2 W - 1], of images whose factors are `step` apart; unless `first`, added to what is
-// there: images are summed by themselves, so that small terms do not drown in large sums. Flattened, since GCC would otherwise
-// leave the loops' bodies as calls and their sums in memory.
+// Computes the gradient of the taps, [2 rows - 1, 2 W - 1], of images whose factors are `step` apart. Unless `first`,
+// adds it to `out`: each group of images is summed separately, so that small terms are not lost in large sums. The
+// function is flattened because GCC would otherwise keep the loop bodies as calls and their sums in memory.
 template <int W>
-__attribute__((noinline, flatten)) void gradient_leaf(Grid2D x, Grid2D dy, std::ptrdiff_t step, int images, int rows, bool first,
-                                                      Vec* out) {
-  constexpr int few = 2;  // pairs of rows, of whose sums what only cancels could be the larger part
+__attribute__((noinline, flatten)) void gradient_leaf(Grid2D x, Grid2D dy, std::ptrdiff_t step, int images, int rows,
+                                                      bool first, Vec* out) {
+  constexpr int few = 2;  // with so few pairs of rows, terms that cancel could dominate the sum
   for (int d = 1 - rows; d < rows; d++, out += 2 * W - 1) {
     const int count = rows - std::abs(d);
-    const RowPairs pairs = {x.at + std::max(d, 0) * x.row, dy.at + std::max(-d, 0) * dy.row, x.row, dy.row, step, images, count};
+    const RowPairs pairs = {
+        x.at + std::max(d, 0) * x.row, dy.at + std::max(-d, 0) * dy.row, x.row, dy.row, step, images, count};
     Vec sum[2 * W - 1] = {};
     if (kRegisters == 32 && count > few) gradient_row_halves<W>(pairs, sum);
     else gradient_row<W>(pairs, sum);
@@ -141,9 +150,9 @@ __attribute__((noinline, flatten)) void gradient_leaf(Grid2D x, Grid2D dy, std::
   }
 }
 
-// ---- products to taps ----
+// ---- from products to taps ----
 
-// Row y of `columns` vectors; products are `step` vectors apart.
+// Row y of the taps, `columns` vectors wide; products are `step` vectors apart.
 inline void merge_row(const Vec* product, std::ptrdiff_t step, const Axis& h, int y, int columns, Vec* out) {
   auto row = [&](int i, int y) { return product + i * step + (y + h.half - 1) * columns; };
   if (h.parts == 1) {
@@ -159,7 +168,7 @@ inline void merge_row(const Vec* product, std::ptrdiff_t step, const Axis& h, in
   }
 }
 
-// A row of taps of one of each product, [3, half_taps(w)].
+// A row of taps from a row of each product, [3, half_taps(w)].
 inline void merge_columns(const Vec* difference, const Axis& w, Vec* out) {
   const Vec *first = difference + half_taps(w), *second = first + half_taps(w);
   const int half = w.half;
@@ -171,8 +180,8 @@ inline void merge_columns(const Vec* difference, const Axis& w, Vec* out) {
   for (int i = half - 1; i < 2 * half - 1; i++) out[2 * half + i] = first[i];
 }
 
-// dweight [C, K, K], dbias [C] or null. One thread sums a block of channels over the batch, in its order. Blocks with a value
-// that is not finite are left to `weight_gradient_fir`.
+// dweight [C, K, K], dbias [C] or null. One thread sums a block of channels over the batch, in order. Blocks with a
+// value that is not finite are left to weight_gradient_fir.
 inline void weight_gradient_small_map(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
   constexpr int together = 4;  // images
   const Axis h(s.height), w(s.width);

@@ -1,30 +1,30 @@
-// Large kernels, stride 1, that reach from every pixel of a small square map to every other: pixels of a row in vector lanes and
-// all rows of the map in registers. Nothing is transposed, nothing has a border, and no tap falls on padding: values that are not
-// finite go where they should by themselves.
+// Large kernels at stride 1 on square maps of 5x5 to 8x8 pixels that the kernel covers completely: forward pass, input
+// gradient and weight gradient, in NCHW. Planes and weights are read in place. No tap meets padding, so NaN and Inf
+// need no special treatment.
+//
+//   one column of the map, each value in all lanes:   value[0] ... value[H - 1]   in registers
+//   row d of the kernel, shifted by the column:       tap (8 lanes)               loaded once
+//   rows of the output, 8 lanes each:                 sum[0] ... sum[H - 1]       in registers
+//   for each column and each d:                       sum[y] += tap * value[y + d] for all y
+//
+// With AVX-512 two planes can share a vector of 16 lanes: of two images, or of two channels of the last image.
 #pragma once
-#include "depthwise_generic.h"
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "dispatch.h"
+#include "epilogue.h"
+#include "work_stealing.h"
 
 namespace large_kernel {
 
-constexpr int kTinySide = kMaxStaticSize;  // pixels of a row at most, and floats of a line
-constexpr int kPlaneFloats = kTinySide * kTinySide + std::max(kLanes, kTinySide);  // memory for a plane and what is touched behind it
-constexpr int kImagesTogether = 16;  // images whose planes stay in the first cache
-#if defined(__AVX512DQ__)
-constexpr bool kHasPlanePairs = true;
-#else
-constexpr bool kHasPlanePairs = false;
-#endif
-
-// Smaller maps leave too much of the registers empty. Others than square ones could be served, but would take as much code again.
-inline bool uses_tiny_map(const Shape& s) {
-  return kLanes >= kTinySide && s.height == s.width && s.width <= kTinySide && s.width > kTinySide / 2 && s.kernel / 2 >= s.width - 1;
-}
-
-// Where two vectors of 16 lanes are multiplied in a cycle, those of 8 would give half of it away: there the lines of two planes
-// share a vector. The gradient of the taps, which is not computed like that, is left to whole_gradient.h: faster than 8 lanes.
-inline bool packs_plane_pairs() { return kHasPlanePairs && has_large_l1(); }
-
-constexpr int kRowLanes = std::min(kTinySide, kLanes);  // with fewer lanes than kTinySide this only has to compile
+constexpr int kPlaneFloats =
+    // floats of a plane and of what is accessed past it
+    kTinySide * kTinySide + std::max(kLanes, kTinySide);
+constexpr int kImagesTogether = 16;  // images whose planes fit in the L1 cache
+constexpr int kRowLanes =
+    std::min(kTinySide, kLanes);  // with fewer lanes than kTinySide the code has to compile, but is not used
 typedef float RowVec __attribute__((vector_size(kRowLanes * 4), may_alias));
 typedef int32_t RowBits __attribute__((vector_size(kRowLanes * 4)));
 typedef float RowUnaligned __attribute__((vector_size(kRowLanes * 4), aligned(4), may_alias));
@@ -32,8 +32,8 @@ typedef float RowUnaligned __attribute__((vector_size(kRowLanes * 4), aligned(4)
 LK_INLINE RowVec load_line(const float* p) { return *reinterpret_cast<const RowUnaligned*>(p); }
 LK_INLINE void store_line(float* p, RowVec v) { *reinterpret_cast<RowUnaligned*>(p) = v; }
 
-// How vectors hold the planes that are computed together: `step` is the way from the first one to the second. `reverse` returns
-// lanes width - 1 to 0 of each plane, and after them any.
+// How a vector holds the planes that are computed together; the second one is `step` floats after the first. `reverse`
+// returns lanes width - 1 to 0 of each plane; the lanes after these are unspecified.
 struct OnePlane {
   typedef RowVec Vector;
   static constexpr int kPlanes = 1;
@@ -44,7 +44,7 @@ struct OnePlane {
   static LK_INLINE Vector reverse(Vector v, int width) {
 #if defined(__AVX2__)
     RowBits from;
-    for (int i = 0; i < kRowLanes; i++) from[i] = width - 1 - i;  // of each its last three bits count
+    for (int i = 0; i < kRowLanes; i++) from[i] = width - 1 - i;  // only the last three bits of each index count
     return (RowVec)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
 #else
     RowVec reversed = v;
@@ -55,7 +55,7 @@ struct OnePlane {
 };
 
 #if defined(__AVX512DQ__)
-// Planes of one channel share its taps, those of two channels have their own.
+// Two planes per vector: those of one channel share its taps, those of two channels have their own.
 template <bool kSameTaps>
 struct TwoPlanes {
   typedef Vec Vector;
@@ -66,11 +66,13 @@ struct TwoPlanes {
   }
   static LK_INLINE Vector load_taps(const float* taps, std::ptrdiff_t step) {
     const __m256 first = _mm256_loadu_ps(taps);
-    if (kSameTaps) return (Vec)_mm512_maskz_broadcast_f32x8(0xffff, first);  // GCC 12 warns of its own header without the mask
+    if (kSameTaps)
+      return (Vec)_mm512_maskz_broadcast_f32x8(0xffff, first);  // the mask avoids a GCC 12 warning in its own header
     return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(first), _mm256_loadu_ps(taps + step), 1);
   }
   static LK_INLINE RowVec get(Vector v, int plane) {
-    return (RowVec)(plane ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1) : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
+    return (RowVec)(plane ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1)
+                          : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
   }
   static LK_INLINE Vector reverse(Vector v, int width) {
     VecI32 from;
@@ -84,17 +86,20 @@ typedef TwoPlanes<false> TwoChannels;
 typedef OnePlane TwoImages, TwoChannels;  // not used
 #endif
 
-// Planes of H by H pixels, x_step apart, to `out`, out_step apart: as many as N vectors hold, which share what is read of the
-// taps. `taps` points to the middle of a kernel, that of a vector's second plane lies taps_step further. They are read as they
-// lie: for the output their rows would have to run backwards, so there the lanes do, until the end. Writes out [H, H]; unless
-// `exact`, up to kTinySide - 1 floats behind each plane too.
+// Correlates as many planes of H x H pixels as N vectors hold, which share the loads of taps. Planes are x_step apart
+// and results out_step apart. `taps` points to the middle of a kernel; that of a vector's second plane is taps_step
+// further on. The taps are read in memory order. For the forward pass a kernel's rows would have to be read backwards;
+// instead the lanes of the sums are reversed until the end. Writes out [H, H] and, unless `exact`, up to kTinySide - 1
+// floats past each plane.
 template <class P, int N, int H, Pass pass>
 __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x_step, const float* taps,
-                                                std::ptrdiff_t taps_step, int kernel, float* out, std::ptrdiff_t out_step,
-                                                bool exact) {
+                                                std::ptrdiff_t taps_step, int kernel, float* out,
+                                                std::ptrdiff_t out_step, bool exact) {
   typedef typename P::Vector Vector;
   constexpr bool forward = pass == Pass::kForward;
-  constexpr int chains = N == 1 && kRegisters == 32 ? 2 : 1;  // of additions, so that one need not wait for the one before
+  constexpr int chains =
+      // independent chains of additions, to hide their latency
+      N == 1 && kRegisters == 32 ? 2 : 1;
   const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel, vector_step = P::kPlanes * x_step;
   taps -= (H - 1) * down + (forward ? H - 1 : 0);
   Vector sum[N * chains][H] = {};
@@ -119,7 +124,9 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
     }
   }
 #pragma GCC unroll 4
-  for (int plane = 0; plane < N * P::kPlanes; plane++, out += out_step) {  // in order: what is behind one may be the next one
+  for (int plane = 0; plane < N * P::kPlanes;
+       // in order, as the floats past one plane may belong to the next
+       plane++, out += out_step) {
     Vector* const result = sum[plane / P::kPlanes];
 #pragma GCC unroll 8
     for (int y = 0; y < H; y++) {
@@ -137,12 +144,14 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
   }
 }
 
-// The products of every column of dy with all of x, summed over planes `x_step` and `dy_step` apart: parts
-// [H, 2 H - 1, 3 kTinySide], each in the middle of its row.
+// Multiplies every column of dy by all of x and sums over planes `x_step` and `dy_step` apart. Writes parts [H, 2 H -
+// 1, 3 kTinySide], with the sums in the middle third of each row.
 template <int H>
-__attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x_step, const float* dy, std::ptrdiff_t dy_step,
-                                                int planes, float* parts) {
-  constexpr int busy = kRegisters == 32 ? H / 2 : -1;  // rows at most this far from the middle have two chains of additions
+__attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x_step, const float* dy,
+                                                std::ptrdiff_t dy_step, int planes, float* parts) {
+  constexpr int busy =
+      // rows at most this far from the middle get two chains of additions
+      kRegisters == 32 ? H / 2 : -1;
   RowBits inside;
   for (int i = 0; i < kRowLanes; i++) inside[i] = i < H ? -1 : 0;
   for (int column = 0; column < H; column++, dy++) {
@@ -170,8 +179,8 @@ __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x
   }
 }
 
-// The gradient of the taps out of what multiply_columns wrote and, if there are, sums [2 H - 1, 2 kTinySide] of earlier images:
-// to `to` if given, as such sums, or to a kernel's gradient with its middle at `middle`.
+// Adds up the parts of multiply_columns and, if given, the sums [2 H - 1, 2 kTinySide] of earlier images. Writes such
+// sums to `to` if given, otherwise the gradient of a kernel whose middle is at `middle`.
 template <int H>
 __attribute__((noinline)) void merge_columns(const float* parts, const float* from, float* to, float* middle,
                                              int kernel) {
@@ -186,22 +195,21 @@ __attribute__((noinline)) void merge_columns(const float* parts, const float* fr
       if (from) sum += load(from + d * 2 * kTinySide + i);
       if (to) {
         store(to + d * 2 * kTinySide + i, sum);
-      } else {  // zeros behind a row belong there or are written over by the next row
+      } else {  // the zeros after a row belong there or are overwritten by the next row
         store_clamped(at + i, sum, d + 1 < rows ? kLanes : 2 * reach + 1 - i);
       }
     }
   }
 }
 
-// `count` values to other memory, through `finish`.
+// Copies `count` values through `finish`.
 template <class F = Identity>
 LK_INLINE void copy_values(const float* from, int count, float* to, F finish = {}) {
-  for_each_window(
-      count, [&](int i) { store(to + i, finish(load(from + i))); },
-      [&] { store_partial(to, finish(load_partial(from, count)), count); });
+  for_each_window(count, [&](int i) { store(to + i, finish(load(from + i))); },
+                  [&] { store_partial(to, finish(load_partial(from, count)), count); });
 }
 
-// The middle of a channel's weights: where they lie, or copied, with what is read behind them.
+// The middle of a channel's weights, in place, or in a copy for the last channel, as more than the weights is read.
 LK_INLINE const float* middle_tap(const float* weight, int channel, const Shape& s, float* copied) {
   const int area = s.kernel * s.kernel;
   const float* from = weight + (std::ptrdiff_t)channel * area;
@@ -210,26 +218,28 @@ LK_INLINE const float* middle_tap(const float* weight, int channel, const Shape&
   return copied + area / 2;
 }
 
-// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` is for four planes of output and two channels'
-// weights.
+// Correlates all planes of channels [begin, end): x [N, C, H, W] -> y. `memory` holds four output planes and two
+// channels' weights.
 template <int H, Pass pass>
-void correlate_channels(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, int begin, int end,
-                        float* y, float* memory) {
+void correlate_channels(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, int begin,
+                        int end, float* y, float* memory) {
   constexpr int pixels = H * H;
   const std::ptrdiff_t image_step = (std::ptrdiff_t)s.channels * pixels;
   const bool direct = !epilogue.scale && !epilogue.shift && epilogue.activation == Activation::kNone;
   float *const out = memory, *const copied = out + 4 * kPlaneFloats;
   const std::ptrdiff_t copied_step = s.kernel * s.kernel + kLanes;
 
-  // The planes of as many vectors, of this image and channel on: the next one is of the next image or the next channel.
+  // Computes `vectors` vectors of planes starting at this image and channel. The next plane is that of the next image
+  // or channel.
   auto run = [&](auto planes, auto vectors, int image, int channel, const float* taps, const float* next_taps) {
     typedef decltype(planes) P;
     constexpr int count = P::kPlanes * vectors();
     constexpr int channel_step = P::kPlanes == 2 && std::is_same_v<P, TwoChannels> ? 1 : 0;
-    const std::ptrdiff_t first = image * image_step + (std::ptrdiff_t)channel * pixels, step = channel_step ? pixels : image_step;
+    const std::ptrdiff_t first = image * image_step + (std::ptrdiff_t)channel * pixels,
+                         step = channel_step ? pixels : image_step;
     const bool exact = channel + channel_step + 1 == end;
     correlate_planes<P, vectors(), H, pass>(x + first, step, taps, next_taps - taps, s.kernel, direct ? y + first : out,
-                                             direct ? step : kPlaneFloats, direct && exact);
+                                            direct ? step : kPlaneFloats, direct && exact);
     for (int i = 0; !direct && i < count; i++) {
       epilogue.with_channel(channel + i * channel_step, [&](auto finish) {
         copy_values(out + i * kPlaneFloats, pixels, y + first + i * step, finish);
@@ -248,7 +258,7 @@ void correlate_channels(const float* x, const float* weight, const Epilogue& epi
   }
   for (int channel = begin; paired < s.batch && channel < end; channel++) {
     const float* taps = middle_tap(weight, channel, s, copied);
-    if (packs_plane_pairs() && channel + 1 < end) {  // of the image that is left
+    if (packs_plane_pairs() && channel + 1 < end) {  // two channels of the last image
       run(TwoChannels{}, one, paired, channel, taps, middle_tap(weight, channel + 1, s, copied + copied_step));
       channel++;
     } else {
@@ -257,15 +267,15 @@ void correlate_channels(const float* x, const float* weight, const Epilogue& epi
   }
 }
 
-// Floats of memory that correlate_channels needs.
+// Floats of scratch memory that correlate_channels needs.
 inline std::size_t correlation_scratch(const Shape& s) { return 4 * kPlaneFloats + 2 * (s.kernel * s.kernel + kLanes); }
 
 // x [N, C, H, W] -> y [N, C, H, W].
 inline void correlate_tiny_map(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, Pass pass,
-                             float* y) {
+                               float* y) {
   with_static_size(s.height, [&](auto height) {
     const auto run = pass == Pass::kForward ? correlate_channels<height(), Pass::kForward>
-                                              : correlate_channels<height(), Pass::kInputGradient>;
+                                            : correlate_channels<height(), Pass::kInputGradient>;
     WorkStealingTasks pairs((s.channels + 1) / 2, 16);
 #pragma omp parallel
     {
@@ -277,7 +287,7 @@ inline void correlate_tiny_map(const float* x, const float* weight, const Epilog
   });
 }
 
-// dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in its order.
+// dweight [C, K, K], dbias [C] or null. One thread sums a channel over the batch, in order.
 template <int H>
 void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
   constexpr int rows = 2 * H - 1, parts_size = kTinySide * rows * 3 * kTinySide, sums_size = rows * 2 * kTinySide;
@@ -288,7 +298,8 @@ void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, f
 #pragma omp parallel
   {
     Scratch scratch(2 * kImagesTogether * kPlaneFloats + parts_size + sums_size);
-    float *const in = scratch.floats(), *const grads = in + kImagesTogether * kPlaneFloats, *const parts = grads + kImagesTogether * kPlaneFloats;
+    float *const in = scratch.floats(), *const grads = in + kImagesTogether * kPlaneFloats,
+                 *const parts = grads + kImagesTogether * kPlaneFloats;
     float* const sums = parts + parts_size;
     std::fill_n(in, 2 * kImagesTogether * kPlaneFloats + parts_size, 0.f);
     channels.for_each([&](int channel) {
@@ -299,7 +310,7 @@ void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, f
         const float *from = x + image * step + (std::ptrdiff_t)channel * pixels, *grad = dy + (from - x);
         if (channel + 1 < s.channels) {
           multiply_columns<H>(from, step, grad, step, images, parts);
-        } else {  // copied, since more than these planes is read
+        } else {  // the last channel is copied, as more than these planes is read
           for (int i = 0; i < images; i++) {
             copy_values(from + i * step, pixels, in + i * kPlaneFloats);
             copy_values(grad + i * step, pixels, grads + i * kPlaneFloats);

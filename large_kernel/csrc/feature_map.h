@@ -1,18 +1,21 @@
-// Feature maps in memory, and the way between them and one vector of channels per pixel.
+// Feature maps in memory, NCHW or NCHW16c, and their transposition to one vector of channels per pixel.
 #pragma once
 #include <algorithm>
 
-#include "work_stealing.h"
 #include "vector.h"
+#include "work_stealing.h"
 
 namespace large_kernel {
 
-// Channels that stand together in blocked maps and packed weights, on every processor alike.
+// Channels per block of NCHW16c maps and packed weights, the same on all processors.
 constexpr int kChannelBlock = 16, kVectorsPerBlock = kChannelBlock / kLanes;
 
 constexpr int kCacheLine = 16;  // floats
 
-// Planes [N, C, pixels], or blocks [N, C / kChannelBlock, pixels, kChannelBlock], for which C is a multiple of kChannelBlock.
+// A map [N, C, pixels] (NCHW), or [N, C / 16, pixels, 16] (NCHW16c) where C is a multiple of 16.
+//
+//   NCHW      c0: p0 p1 p2 ...          NCHW16c   p0: c0 c1 ... c15
+//             c1: p0 p1 p2 ...                    p1: c0 c1 ... c15
 template <class T>
 struct FeatureMap {
   T* data;
@@ -22,18 +25,20 @@ struct FeatureMap {
 
   T* at(int image, int channel, std::ptrdiff_t pixel) const {
     const std::ptrdiff_t first = (std::ptrdiff_t)image * channels;
-    return nchw16c ? data + (first + channel / kChannelBlock * kChannelBlock) * pixels + pixel * kChannelBlock + channel % kChannelBlock
+    return nchw16c ? data + (first + channel / kChannelBlock * kChannelBlock) * pixels + pixel * kChannelBlock +
+                         channel % kChannelBlock
                    : data + (first + channel) * pixels + pixel;
   }
 
-  // `count` pixels from `pixel` on of `lanes` channels from `channel` on, a multiple of kLanes -> vectors, `step` apart.
+  // Reads `count` pixels of `lanes` channels as vectors, `step` vectors apart. `channel` is a multiple of kLanes.
   void read(int image, int channel, int lanes, std::ptrdiff_t pixel, int count, Vec* out, int step = 1) const {
     const T* from = at(image, channel, pixel);
     if (!nchw16c) return pack(from, pixels, lanes, count, out, step);
     for (int i = 0; i < count; i++) out[i * step] = load(from + i * kChannelBlock);
   }
 
-  // Prefetches what `read` is going to read, or with kWritten `write` to write: to be called while there is something else to do.
+  // Prefetches what `read` will read, or with kWritten what `write` will write; to be called while there is arithmetic
+  // to do.
   template <bool kWritten>
   LK_INLINE void prefetch(int image, int channel, int lanes, std::ptrdiff_t pixel, int count) const {
     const T* const from = at(image, channel, pixel);
@@ -44,7 +49,8 @@ struct FeatureMap {
     }
   }
 
-  // The inverse: writes finish(vector), plus what stands there in `added`, a map like this one, if there is one.
+  // The inverse of `read`: writes finish(vector), plus the values at the same place of `added`, a map of the same
+  // layout, if given.
   template <class F>
   void write(const Vec* in, int image, int channel, int lanes, std::ptrdiff_t pixel, int count, F finish,
              const T* added = nullptr) const {
@@ -58,7 +64,7 @@ struct FeatureMap {
   }
 };
 
-// The same values in the layout of `to`.
+// Copies a map into the layout of `to`.
 inline void convert_layout(const FeatureMap<const float>& from, int batch, const FeatureMap<float>& to) {
   constexpr int strip = 512;  // pixels
   const int blocks = (from.channels + kLanes - 1) / kLanes;

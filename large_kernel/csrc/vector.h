@@ -1,5 +1,6 @@
-// Vectors of float for the machine this is compiled for, and the way between them and planes in memory.
-// Only GCC/clang vector extensions: AVX-512, AVX and any other target (NEON, SSE) come from the same source.
+// SIMD vectors of float for the target of this compilation, and transposition between NCHW planes and vectors of
+// channels. GCC/Clang vector extensions only: AVX-512, AVX and all other targets (NEON, SSE) are compiled from the same
+// source.
 #pragma once
 #include <unistd.h>
 
@@ -33,10 +34,12 @@ typedef int32_t VecI32 __attribute__((vector_size(kLanes * 4)));
 
 LK_INLINE Vec splat(float value) { return value - Vec{}; }
 
-// a / b to a unit in the last place, where 1 / b is a normal number; much faster than dividing 16 lanes.
+// a / b, accurate to one unit in the last place where 1 / b is a normal number. Much faster than a division of 16
+// lanes.
 LK_INLINE Vec divide(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  const Vec reciprocal = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);  // GCC 12 warns of its own header without the mask
+  const Vec reciprocal =
+      (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);  // the mask avoids a GCC 12 warning in its own header
   const Vec quotient = a * reciprocal;
   return quotient + reciprocal * (a - b * quotient);
 #else
@@ -49,7 +52,7 @@ LK_INLINE Vec divide(Vec a, Vec b) {
 LK_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 LK_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 
-// The first n <= kLanes elements only; what lies behind them is not touched.
+// Only the first n <= kLanes elements; memory past them is not accessed.
 #if defined(__AVX512F__)
 LK_INLINE Vec load_partial(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
 LK_INLINE void store_partial(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
@@ -68,7 +71,7 @@ LK_INLINE Vec load_partial(const float* p, int n) {
 LK_INLINE void store_partial(float* p, Vec v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
 #endif
 
-// The same for any n: nothing where n <= 0, all lanes where n >= kLanes.
+// The same for any n: no lanes if n <= 0, all lanes if n >= kLanes.
 LK_INLINE Vec load_clamped(const float* p, std::ptrdiff_t n) {
   return n >= kLanes ? load(p) : n > 0 ? load_partial(p, (int)n) : Vec{};
 }
@@ -78,7 +81,7 @@ LK_INLINE void store_clamped(float* p, Vec v, std::ptrdiff_t n) {
   if (n > 0) store_partial(p, v, (int)n);
 }
 
-// And for an n that stays the same.
+// The same with n fixed in advance.
 struct LaneMask {
 #if defined(__AVX512F__)
   __mmask16 mask;
@@ -99,8 +102,9 @@ LK_INLINE Vec keep_first(Vec v, int n) {
   return (Vec)((VecU32)v & (VecU32)(lane < n));
 }
 
-// Rows of `count` floats to and from tensors, a vector at a time where that stays before `end`. copy_row writes whole
-// vectors, zeros behind the row; write_row reads whole vectors and may write into what follows the row before `end`.
+// Copies of rows of `count` floats from and to tensors, in whole vectors unless these would pass `end`. copy_row writes
+// whole vectors, with zeros after the row; write_row reads whole vectors and may write past the row, though not past
+// `end`.
 LK_INLINE Vec load_row(const float* from, int count, const float* end) {
   if (count >= kLanes) return load(from);
   if (count <= 0) return Vec{};
@@ -121,7 +125,7 @@ LK_INLINE void write_row(const float* from, int count, float* to, const float* e
   }
 }
 
-// ---- kLanes planes in memory <-> one vector per pixel ----
+// ---- kLanes planes in memory <-> one vector of channels per pixel ----
 
 #if defined(__clang__)
 #define LK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -166,7 +170,7 @@ LK_INLINE Vec reverse(Vec v) {
 #endif
 }
 
-// The lanes of b moved up by one, the last one of a before them.
+// The lanes of b shifted up by one; lane 0 is the last lane of a.
 LK_INLINE Vec shift_lanes_up(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return LK_SHUFFLE(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
@@ -177,8 +181,21 @@ LK_INLINE Vec shift_lanes_up(Vec a, Vec b) {
 #endif
 }
 
-// Shuffles that keep groups of four lanes (128 bits) together, or stay within them, are the fast ones.
-// The even and the odd groups of a and b.
+LK_INLINE float sum_lanes(Vec v) {
+#if defined(__AVX512F__)
+  v += LK_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += LK_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += LK_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] + v[1];
+#else
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; lane++) sum += v[lane];
+  return sum;
+#endif
+}
+
+// Shuffles are fast if they move whole groups of four lanes (128 bits) or stay within a group. The even and the odd
+// groups of a and b.
 LK_INLINE void deinterleave_groups([[maybe_unused]] Vec* a, [[maybe_unused]] Vec* b) {
 #if defined(__AVX512F__)
   const Vec even = LK_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
@@ -219,7 +236,7 @@ LK_INLINE void interleave_pairs_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
 #endif
 }
 
-// First the groups as a matrix of 4x4 matrices, then each of those.
+// A kLanes x kLanes matrix, transposed as a matrix of 4x4 blocks and then within each block.
 LK_INLINE void transpose(Vec* rows) {
 #pragma GCC unroll 2
   for (int distance = 4; distance < kLanes; distance *= 2) {
@@ -239,8 +256,8 @@ LK_INLINE void transpose(Vec* rows) {
   }
 }
 
-// Calls full(i) for windows of kLanes elements that cover [0, count), the last one moved back to overlap the one before,
-// or part() where fewer than kLanes elements are all there is.
+// Calls full(i) for windows of kLanes elements that cover [0, count); the last window may overlap the one before. Calls
+// part() instead if count < kLanes.
 template <class Full, class Part>
 LK_INLINE void for_each_window(int count, Full full, Part part) {
   if (count < kLanes) return part();
@@ -249,31 +266,28 @@ LK_INLINE void for_each_window(int count, Full full, Part part) {
   if (i < count) full(count - kLanes);
 }
 
-// `channels` <= kLanes planes of `count` elements -> [count] vectors, `step` apart. Lanes without a channel repeat
-// the last one: what is computed in them is that channel's result once more, so unpack may write it again.
+// Transposes `channels` <= kLanes planes of `count` elements into [count] vectors, `step` vectors apart. Lanes past the
+// last channel repeat it, so that they compute the same result and unpack may write it twice.
 inline void pack(const float* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out, int step = 1) {
   const float* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
-  for_each_window(
-      count,
-      [&](int i) {
-        Vec rows[kLanes];
+  for_each_window(count, [&](int i) {
+    Vec rows[kLanes];
 #pragma GCC unroll 16
-        for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
-        transpose(rows);
-        Vec* to = out + i * step;
+    for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
+    transpose(rows);
+    Vec* to = out + i * step;
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++, to += step) *to = rows[j];
-      },
-      [&] {
-        Vec rows[kLanes];
-        for (int c = 0; c < kLanes; c++) rows[c] = load_partial(plane[c], count);
-        transpose(rows);
-        for (int j = 0; j < count; j++) out[j * step] = rows[j];
-      });
+    for (int j = 0; j < kLanes; j++, to += step) *to = rows[j];
+  }, [&] {
+    Vec rows[kLanes];
+    for (int c = 0; c < kLanes; c++) rows[c] = load_partial(plane[c], count);
+    transpose(rows);
+    for (int j = 0; j < count; j++) out[j * step] = rows[j];
+  });
 }
 
-// One value of each channel, in the lanes pack puts it.
+// One value per channel, in the lanes that pack uses.
 LK_INLINE Vec load_lanes(const float* p, int channels) {
   Vec v;
   for (int c = 0; c < kLanes; c++) v[c] = p[c < channels ? c : channels - 1];
@@ -284,41 +298,40 @@ struct Identity {
   LK_INLINE Vec operator()(Vec v) const { return v; }
 };
 
-// The inverse of pack. Writes finish(vector), which may differ by channel, plus `added`, planes like the result.
+// The inverse of pack. Writes finish(vector) plus `added`, which is laid out like the result; `finish` may differ by
+// channel.
 template <class F = Identity>
 inline void unpack(const Vec* in, int count, float* planes, std::ptrdiff_t plane_stride, int channels, F finish = {},
                    const float* added = nullptr) {
   float* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
   const std::ptrdiff_t to_added = added ? added - planes : 0;
-  for_each_window(
-      count,
-      [&](int i) {
-        Vec rows[kLanes];
+  for_each_window(count, [&](int i) {
+    Vec rows[kLanes];
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++) rows[j] = finish(in[i + j]);
-        transpose(rows);
-        if (added) {
+    for (int j = 0; j < kLanes; j++) rows[j] = finish(in[i + j]);
+    transpose(rows);
+    if (added) {
 #pragma GCC unroll 16
-          for (int c = 0; c < kLanes; c++) rows[c] += load(plane[c] + to_added + i);
-        }
+      for (int c = 0; c < kLanes; c++) rows[c] += load(plane[c] + to_added + i);
+    }
 #pragma GCC unroll 16
-        for (int c = 0; c < kLanes; c++) store(plane[c] + i, rows[c]);
-      },
-      [&] {
-        Vec rows[kLanes] = {};
-        for (int j = 0; j < count; j++) rows[j] = finish(in[j]);
-        transpose(rows);
-        for (int c = 0; c < channels; c++) {
-          store_partial(plane[c], added ? rows[c] + load_partial(plane[c] + to_added, count) : rows[c], count);
-        }
-      });
+    for (int c = 0; c < kLanes; c++) store(plane[c] + i, rows[c]);
+  }, [&] {
+    Vec rows[kLanes] = {};
+    for (int j = 0; j < count; j++) rows[j] = finish(in[j]);
+    transpose(rows);
+    for (int c = 0; c < channels; c++) {
+      store_partial(plane[c], added ? rows[c] + load_partial(plane[c] + to_added, count) : rows[c], count);
+    }
+  });
 }
 
-// Whether the first-level cache holds 48 KB. Most processors that have as much (Intel's servers since Ice Lake, AMD's since
-// Zen 5) also multiply and add two of the widest vectors in a cycle: beside products, loads and sums cost them more.
+// Whether the L1 data cache has 48 KB. Most processors with such a cache (Intel servers since Ice Lake, AMD since Zen
+// 5) also execute two multiply-adds of the widest vectors per cycle, so that loads and additions are relatively more
+// expensive.
 inline bool has_large_l1() {
-#if defined(LK_LARGE_L1)  // tests want both
+#if defined(LK_LARGE_L1)  // the tests set this to cover both cases
   return LK_LARGE_L1;
 #elif defined(_SC_LEVEL1_DCACHE_SIZE)
   static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;

@@ -1,4 +1,4 @@
-// Tasks that the threads of a parallel region share.
+// Division of a layer's work among the threads of a parallel region, with work stealing.
 #pragma once
 #include <omp.h>
 
@@ -8,21 +8,26 @@
 #include <cstdint>
 #include <vector>
 
+#include "shape.h"
+
 namespace large_kernel {
 
-// Each thread begins with a part of its own, the same tasks in every call, since its caches may hold what they need. One that is
-// done takes from the far end of another's: the cores of a machine that others use too seldom go at the same speed.
+// Each thread starts with its own range of tasks, the same range in every call, so that its caches may still hold the
+// data. A thread that runs out of tasks steals from the far end of another thread's range: on a shared machine cores
+// rarely run at the same speed.
 class WorkStealingTasks {
  public:
-  // Tasks 0 to count - 1, of which threads take `chunk` at a time, or fewer where these would be unequal shares.
+  // Tasks 0 to count - 1. A thread takes `chunk` tasks at a time, fewer if that would divide the work unevenly.
   explicit WorkStealingTasks(std::ptrdiff_t count, std::ptrdiff_t chunk = 1)
-      : count_(count), chunk_(std::max({std::min(chunk, count / (4 * omp_get_max_threads())), count >> 31, std::ptrdiff_t(1)})),
+      : count_(count),
+        chunk_(std::max({std::min(chunk, count / (4 * omp_get_max_threads())), count >> 31, std::ptrdiff_t(1)})),
         ranges_(omp_get_max_threads()) {
     const std::uint64_t chunks = (count + chunk_ - 1) / chunk_, ranges = ranges_.size();
-    for (std::uint64_t i = 0; i < ranges; i++) ranges_[i].left = (chunks * i / ranges) << 32 | chunks * (i + 1) / ranges;
+    for (std::uint64_t i = 0; i < ranges; i++)
+      ranges_[i].left = (chunks * i / ranges) << 32 | chunks * (i + 1) / ranges;
   }
 
-  // Calls f(begin, end) for chunks, in a parallel region, until none is left.
+  // Calls f(begin, end) for chunks until none are left. To be called by the threads of a parallel region.
   template <class F>
   void for_each_chunk(F f) {
     const std::size_t own = omp_get_thread_num();
@@ -48,10 +53,30 @@ class WorkStealingTasks {
 
  private:
   struct alignas(64) Range {
-    std::atomic<std::uint64_t> left;  // chunks: the first one in the upper half, the end in the lower
+    std::atomic<std::uint64_t> left;  // the range's chunks: the first in the upper half, the end in the lower half
   };
   const std::ptrdiff_t count_, chunk_;
   std::vector<Range> ranges_;
+};
+
+// The number of slices to cut each of `tasks` equal tasks into, so that all threads stay busy to the end.
+inline int slice_count(std::ptrdiff_t tasks, int limit) {
+  const std::ptrdiff_t wanted = 4 * (std::ptrdiff_t)omp_get_max_threads();
+  if (tasks >= wanted || omp_get_max_threads() == 1) return 1;
+  return (int)std::min<std::ptrdiff_t>((wanted + tasks - 1) / tasks, limit);
+}
+
+// The tasks of a correlation: slice by slice, image by image, block of channels by block of channels. A thread takes
+// `per_block` of them at a time, if possible a whole block of channels, and packs the weights of the block once.
+struct CorrelationTasks {
+  int threads, slices;
+  std::ptrdiff_t per_block, count;
+
+  explicit CorrelationTasks(const Shape& s)
+      : threads(omp_get_max_threads()),
+        slices(slice_count((std::ptrdiff_t)s.blocks() * s.batch, (s.height + 15) / 16)),
+        per_block((std::ptrdiff_t)s.batch * slices),
+        count(per_block * s.blocks()) {}
 };
 
 }  // namespace large_kernel

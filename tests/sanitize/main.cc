@@ -12,9 +12,9 @@
 static bool large_cache;  // what depends on the size of the cache is run for either size
 #define LK_LARGE_L1 large_cache
 
+#include "batch_norm.h"
 #include "conv_gemm.h"
 #include "depthwise.h"
-#include "batch_norm.h"
 
 using large_kernel::FeatureMap;
 using large_kernel::Shape;
@@ -23,7 +23,9 @@ namespace {
 
 struct Buffer {
   // aligned as Paddle's tensors are
-  explicit Buffer(std::size_t n) : size(n), data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
+  explicit Buffer(std::size_t n)
+      : size(n),
+        data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
     std::fill_n(data.get(), n, 0.f);
   }
   struct Delete {
@@ -46,12 +48,17 @@ struct Held {
   bool blocked;
 
   Held(int batch, int channels, std::size_t pixels, bool blocked)
-      : buffer(batch * channels * pixels), batch(batch), channels(channels), pixels(pixels), blocked(blocked) {}
+      : buffer(batch * channels * pixels),
+        batch(batch),
+        channels(channels),
+        pixels(pixels),
+        blocked(blocked) {}
   // the same values, in the other layout if need be
   Held(const Held& other, bool blocked) : Held(other.batch, other.channels, other.pixels, blocked) {
     for (int image = 0; image < batch; image++) {
       for (int c = 0; c < channels; c++) {
-        for (std::size_t p = 0; p < pixels; p++) buffer.data[index(image, c, p)] = other.buffer.data[other.index(image, c, p)];
+        for (std::size_t p = 0; p < pixels; p++)
+          buffer.data[index(image, c, p)] = other.buffer.data[other.index(image, c, p)];
       }
     }
   }
@@ -74,7 +81,8 @@ double worst(const Buffer& got, const Reference& want) {
   double result = 0;
   for (std::size_t i = 0; i < got.size; i++) {
     const double error = std::fabs(got.data[i] - want.sum[i]);
-    if (!(error <= 1e-30)) result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
+    if (!(error <= 1e-30))
+      result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
   }
   return result / std::ldexp(1.0, -23);
 }
@@ -94,7 +102,8 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   std::vector<float> shift(s.channels);
   for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
   large_kernel::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
-  large_kernel::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(), dbias.data.get());
+  large_kernel::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(),
+                         dbias.data.get());
 
   Reference ry(y.size), rdx(dx.size), rdweight(dweight.size), rdbias(dbias.size);
   for (std::size_t plane = 0; plane < planes; plane++) {
@@ -156,19 +165,23 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
         const std::size_t o = i / terms, k = i % terms;
         blocks.data[(o / 16 * terms + k) * 16 + o % 16] = weight.at(i);
       }
-      large_kernel::conv_gemm(from.in(), large_kernel::PackedWeights{blocks.data.get()}, a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      large_kernel::conv_gemm(from.in(), large_kernel::PackedWeights{blocks.data.get()}, a, b, epilogue,
+                              residual.buffer.data.get(), s, to.out());
     } else {
-      large_kernel::conv_gemm(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      large_kernel::conv_gemm(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue,
+                              residual.buffer.data.get(), s, to.out());
     }
     Reference want(to.buffer.size);
     for (int image = 0; image < s.batch; image++) {
       for (int o = 0; o < out_channels; o++) {
         for (std::size_t p = 0; p < out; p++) {
-          want.add(to.index(image, o, p), shift.at(o)), want.add(to.index(image, o, p), added.buffer.at(added.index(image, o, p)));
+          want.add(to.index(image, o, p), shift.at(o)),
+              want.add(to.index(image, o, p), added.buffer.at(added.index(image, o, p)));
         }
         for (int k = 0; k < s.channels; k++) {
           large_kernel::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
-            const double w = weight.at((std::size_t)o * terms + k * area + tap) * scale.at(o), v = x.buffer.at(x.index(image, k, i));
+            const double w = weight.at((std::size_t)o * terms + k * area + tap) * scale.at(o),
+                         v = x.buffer.at(x.index(image, k, i));
             want.add(to.index(image, o, p), w * v * (norm ? in_scale.at(k) : 1));
             if (norm) want.add(to.index(image, o, p), w * in_shift.at(k));
           });
@@ -177,8 +190,8 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
     }
     const double error = worst(to.buffer, want);
     if (error > 8) {
-      std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels, s.height,
-                  s.width, s.kernel, s.stride, layouts, error);
+      std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels,
+                  s.height, s.width, s.kernel, s.stride, layouts, error);
       return false;
     }
   }
@@ -206,10 +219,12 @@ bool run_norm(const large_kernel::BatchNormShape& s, large_kernel::Activation ac
   const float epsilon = 1e-5f;
   Buffer running_mean(s.channels), running_variance(s.channels);
   std::fill_n(running_mean.data.get(), s.channels, 0.f), std::fill_n(running_variance.data.get(), s.channels, 0.f);
-  large_kernel::batch_norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s, y.data.get(), mean.data.get(),
-                       variance.data.get(), 0, running_mean.data.get(), running_variance.data.get());
-  large_kernel::batch_norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(), variance.data.get(), dy.data.get(),
-                        epsilon, activation, s, dx.data.get(), dweight.data.get(), dbias.data.get());
+  large_kernel::batch_norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s,
+                                   y.data.get(), mean.data.get(), variance.data.get(), 0, running_mean.data.get(),
+                                   running_variance.data.get());
+  large_kernel::batch_norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(),
+                                    variance.data.get(), dy.data.get(), epsilon, activation, s, dx.data.get(),
+                                    dweight.data.get(), dbias.data.get());
   Reference ry(size), rdx(size), rmean(s.channels), rvariance(s.channels), rdweight(s.channels), rdbias(s.channels);
   auto each = [&](int c, auto f) {
     for (int image = 0; image < s.batch; image++) {
@@ -240,14 +255,22 @@ bool run_norm(const large_kernel::BatchNormShape& s, large_kernel::Activation ac
     each(c, [&](std::size_t i) {
       const double g = dy.at(i) * slope(activation, inner(i)), d = (x.at(i) - m) * inverse;
       rdx.sum[i] = scale * (g - rdbias.sum[c] / s.count() - d * rdweight.sum[c] / s.count());
-      rdx.magnitude[i] = std::fabs(scale) * (moved(i) + size_g / s.count() + (std::fabs(d) + std::fabs(m) * inverse * 0.5) * size_gd / s.count());
+      rdx.magnitude[i] = std::fabs(scale) * (moved(i) + size_g / s.count() +
+                                             (std::fabs(d) + std::fabs(m) * inverse * 0.5) * size_gd / s.count());
     });
   }
-  const double errors[] = {worst(y, ry), worst(mean, rmean), worst(variance, rvariance), worst(dx, rdx),
-                           worst(running_mean, rmean), worst(running_variance, rvariance), worst(dweight, rdweight), worst(dbias, rdbias)};
+  const double errors[] = {worst(y, ry),
+                           worst(mean, rmean),
+                           worst(variance, rvariance),
+                           worst(dx, rdx),
+                           worst(running_mean, rmean),
+                           worst(running_variance, rvariance),
+                           worst(dweight, rdweight),
+                           worst(dbias, rdbias)};
   for (double error : errors) {
     if (error > 8) {
-      std::printf("norm [%d, %d, %td], activation %d: error %g\n", s.batch, s.channels, s.pixels, (int)activation, error);
+      std::printf("norm [%d, %d, %td], activation %d: error %g\n", s.batch, s.channels, s.pixels, (int)activation,
+                  error);
       return false;
     }
   }
@@ -271,7 +294,9 @@ bool run_shared(int count, int chunk, int threads, int present) {
   });
   omp_set_num_threads(most);
   for (int times : done) good = good && times == 1;
-  if (!good) std::printf("%d tasks, at most %d at a time, for %d threads, %d present: not each once\n", count, chunk, threads, present);
+  if (!good)
+    std::printf("%d tasks, at most %d at a time, for %d threads, %d present: not each once\n", count, chunk, threads,
+                present);
   return good;
 }
 
@@ -285,8 +310,9 @@ int run_all(int shapes) {
     for (int stride = 1; stride <= 2; stride++) {
       for (int i = 0; i < shapes; i++, count++) {
         const int limit = kernel > 13 ? 24 : 40;
-        const Shape s = {1 + pick(3), channels[pick(12)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit),
-                         kernel, stride};
+        const Shape s = {
+            1 + pick(3), channels[pick(12)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit), kernel,
+            stride};
         bad += !run(s, random);
       }
     }
@@ -303,13 +329,18 @@ int run_all(int shapes) {
   for (int i = 0; i < 12 * shapes; i++, count++) {
     const int most = i % 2 ? 8 : 16, height = 5 + pick(most - 4), width = (i % 2 ? 1 : 5) + pick(most - 4);
     const int longest = std::max(height, width), misses = i % 4 == 2 ? pick(longest / 2) : 0;
-    const Shape s = {1 + pick(i % 4 == 1 ? 34 : 6), channels[pick(12)], height, width,
-                     std::max(7, 2 * (longest - misses + (misses ? 0 : pick(3))) - 1), 1};
+    const Shape s = {1 + pick(i % 4 == 1 ? 34 : 6),
+                     channels[pick(12)],
+                     height,
+                     width,
+                     std::max(7, 2 * (longest - misses + (misses ? 0 : pick(3))) - 1),
+                     1};
     bad += !run(s, random);
   }
   // the same, whose planes are computed in pairs, of images or of channels
-  for (const Shape& s : {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
-                         Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}, Shape{7, 3, 5, 5, 9, 1}}) {
+  for (const Shape& s :
+       {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
+        Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}, Shape{7, 3, 5, 5, 9, 1}}) {
     bad += !run(s, random), count++;
   }
   // batches whose sums are much larger than their terms
@@ -327,15 +358,20 @@ int run_all(int shapes) {
     bad += !run(s, random);
   }
   // several parts of a map, one map for several threads, small maps together, windows
-  for (const Shape& s : {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
+  for (const Shape& s :
+       {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
     bad += !run_dense(s, 48, random), count++;
   }
   const int depths[] = {1, 3, 8, 16, 17, 70, 256, 511, 512, 513, 1040}, widths[] = {1, 16, 37, 48, 96, 112};
   for (int depth : depths) {
     for (int i = 0; i < shapes; i++, count++) {
       const bool window = depth < 70 && i % 2;
-      const Shape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8), i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
-                       window ? 3 : 1, window ? 1 + pick(2) : 1};
+      const Shape s = {1 + pick(3),
+                       depth,
+                       i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8),
+                       i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
+                       window ? 3 : 1,
+                       window ? 1 + pick(2) : 1};
       bad += !run_dense(s, widths[pick(6)], random);
     }
   }
@@ -345,9 +381,11 @@ int run_all(int shapes) {
     }
   }
   for (int i = 0; i < 9 * shapes; i++, count++) {
-    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)}, (large_kernel::Activation)(i % 3), random);
+    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)},
+                     (large_kernel::Activation)(i % 3), random);
   }
-  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, large_kernel::kLanes, large_cache ? "large" : "small");
+  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, large_kernel::kLanes,
+              large_cache ? "large" : "small");
   return bad;
 }
 
