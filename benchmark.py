@@ -36,9 +36,9 @@ def build(case):
     """The model of a case in its form."""
     paddle = harness.import_paddle(case['threads'])
     from config import get_config
+    from deploy.predictor import load_model
     from fuse import in_form, pack
     from large_kernel import operator_serves
-    from predictor import load_model
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
     paddle.seed(0)
@@ -68,7 +68,7 @@ def marked(kinds):
     from paddle.profiler import RecordEvent
 
     import replknet
-    from large_kernel.fused import can_fuse, conv_block
+    from large_kernel.conv_norm_act import can_fuse, conv_block
 
     def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None, to_blocks=False):
         kernel = conv._kernel_size[0]
@@ -134,7 +134,7 @@ def child(folder, export):
             model = build(case)
             import paddle
 
-            from programs import save_paddle_program
+            from deploy.runtimes import save_paddle_program
             save_paddle_program(model, path, images.shape[2:])
             kinds = []
             with marked(kinds), paddle.no_grad():
@@ -142,14 +142,14 @@ def child(folder, export):
             return list, {'kinds': kinds}
         if case['backend'] == 'inference':
             harness.import_paddle(case['threads'])
-            from large_kernel import extension
-            from programs import load_paddle_program
-            if extension.reason_unavailable() is None:
-                extension.load_operator()  # else Paddle Inference does not know it
+            from deploy.runtimes import load_paddle_program
+            from large_kernel.build import load_operator, reason_unavailable
+            if reason_unavailable() is None:
+                load_operator()  # else Paddle Inference does not know it
             program, kinds = load_paddle_program(path, case['threads']), case['kinds']
         else:
             model = build(case)
-            from certificate import dygraph_program
+            from deploy.equivalence import dygraph_program
             program, kinds = dygraph_program(model), None
         import paddle
         harness.forget_peak_memory()

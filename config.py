@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
+from dry_run.recipes import RECIPES
 from errors import ArgumentParser, UserError
-from recipes import RECIPES
 
 _C = CN()
 _C.BASE = []  # YAML files to start from, relative to the file that names them

@@ -1,5 +1,8 @@
 """The errors whose text is meant for the user: scripts print it, one line, without a traceback."""
 import argparse
+import os
+import sys
+import traceback
 
 
 class UserError(ValueError):
@@ -26,3 +29,45 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f'{self.prog}: {message} (see -h)\n')
+
+
+class CheckpointError(UserError):
+    """A file that is no checkpoint, is damaged, or asks for more than data. One line that names the file."""
+
+
+# the first process to report a mistake that all of them made makes this file, so that it is printed once
+REPORTED = 'REPLKNET_ERRORREPORTED'
+
+
+def exit_status(function, *args):
+    """Calls `function`; a mistake of the user's becomes one line on standard error and status 2.
+
+    Of several processes that fail only the first one reports: the others mostly fail for want of it.
+    Returns:
+        what it returned, else 0; 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the
+        signal that ended it.
+    """
+    try:
+        return function(*args) or 0
+    except (UserError, FileNotFoundError) as error:
+        status, message = 2, str(error)
+    except TrainingStopped as error:
+        status, message = 1, str(error)
+    except Interrupted as error:
+        status, message = 128 + error.signal, str(error)
+    except Exception:
+        status, message = 1, traceback.format_exc().rstrip()
+    if _first_to_report():
+        print(message, file=sys.stderr, flush=True)
+    return status
+
+
+def _first_to_report():
+    marker = os.environ.get(REPORTED)
+    if not marker:
+        return True
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        return True
+    except OSError:
+        return False

@@ -24,18 +24,18 @@ import paddle
 from PIL import Image
 
 import utils
-from certificate import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
+from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
 from errors import ArgumentParser, UserError
 from fuse import WithFeatures, in_form, is_merged, pack
 from large_kernel import load_operator
-from large_kernel.extension import OPERATORS, BuildError
-from launcher import exit_status, settings_file
-from onnx_graph import write_onnx
-from programs import load_onnx_program, load_paddle_program, save_paddle_program
-from run import build_model
-from run_folder import best_checkpoint, find_classes
+from large_kernel.build import OPERATORS, BuildError
+from errors import exit_status
+from deploy.onnx_graph import write_onnx
+from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
+from zoo import build_model, pretrained_weights, settings_file
+from run_folder.layout import best_checkpoint, find_classes
 
 FORMS = ('fused', 'merged', 'training')
 FORMATS = ('paddle', 'onnx')
@@ -116,7 +116,7 @@ def export(config, output, form='fused', formats=('paddle',), dynamic=False, tol
             raise UserError(f'-output={output}: holds no {CERTIFICATE}; -overwrite replaces exports only')
     if features and 'onnx' in formats:
         raise UserError('-features: goes with -format=paddle; the ONNX file holds logits only')
-    model = build_model(config)[0]
+    model = build_model(config, *pretrained_weights(config.MODEL.PRETRAINED))
     model.eval()
     twin = in_form(model, form, final_norm=features)
     size = config.DATA.IMAGE_SIZE

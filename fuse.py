@@ -14,7 +14,7 @@ from paddle import nn
 
 from errors import UserError
 from large_kernel import DepthwiseConv2D, pack_weights
-from large_kernel.fused import PackedConv2D
+from large_kernel.conv_norm_act import PackedConv2D
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 

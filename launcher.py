@@ -7,35 +7,22 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from multiprocessing import resource_tracker
 
 import paddle_env
 
 import paddle  # isort: skip
 import paddle.distributed as dist  # isort: skip
-
-import doctor
 import utils
 from config import get_arguments, get_config
-from errors import Interrupted, TrainingStopped, UserError
+from dry_run import report
+from dry_run.plan import planned_device
+from errors import REPORTED, UserError, exit_status
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
-from run import run
-from run_folder import choose_folder, config_beside
-from stopping import STOP_SECONDS, end_with_parent, stop
-from zoo import ZOO
-
-ROOT = os.path.dirname(os.path.abspath(__file__))
-
-# the first process to report a mistake that all of them made makes this file, so that it is printed once
-_REPORTED = 'REPLKNET_ERROR_REPORTED'
-
-
-def settings_file(weights):
-    """The settings of a name of the zoo, or those beside a checkpoint of a run; None where there are none."""
-    if weights in ZOO:
-        return os.path.join(ROOT, ZOO[weights].config)
-    return config_beside(weights) if weights else None
+from run_folder.writer import choose_folder
+from training.run import run
+from training.signals import STOP_SECONDS, end_with_parent, stop
+from zoo import settings_file
 
 
 def read_settings(description, argv=None):
@@ -55,41 +42,7 @@ def read_settings(description, argv=None):
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
     choose_folder(config)  # refuses another run's folder before any process starts
     config.freeze()
-    return config, doctor.planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
-
-
-def exit_status(function, *args):
-    """Calls `function`; a mistake of the user's becomes one line on standard error and status 2.
-
-    Of several processes that fail only the first one reports: the others mostly fail for want of it.
-    Returns:
-        what it returned, else 0; 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the
-        signal that ended it.
-    """
-    try:
-        return function(*args) or 0
-    except (UserError, FileNotFoundError) as error:
-        status, message = 2, str(error)
-    except TrainingStopped as error:
-        status, message = 1, str(error)
-    except Interrupted as error:
-        status, message = 128 + error.signal, str(error)
-    except Exception:
-        status, message = 1, traceback.format_exc().rstrip()
-    if _first_to_report():
-        print(message, file=sys.stderr, flush=True)
-    return status
-
-
-def _first_to_report():
-    marker = os.environ.get(_REPORTED)
-    if not marker:
-        return True
-    try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-        return True
-    except OSError:
-        return False
+    return config, planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
 
 
 def run_in_this_process(config, device):
@@ -97,7 +50,7 @@ def run_in_this_process(config, device):
     processes = int(os.environ.get('PADDLE_TRAINERS_NUM', '1'))
     if config.DRY_RUN:
         if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
-            print(doctor.report(config, device, processes))
+            print(report.report(config, device, processes))
         return
     if processes > 1:
         os.environ.setdefault('FLAGS_stop_check_timeout', str(24 * 3600))  # seconds one process may wait for another
@@ -118,7 +71,7 @@ def run_in_processes(config, device):
     """Starts the processes of a run on this machine and waits for them; returns the exit status."""
     count = config.NPROCS or (2 if device == 'cpu' else utils.device_count(device))
     if config.DRY_RUN:
-        print(doctor.report(config, device, max(1, count)))
+        print(report.report(config, device, max(1, count)))
         return 0
     if device != 'cpu' and count > utils.device_count(device):
         raise UserError(f'-nprocs={count}: there are {utils.device_count(device)} {device} devices here')
@@ -126,7 +79,7 @@ def run_in_processes(config, device):
         return exit_status(run_in_this_process, config, device)
     with tempfile.TemporaryDirectory() as folder:
         logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
-        os.environ[_REPORTED] = os.path.join(folder, 'reported')
+        os.environ[REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
         resource_tracker.ensure_running()  # before `deferred`, see there: the ranks start with the signals blocked
         with stop.deferred():  # a signal becomes the exit status when the ranks, who say where, have ended

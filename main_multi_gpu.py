@@ -12,9 +12,10 @@ import paddle_env  # noqa: F401, I001 - sets the environment, so before paddle
 import signal
 import sys
 
-from stopping import stop
+from training.signals import stop
 
 if __name__ == '__main__':
     stop.listen(signal.SIGTERM, signal.SIGINT)  # before what takes a while to import and starts threads
-    from launcher import exit_status, run_multi
+    from errors import exit_status
+    from launcher import run_multi
     sys.exit(exit_status(run_multi, __doc__))

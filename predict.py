@@ -21,13 +21,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from contact_sheets import ContactSheets
+from deploy.contact_sheets import ContactSheets
 from datasets import DataError, read_list
-from engine import accuracy_line
+from utils import accuracy_line
 from errors import ArgumentParser, UserError
-from files import atomic_file
-from launcher import exit_status
-from predictor import BACKENDS, Prediction, Predictor
+from atomic_file import atomic_file
+from errors import exit_status
+from deploy.predictor import BACKENDS, Prediction, Predictor
 from utils import logger
 
 __all__ = ['Prediction', 'Predictor']

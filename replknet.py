@@ -17,7 +17,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import DepthwiseConv2D, as_planes, computed, conv_block, defer
-from large_kernel.fused import BLOCK, CONVOLUTIONS, NORMS
+from large_kernel.conv_norm_act import BLOCK, CONVOLUTIONS, NORMS
 
 MIN_SIZE = 32  # pixels a side: the network's total stride
 

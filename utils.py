@@ -154,3 +154,9 @@ def truncate_lines(path, size):
     with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as file:
         kept = file.read(size)
         file.truncate(kept.rfind(b'\n') + 1)
+
+
+def accuracy_line(metrics):
+    """The line that every evaluation ends with on standard output."""
+    return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
+            f"images {metrics['images']}")

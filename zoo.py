@@ -13,8 +13,10 @@ from typing import Optional
 
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
-from safe_load import find_weights, read_checkpoint
+from port_weights.safe_load import find_weights, read_checkpoint
+from run_folder.layout import config_beside
 
+ROOT = os.path.dirname(os.path.abspath(__file__))
 logger = logging.getLogger('replknet')
 _DRIVE = 'https://drive.google.com/file/d/{}/view?usp=sharing'
 _BAIDU = 'https://pan.baidu.com/s/{}'
@@ -156,7 +158,7 @@ def load_pretrained(model, name_or_path, weights_dir='./weights'):
     Raises:
         UserError, FileNotFoundError: see `pretrained_weights` and `checkpoint.load_weights`.
     """
-    from checkpoint import load_weights  # the table of the zoo is there without Paddle
+    from port_weights.load import load_weights  # the table of the zoo is there without Paddle
     weights, origin = pretrained_weights(name_or_path, weights_dir)
     own = model.state_dict()
     if model.num_classes is None:
@@ -164,6 +166,36 @@ def load_pretrained(model, name_or_path, weights_dir='./weights'):
     fresh = [name for name in own if name not in weights and re.match(r'stages\.\d+\.norm\.', name)]
     weights.update({name: own[name].numpy() for name in fresh})
     return fresh + load_weights(model, weights, origin, drop_head=True)
+
+
+def settings_file(weights):
+    """The settings of a name of the zoo, or those beside a checkpoint of a run; None where there are none."""
+    if weights in ZOO:
+        return os.path.join(ROOT, ZOO[weights].config)
+    return config_beside(weights) if weights else None
+
+
+def build_model(config, weights=None, origin=None, drop_head=False):
+    """A RepLKNet of the settings, with `weights` in place of its initial ones; merged weights build the merged form.
+
+    Args:
+        config: settings.
+        weights: {name: array}, and `origin`, where they come from, see `pretrained_weights`; None keeps the initial
+            ones.
+        drop_head: keep the initial head where the class counts differ.
+    Raises:
+        UserError: see `port_weights.load.load_weights`.
+    """
+    from port_weights.load import load_weights  # the table of the zoo is there without Paddle
+    from replknet import build_replknet
+    model = build_replknet(config, merged=any('large_kernel_reparam' in name for name in weights or ()))
+    if weights is not None:
+        dropped = load_weights(model, weights, origin, drop_head)
+        logger.info(f'weights of {origin}')
+        if dropped:
+            logger.info(f"its head of {len(weights['head.bias'])} classes is dropped; the head of "
+                        f'{config.MODEL.NUM_CLASSES} classes starts afresh')
+    return model
 
 
 def table():

@@ -123,7 +123,7 @@ def paddle_packed(case, folder):
 
 def export_paddle(case, folder):
     _, model = paddle_model(case)
-    from programs import save_paddle_program
+    from deploy.runtimes import save_paddle_program
     model.eval()
     implementation = os.environ['LARGE_KERNEL_CONV_IMPL']
     if implementation == 'custom':
@@ -135,9 +135,9 @@ def paddle_inference(case, folder):
     paddle = harness.import_paddle(case['threads'])
     from paddle import inference
 
-    import large_kernel.extension
+    import large_kernel.build
     if os.environ['LARGE_KERNEL_CONV_IMPL'] == 'custom':
-        large_kernel.extension.load_operator()
+        large_kernel.build.load_operator()
     config = inference.Config(os.path.join(folder, 'model.json'), os.path.join(folder, 'model.pdiparams'))
     config.disable_gpu()
     config.enable_mkldnn()

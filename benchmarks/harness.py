@@ -195,7 +195,11 @@ def describe_run(threads):
             name, _, text = line.partition(':')
             cpu.setdefault(name.strip(), text.strip())
     model = [f'{name} {cpu[name]}' for name in ('model name', 'cpu family', 'model') if name in cpu]
-    return {'command': ' '.join(['python', *sys.argv]), 'date': datetime.date.today().isoformat(),
+    commit = 'unknown'
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.check_output(['git', '-C', ROOT, 'describe', '--always', '--dirty', '--exclude=*'],
+                                         text=True, stderr=subprocess.DEVNULL).strip()
+    return {'command': ' '.join(['python', *sys.argv]), 'date': datetime.date.today().isoformat(), 'commit': commit,
             'machine': ', '.join([platform.machine(), *model]), 'cores': str(os.cpu_count()),
             'threads': f'{threads}, bound to cores', 'python': platform.python_version()}
 

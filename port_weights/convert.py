@@ -22,11 +22,15 @@ if not __package__:  # run as a script
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import paddle_env  # noqa: E402, F401 - before paddle, which -verify imports
-from errors import ArgumentParser, UserError  # noqa: E402
-from files import atomic_file  # noqa: E402
+from atomic_file import atomic_file  # noqa: E402
+from errors import (  # noqa: E402
+    ArgumentParser,
+    CheckpointError,  # noqa: E402
+    UserError,
+)
 from port_weights import names as naming  # noqa: E402
+from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
-from safe_load import CheckpointError, find_weights, read_checkpoint  # noqa: E402
 
 _WRITERS = {'.safetensors': write_safetensors, '.pdparams': write_paddle, '.pth': write_torch}
 
@@ -162,7 +166,7 @@ def _verify(written, tensors, report, reference, half, source):
     """Checks the written file: loads strictly, runs, survives a round trip. Returns lines; raises CheckpointError."""
     import paddle
 
-    from checkpoint import load_weights
+    from port_weights.load import load_weights
     from replknet import RepLKNet
     back = naming.map_names(find_weights(read_checkpoint(written))[0]).tensors
     again = naming.map_names(naming.official_names(back)).tensors

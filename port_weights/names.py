@@ -14,7 +14,7 @@ from typing import Dict
 
 import numpy as np
 
-from safe_load import CheckpointError
+from errors import CheckpointError
 
 _OURS = {'pw1': 'pw_conv_1', 'pw2': 'pw_conv_2', 'lkb_origin': 'large_kernel_origin',
          'small_conv': 'small_kernel_conv', 'lkb_reparam': 'large_kernel_reparam',

@@ -13,10 +13,10 @@ import paddle.nn.functional as F
 
 import utils
 from config import get_config
-from engine import STREAM_PADDLE, Amp, train_one_epoch
-from loss_scaler import LossScaler
-from optim import parameter_groups
 from replknet import RepLKNet
+from training.amp import Amp, LossScaler
+from training.engine import STREAM_PADDLE, train_one_epoch
+from training.optim import parameter_groups
 
 MICRO_BATCHES = 3  # per rank: with two per step the last step has one
 

@@ -14,7 +14,7 @@ import paddle
 import pytest
 
 import benchmark
-from certificate import dygraph_program
+from deploy.equivalence import dygraph_program
 from replknet import RepLKNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
@@ -131,6 +131,13 @@ def test_report_fills_its_sections_and_leaves_the_rest(run_script, tmp_path):
     page.write_text('nothing to fill')
     done = run_script('benchmarks/report.py', results, f'-page={page}')
     assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='it draws the chart')
+def test_the_chart_of_the_readme_is_drawn_from_the_recorded_results(run_script, tmp_path):
+    done = run_script('benchmarks/draw_speed.py', f'-output={tmp_path}/speed.png')
+    assert done.returncode == 0, done.stderr
+    assert 10_000 < (tmp_path / 'speed.png').stat().st_size < 150_000
 
 
 def test_a_system_that_computes_something_else_is_told():

@@ -5,11 +5,12 @@ import numpy as np
 import paddle
 import pytest
 
-import checkpoint
-from ema import ModelEMA
 from errors import UserError
-from optim import build_optimizer, parameter_groups
+from port_weights.load import load_weights
 from replknet import RepLKNet
+from run_folder import checkpoint
+from training.ema import ModelEMA
+from training.optim import build_optimizer, parameter_groups
 
 
 def small(num_classes=3):
@@ -50,7 +51,7 @@ def test_optimizer_state_goes_over_to_a_model_built_later(name):
 
     paddle.nn.Conv2D(3, 3, 3)  # shifts Paddle's own counters of parameter names
     later = small()
-    checkpoint.load_weights(later, weights, 'checkpoint')
+    load_weights(later, weights, 'checkpoint')
     later_optimizer = build(later)
     checkpoint.load_optimizer_arrays(later_optimizer, later, state, 'checkpoint')
     train(later, later_optimizer, 2, seed=1)
@@ -78,7 +79,7 @@ def test_a_run_with_master_weights_goes_on_as_if_never_stopped(name):
     weights, state = checkpoint.model_arrays(model), checkpoint.optimizer_arrays(optimizer, model)
     step(model, optimizer)
     later, later_optimizer = build()
-    checkpoint.load_weights(later, weights, 'checkpoint')
+    load_weights(later, weights, 'checkpoint')
     checkpoint.load_optimizer_arrays(later_optimizer, later, state, 'checkpoint')
     step(later, later_optimizer)
     for a, b in zip(model.parameters(), later.parameters()):
@@ -144,7 +145,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(change, words):
     weights = {name: array + 1 for name, array in before.items()}
     change(weights)
     with pytest.raises(UserError, match=words):
-        checkpoint.load_weights(model, weights, 'file')
+        load_weights(model, weights, 'file')
     for name, array in checkpoint.model_arrays(model).items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -153,9 +154,9 @@ def test_only_the_head_of_another_class_count_is_dropped_and_only_when_asked():
     weights = {name: array + 1 for name, array in checkpoint.model_arrays(small(5)).items()}
     model = small(3)
     with pytest.raises(UserError, match='head.weight'):
-        checkpoint.load_weights(model, weights, 'file')
+        load_weights(model, weights, 'file')
     head = model.head.weight.numpy()
-    assert checkpoint.load_weights(model, weights, 'file', drop_head=True) == ['head.weight', 'head.bias']
+    assert load_weights(model, weights, 'file', drop_head=True) == ['head.weight', 'head.bias']
     np.testing.assert_array_equal(model.head.weight.numpy(), head)
     np.testing.assert_array_equal(model.norm.bias.numpy(), weights['norm.bias'])
 

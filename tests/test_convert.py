@@ -12,13 +12,14 @@ import numpy as np
 import paddle
 import pytest
 
-from files import atomic_file
+from atomic_file import atomic_file
+from errors import CheckpointError
 from port_weights import convert as convert_module
 from port_weights.convert import convert, main
 from port_weights.names import expected_shapes, infer_architecture, map_names, official_names, variant_name
+from port_weights.safe_load import find_weights, read_checkpoint
 from port_weights.writers import write_paddle, write_safetensors, write_torch
 from replknet import RepLKNet
-from safe_load import CheckpointError, find_weights, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ('.safetensors', '.pdparams', '.pth')

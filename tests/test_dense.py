@@ -6,9 +6,9 @@ import pytest
 from paddle import nn
 
 import dense
-from checkpoint import model_arrays
 from errors import UserError
 from replknet import RepLKNet
+from run_folder.checkpoint import model_arrays
 
 TINY = {'layers': [1, 1, 1, 1], 'channels': [8, 12, 16, 20], 'large_kernel_sizes': [9, 7, 5, 5]}
 

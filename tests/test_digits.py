@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prepare_digits
 from config import get_config
 from datasets import get_dataset
 from errors import UserError
+from tools import prepare_digits
 
 pytest.importorskip('sklearn', reason='it has the pictures')
-REPOSITORY = Path(prepare_digits.__file__).parent
+REPOSITORY = Path(prepare_digits.__file__).parents[1]
 
 
 def command(output):
-    return [sys.executable, str(REPOSITORY / 'prepare_digits.py'), f'-output={output}']
+    return [sys.executable, str(REPOSITORY / 'tools' / 'prepare_digits.py'), f'-output={output}']
 
 
 def run(output):

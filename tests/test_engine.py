@@ -8,12 +8,14 @@ import pytest
 from paddle import nn
 
 from config import get_config
-from ema import ModelEMA
-from engine import MAX_SKIPPED_STEPS, Amp, accuracy_line, epoch_sums, evaluate, train_one_epoch
 from errors import TrainingStopped
-from loss_scaler import LossScaler
 from losses import JsdCrossEntropyLoss
-from optim import build_optimizer, parameter_groups
+from training.amp import Amp, LossScaler
+from training.ema import ModelEMA
+from training.engine import MAX_SKIPPED_STEPS, evaluate, train_one_epoch
+from training.optim import build_optimizer, parameter_groups
+from training.progress import epoch_sums
+from utils import accuracy_line
 
 CPU = Amp(get_config(), 'cpu')
 

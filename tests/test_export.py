@@ -12,18 +12,19 @@ from PIL import Image
 from test_fuse import randomise_norms
 
 import export as exporting
-import large_kernel.extension
-from certificate import Difference, compare_groups, compare_outputs, layer_groups, multiply_accumulates
-from checkpoint import load_weights, model_arrays, save_checkpoint
+import large_kernel.build
 from config import config_text, get_config
+from deploy.equivalence import Difference, compare_groups, compare_outputs, layer_groups, multiply_accumulates
+from deploy.runtimes import load_onnx_program, load_paddle_program, program_file
 from errors import UserError
 from export import CertificateError, export, read_arguments
 from fuse import fuse
-from programs import load_onnx_program, load_paddle_program, program_file
+from port_weights.load import load_weights
 from replknet import build_replknet, replknet_31b, replknet_31l, replknet_xl
+from run_folder.checkpoint import model_arrays, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-needs_operator = pytest.mark.skipif(large_kernel.extension.reason_unavailable() is not None, reason='needs a compiler')
+needs_operator = pytest.mark.skipif(large_kernel.build.reason_unavailable() is not None, reason='needs a compiler')
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +59,7 @@ import sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 import paddle_env
-from programs import load_paddle_program
+from deploy.runtimes import load_paddle_program
 images, expected = np.load('x.npy'), np.load('y.npy')
 np.testing.assert_allclose(load_paddle_program('run/model_native')(images), expected, atol=1e-4)
 assert 'large_kernel_' not in open('/proc/self/maps').read()  # the operator's library
@@ -157,7 +158,7 @@ def test_a_missing_package_is_one_line_and_leaves_nothing(settings, tmp_path, mo
 
 def test_without_a_compiler_the_standard_program_is_written(settings, tmp_path, monkeypatch, capsys):
     def fail():
-        raise large_kernel.extension.BuildError('no C++ compiler')
+        raise large_kernel.build.BuildError('no C++ compiler')
     monkeypatch.setattr(exporting, 'load_operator', fail)
     certificate = export(settings(), tmp_path / 'out')
     assert list(certificate['programs']) == ['model_native'] and 'no C++ compiler' in capsys.readouterr().err

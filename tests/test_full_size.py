@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from safe_load import read_checkpoint
+from port_weights.safe_load import read_checkpoint
 
 
 @pytest.mark.long

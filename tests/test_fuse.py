@@ -6,11 +6,11 @@ import paddle
 import pytest
 from paddle import nn
 
-from checkpoint import load_weights
 from fuse import fuse, pack
+from port_weights.load import load_weights
 from port_weights.names import to_paddle_names
+from port_weights.safe_load import find_weights, read_checkpoint
 from replknet import RepLKNet, replknet_31b, replknet_31l, replknet_xl
-from safe_load import find_weights, read_checkpoint
 
 TINY = {'large_kernel_sizes': [31, 29, 27, 13], 'layers': [1, 1, 2, 1], 'channels': [8, 16, 24, 32],
         'num_classes': 10}

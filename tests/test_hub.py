@@ -6,8 +6,8 @@ import numpy as np
 import paddle
 import pytest
 
-from checkpoint import model_arrays
 from replknet import VARIANTS, RepLKNet
+from run_folder.checkpoint import model_arrays
 
 ROOT = str(Path(__file__).parents[1])
 TINY = {'layers': [1, 1, 1, 1], 'channels': [4, 6, 8, 10], 'large_kernel_sizes': [9, 7, 5, 5]}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import large_kernel
-from large_kernel import DepthwiseConv2D, autotune, depthwise_conv2d, extension
+from large_kernel import DepthwiseConv2D, autotune, build, depthwise_conv2d
 
 import paddle  # isort: skip
 from paddle import nn  # isort: skip
@@ -19,8 +19,8 @@ VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
 EPS = np.finfo('float32').eps
 LANES = 16
 
-needs_operator = pytest.mark.skipif(extension.reason_unavailable() is not None,
-                                    reason=f'no C++ operator: {extension.reason_unavailable()}')
+needs_operator = pytest.mark.skipif(build.reason_unavailable() is not None,
+                                    reason=f'no C++ operator: {build.reason_unavailable()}')
 IMPLEMENTATIONS = [pytest.param('custom', marks=needs_operator), 'fft', 'native']
 
 
@@ -270,7 +270,7 @@ def test_without_gradients_the_result_does_not_ask_for_them(force, name):
     assert layer(x).stop_gradient
 
 
-needs_direct_call = pytest.mark.skipif(extension.reason_unavailable() is not None or not extension.direct,
+needs_direct_call = pytest.mark.skipif(build.reason_unavailable() is not None or not build.direct,
                                        reason='no C++ operator, or no Python.h to build it with')
 
 
@@ -281,7 +281,7 @@ def test_the_direct_call_returns_what_the_operator_returns(force):
         x, weight, bias, _ = draw(rng, *shape)
         for b in (None, bias):
             with_gradients = depthwise_conv2d(x, weight, b, shape[-1])
-            direct = extension.direct.forward(x, weight, b, shape[-1])
+            direct = build.direct.forward(x, weight, b, shape[-1])
             assert not with_gradients.stop_gradient and direct.stop_gradient and direct.is_leaf
             np.testing.assert_array_equal(direct, with_gradients)
 
@@ -290,7 +290,7 @@ def test_the_direct_call_returns_what_the_operator_returns(force):
 def test_the_direct_call_leaves_to_others_what_it_does_not_know(force, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     x, weight, bias = paddle.randn([2, 6, 9, 9]), paddle.randn([6, 1, 5, 5]), paddle.randn([6])
-    call = extension.direct.forward
+    call = build.direct.forward
     assert call(x, weight, bias, 1) is not None
     wide, halves, nothing = paddle.randn([2, 12, 9, 9]), x.astype('bfloat16'), paddle.zeros([0, 6, 9, 9])
     for arguments in [(), (x, weight, bias), (x.numpy(), weight, bias, 1), (x, None, bias, 1), (x, weight, 1, 1),
@@ -298,7 +298,7 @@ def test_the_direct_call_leaves_to_others_what_it_does_not_know(force, monkeypat
                       (nothing, weight, bias, 1), (x[0], weight, bias, 1), (x, weight[:, :, :4, :4], bias, 1),
                       (x, weight, bias[:5], 1), (x, weight, x, 1), (x, weight, bias, 3), (x, weight, bias, 1.0),
                       (x, weight, bias, 10 ** 30), (x, weight, bias, None)]:
-        assert call(*arguments) is None and not extension.direct.serves(*arguments)
+        assert call(*arguments) is None and not build.direct.serves(*arguments)
     for strided in (wide[:, ::2], wide[:, :6], paddle.randn([2, 9, 6, 9]).transpose([0, 2, 1, 3])):
         found, want = call(strided, weight, bias, 1), call(paddle.to_tensor(strided.numpy()), weight, bias, 1)
         assert found is None or np.array_equal(found, want)  # Paddle 2.6 copies where 3.3 has views
@@ -313,9 +313,9 @@ def test_the_direct_call_leaves_to_others_what_it_does_not_know(force, monkeypat
 def test_threads_call_at_once():
     from concurrent.futures import ThreadPoolExecutor
     weight, maps = paddle.randn([32, 1, 13, 13]), [paddle.randn([2, 32, 7, 7]) for _ in range(8)]
-    want = [extension.direct.forward(x, weight, None, 1).numpy() for x in maps]
+    want = [build.direct.forward(x, weight, None, 1).numpy() for x in maps]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: extension.direct.forward(maps[i % 8], weight, None, 1).numpy(), range(200)))
+        found = list(pool.map(lambda i: build.direct.forward(maps[i % 8], weight, None, 1).numpy(), range(200)))
     for i, y in enumerate(found):
         np.testing.assert_array_equal(y, want[i % 8])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from large_kernel import extension
+from large_kernel import build
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
@@ -21,8 +21,8 @@ TARGETS = {
 }
 LONG = ('avx2', 'native')  # take minutes
 
-needs_operator = pytest.mark.skipif(extension.reason_unavailable() is not None,
-                                    reason=f'no C++ operator: {extension.reason_unavailable()}')
+needs_operator = pytest.mark.skipif(build.reason_unavailable() is not None,
+                                    reason=f'no C++ operator: {build.reason_unavailable()}')
 
 CONVOLVE = """
 import warnings
@@ -98,8 +98,8 @@ def test_a_failed_build_names_the_compilers_error(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv('CXX', str(compiler))
     monkeypatch.setenv('LARGE_KERNEL_CACHE_DIR', str(tmp_path / 'cache'))
-    with pytest.raises(extension.BuildError, match='error: no such thing') as caught:
-        extension.library_path()
+    with pytest.raises(build.BuildError, match='error: no such thing') as caught:
+        build.library_path()
     assert '\n' not in str(caught.value)
     assert not list((tmp_path / 'cache').glob('*.so'))
 
@@ -109,31 +109,31 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path
     (tmp_path / 'file').write_text('')
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     monkeypatch.setenv('LARGE_KERNEL_CACHE_DIR', str(tmp_path / 'file' / 'cache'))
-    folder = extension._cache_dir()
+    folder = build._cache_dir()
     assert folder.parent == tmp_path and folder.is_dir()
     folder.chmod(0o777)  # others could plant a library in it
-    other = extension._cache_dir()
+    other = build._cache_dir()
     assert other != folder and not other.stat().st_mode & 0o022
 
 
 def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(extension, '_registered', None)
-    with pytest.raises(extension.BuildError, match='does not exist'):
-        extension.load_operator(tmp_path / 'none.so')
+    monkeypatch.setattr(build, '_registered', None)
+    with pytest.raises(build.BuildError, match='does not exist'):
+        build.load_operator(tmp_path / 'none.so')
     (tmp_path / 'broken.so').write_bytes(b'not a library')
-    with pytest.raises(extension.BuildError, match='cannot be loaded'):
-        extension.load_operator(tmp_path / 'broken.so')
+    with pytest.raises(build.BuildError, match='cannot be loaded'):
+        build.load_operator(tmp_path / 'broken.so')
 
 
 @needs_operator
 def test_a_library_built_without_pythons_headers_has_no_direct_call(tmp_path, monkeypatch):
     monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
-    compile_, _ = extension._commands(['g++'], tmp_path, tmp_path / 'library.so')
+    compile_, _ = build._commands(['g++'], tmp_path, tmp_path / 'library.so')
     assert str(tmp_path) not in compile_  # as a folder of headers
     source, library = tmp_path / 'empty.cc', tmp_path / 'empty.so'
     source.write_text('')
     subprocess.run([COMPILER, '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
-    assert extension._direct_module(library) is None
+    assert build._direct_module(library) is None
 
 
 @pytest.fixture(scope='module')

@@ -5,15 +5,15 @@ import os
 import numpy as np
 import pytest
 
-from large_kernel import conv_block, extension
-from large_kernel.fused import norm_act
+from large_kernel import build, conv_block
+from large_kernel.conv_norm_act import norm_act
 
 import paddle  # isort: skip
 import paddle.nn.functional as F  # isort: skip
 from paddle import nn  # isort: skip
 
-pytestmark = pytest.mark.skipif(extension.reason_unavailable() is not None,
-                                reason=f'no C++ operator: {extension.reason_unavailable()}')
+pytestmark = pytest.mark.skipif(build.reason_unavailable() is not None,
+                                reason=f'no C++ operator: {build.reason_unavailable()}')
 EPS = np.finfo('float32').eps
 ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 

@@ -6,9 +6,9 @@ import numpy as np
 import paddle
 import pytest
 
-from optim import build_optimizer, clip_gradients, layer_id, parameter_groups, set_weight_decay
 from port_weights.names import to_paddle_names
 from replknet import RepLKNet, replknet_31b
+from training.optim import build_optimizer, clip_gradients, layer_id, parameter_groups, set_weight_decay
 
 
 def test_layer_ids_are_the_official_ones(golden):

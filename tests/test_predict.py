@@ -10,18 +10,17 @@ import pytest
 from PIL import Image
 
 import predict
-from checkpoint import model_arrays, save_checkpoint
 from config import config_text, get_config
-from contact_sheets import MARGIN, RIGHT, SIDE, UNKNOWN, WRONG, ContactSheets
 from datasets import read_class_names
-from errors import UserError
+from deploy.contact_sheets import MARGIN, RIGHT, SIDE, UNKNOWN, WRONG, ContactSheets
+from deploy.predictor import IMAGENET
+from errors import UserError, exit_status
 from export import export
-from large_kernel import extension
-from launcher import exit_status
+from large_kernel import build
 from predict import Prediction, Predictor
-from predictor import IMAGENET
 from replknet import build_replknet
-from run_folder import best_checkpoint
+from run_folder.checkpoint import model_arrays, save_checkpoint
+from run_folder.layout import best_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +125,7 @@ def test_all_forms_give_the_same_and_features_lead_to_the_logits(run, exported, 
         assert [p.picture for p in found] == paths and [p.classes for p in found] == tops
         assert np.allclose([p.logits for p in found], [p.logits for p in expected], atol=1e-4)
         if arguments:
-            from predictor import load_model
+            from deploy.predictor import load_model
             head = load_model(str(run))[0].head
             logits = np.stack([p.features for p in found]) @ head.weight.numpy() + head.bias.numpy()
             assert np.allclose(logits, [p.logits for p in expected], atol=1e-4)
@@ -257,7 +256,7 @@ def test_contact_sheets_mark_right_and_wrong(pictures, tmp_path):
     ('run', None, 'dygraph'), ('run', 'no compiler', 'inference'), ('exported', None, 'inference')])
 def test_the_faster_backend_is_taken(request, monkeypatch, pictures, model, missing, expected):
     monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL', raising=False)
-    monkeypatch.setattr(extension, 'reason_unavailable', lambda: missing)
+    monkeypatch.setattr(build, 'reason_unavailable', lambda: missing)
     predictor = Predictor(str(request.getfixturevalue(model)), device='cpu')
     assert predictor.backend == expected
     assert predictor(f'{pictures}/rgb.png')[0].error is None

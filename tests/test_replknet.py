@@ -7,11 +7,12 @@ import numpy as np
 import paddle
 import pytest
 
-from checkpoint import load_weights, model_arrays
 from config import get_config
+from port_weights.load import load_weights
 from port_weights.names import to_paddle_names
+from port_weights.safe_load import find_weights, read_checkpoint
 from replknet import RepLKNet, build_replknet, replknet_13b, replknet_31b, replknet_31l, replknet_xl
-from safe_load import find_weights, read_checkpoint
+from run_folder.checkpoint import model_arrays
 
 TINY = {'large_kernel_sizes': [31, 29, 27, 13], 'layers': [1, 1, 2, 1], 'channels': [8, 16, 24, 32],
         'num_classes': 10}

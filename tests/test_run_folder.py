@@ -6,8 +6,8 @@ import pytest
 
 from config import config_changes, config_text, get_config
 from errors import UserError
-from run_folder import RunFolder, choose_folder, numbered_to_keep, read_resumed
-from safe_load import read_checkpoint
+from port_weights.safe_load import read_checkpoint
+from run_folder.writer import RunFolder, choose_folder, numbered_to_keep, read_resumed
 from utils import append_json_line, truncate_lines
 
 ACCURACIES = {1: 10.0, 2: None, 3: 30.0, 4: 20.0, 5: 30.0, 6: None}

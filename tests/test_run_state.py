@@ -6,11 +6,11 @@ import paddle
 import pytest
 
 from config import get_config
-from ema import ModelEMA
 from errors import TrainingStopped, UserError
-from optim import build_optimizer, parameter_groups
 from replknet import RepLKNet
-from run_state import RunState, refuse_other_run
+from training.ema import ModelEMA
+from training.optim import build_optimizer, parameter_groups
+from training.run_state import RunState, refuse_other_run
 
 
 def build(global_batch=8, steps_per_epoch=10, opts=()):

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from safe_load import read_checkpoint
-from schedules import Schedule
+from port_weights.safe_load import read_checkpoint
+from training.schedules import Schedule
 
 LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+$', re.M)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

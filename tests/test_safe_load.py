@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent / 'fuzz'))
 import fuzz_checkpoints  # noqa: E402
 import hostile  # noqa: E402
 
-from safe_load import CheckpointError, Placeholder, find_weights, read_checkpoint  # noqa: E402
+from errors import CheckpointError  # noqa: E402
+from port_weights.restricted_pickle import Placeholder  # noqa: E402
+from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

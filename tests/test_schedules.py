@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from config import ConfigError, get_config
-from schedules import Schedule, build_schedule, build_weight_decay
+from training.schedules import Schedule, build_schedule, build_weight_decay
 
 NAMES = ['cosine', 'polynomial', 'step', 'multistep', 'exponential', 'constant']
 

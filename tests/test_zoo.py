@@ -12,7 +12,7 @@ import zoo
 from config import get_config
 from datasets import eval_protocol
 from errors import UserError
-from safe_load import find_weights, read_checkpoint
+from port_weights.safe_load import find_weights, read_checkpoint
 from zoo import ZOO, resolve_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +134,7 @@ def test_processes_convert_at_the_same_time(golden, tmp_path):
     program = f'''
 import dataclasses, os, sys, time
 import replknet, zoo
-from safe_load import read_checkpoint
+from port_weights.safe_load import read_checkpoint
 replknet.VARIANTS['tiny'] = {TINY}
 zoo.ZOO['tiny'] = dataclasses.replace(zoo.ZOO['replknet_31b_1k_224'], name='tiny', variant='tiny', classes=10,
                                       official_file='Official-Tiny.pth')

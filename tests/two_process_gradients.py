@@ -10,10 +10,12 @@ from paddle import nn
 
 import utils
 from config import get_config
-from engine import Amp, average_statistics, evaluate, train_one_epoch
 from errors import TrainingStopped
-from optim import build_optimizer, parameter_groups
 from replknet import RepLKNet
+from training.amp import Amp
+from training.engine import evaluate, train_one_epoch
+from training.optim import build_optimizer, parameter_groups
+from training.running_statistics import average_statistics
 
 
 def build():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import ArgumentParser, UserError  # noqa: E402
-from monitor import CURVES, draw_curves  # noqa: E402
+from run_folder.curves import CURVES, draw_curves  # noqa: E402
 
 
 def main():

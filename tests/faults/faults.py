@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from safe_load import read_checkpoint  # noqa: E402
+from port_weights.safe_load import read_checkpoint  # noqa: E402
 
 SETTINGS = """
 MODEL:

@@ -31,9 +31,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from hostile import archive, call, hostile_files, storage, tensor, text  # noqa: E402
 
+from errors import CheckpointError  # noqa: E402
 from port_weights.names import infer_architecture, map_names  # noqa: E402
+from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
-from safe_load import CheckpointError, find_weights, read_checkpoint  # noqa: E402
 
 TIMEOUT = 10  # seconds a mutant
 MEMORY = 256 << 20  # bytes a mutant may add to the process; a file may justify less: all are smaller than 2 MiB

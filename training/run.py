@@ -5,25 +5,26 @@ from functools import partial
 
 import paddle
 
-import checkpoint
 import utils
 from datasets import get_dataloader, get_dataset
-from ema import ModelEMA
-from engine import Amp, accuracy_line, average_statistics, duration, evaluate, train_one_epoch
 from errors import TrainingStopped, UserError
 from fuse import pack
 from large_kernel import operator_serves
 from losses import build_loss
 from mixup import Mixup
-from monitor import curves_line
-from optim import build_optimizer, parameter_groups
-from replknet import build_replknet
-from run_folder import RunFolder, read_resumed
-from run_state import RunState, refuse_other_run
-from schedules import build_schedule, build_weight_decay
-from stopping import stop
-from utils import logger
-from zoo import pretrained_weights
+from run_folder.curves import curves_line
+from run_folder.writer import RunFolder, read_resumed
+from training.amp import Amp
+from training.ema import ModelEMA
+from training.engine import evaluate, train_one_epoch
+from training.optim import build_optimizer, parameter_groups
+from training.progress import duration
+from training.run_state import RunState, refuse_other_run
+from training.running_statistics import average_statistics
+from training.schedules import build_schedule, build_weight_decay
+from training.signals import stop
+from utils import accuracy_line, logger
+from zoo import build_model, pretrained_weights
 
 STREAM_INIT = 3  # of random draws, beside those of engine.py
 
@@ -45,7 +46,7 @@ def run(config, device):
     folder = RunFolder(config) if utils.is_main() and config.SAVE else None
     if folder is not None and folder.own:
         folder.lock()
-    model, resumed = build_model(config)
+    model, resumed = build_start(config)
     val_set = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     if config.EVAL:
         if folder is not None:
@@ -196,12 +197,12 @@ def _evaluate(config, model, val_set, amp, name):
     return metrics
 
 
-def build_model(config):
-    """The model with the weights asked for, and the checkpoint to resume from, (file, state), or None.
+def build_start(config):
+    """The model a run starts with, and the checkpoint it resumes from, (file, state), or None.
 
-    Merged weights build the merged form.
+    In this order: the checkpoint of -resume, the weights of -pretrained, initial weights from the seed.
     """
-    weights = state = origin = None
+    state = weights = origin = None
     if config.MODEL.RESUME:
         origin, state = read_resumed(config.MODEL.RESUME)
         if not config.EVAL:
@@ -214,12 +215,5 @@ def build_model(config):
     elif config.EVAL:
         raise UserError('-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists')
     utils.seed_paddle(config.SEED, STREAM_INIT)  # the same initial weights on every rank
-    model = build_replknet(config, merged=any('large_kernel_reparam' in name for name in weights or ()))
-    if weights is not None:
-        fine_tuning = state is None and not config.EVAL
-        dropped = checkpoint.load_weights(model, weights, origin, drop_head=fine_tuning)
-        logger.info(f'weights of {origin}')
-        if dropped:
-            logger.info(f"its head of {len(weights['head.bias'])} classes is dropped; the head of "
-                        f'{config.MODEL.NUM_CLASSES} classes starts afresh')
+    model = build_model(config, weights, origin, drop_head=state is None and not config.EVAL)
     return model, (origin, state) if state is not None else None

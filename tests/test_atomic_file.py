@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from files import DIGEST_BYTES, DigestWriter, atomic_file, check_digest, remove_leftovers
+from atomic_file import DIGEST_BYTES, DigestWriter, atomic_file, check_digest, remove_leftovers
 
 
 def write(path, data, **kwargs):

@@ -1,6 +1,6 @@
 """Writes scikit-learn's 1,797 handwritten digits (8x8 pixels, 10 classes) as an ImageNet-style list dataset.
 
-    python prepare_digits.py -output data/digits
+    python tools/prepare_digits.py -output data/digits
 
 makes data/digits/{train,val}/LABEL/NUMBER.png, train_list.txt (1,437 lines) and val_list.txt (360 lines): ordered by
 class, every fifth picture is for validation. The folder appears only when it is whole; a folder that is there already
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import ArgumentParser, UserError
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from errors import ArgumentParser, UserError  # noqa: E402
 
 SIZES = {'train': 1437, 'val': 360}
 

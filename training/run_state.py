@@ -4,11 +4,13 @@ import os
 
 import numpy as np
 
-import checkpoint
 import utils
 from config import config_changes, config_text
-from engine import epoch_sums, gather_statistics, set_statistics
 from errors import TrainingStopped, UserError
+from port_weights.load import load_weights
+from run_folder import checkpoint
+from training.progress import epoch_sums
+from training.running_statistics import gather_statistics, set_statistics
 from utils import logger
 
 
@@ -82,7 +84,7 @@ class RunState:
             raise UserError(f"{path}: all {state['epoch']} epochs are done; for more set TRAIN.NUM_EPOCHS, for another "
                             'run choose another folder')
         if self.ema is not None:
-            checkpoint.load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
+            load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
         checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path)
         if self.scaler is not None and 'scaler' in state:  # else it was trained on a device without
             self.scaler.load_state_dict(state['scaler'])

@@ -1,57 +1,20 @@
 """One pass over the data: `train_one_epoch` and `evaluate`; both return a dict of metrics."""
 import contextlib
 import math
-import os
 import time
 
-import numpy as np
 import paddle
 import paddle.nn.functional as F
-from tqdm import tqdm
 
 import utils
 from errors import TrainingStopped
-from loss_scaler import LossScaler
-from optim import clip_gradients, gradient_norm, set_weight_decay
-from utils import logger
+from training.optim import clip_gradients, gradient_norm, set_weight_decay
+from training.progress import Progress, epoch_sums
 
 # one run's random draws: a stream each, so that no two ever share their numbers
 STREAM_MIXUP, STREAM_PADDLE = 1, 2
 SLOW_STEP_SECONDS = 3  # from which the ranks wait for each other before they exchange gradients: see utils.barrier
-REPORT_SECONDS = 60  # without a progress line in a log
 MAX_SKIPPED_STEPS = 100  # overflowing steps in a row after which a run with loss scaling stops
-
-
-class Amp:
-    """Mixed precision as the settings ask for it and the device allows.
-
-    On the CPU Paddle's autocast changes nothing, so there it is off and the log says so once.
-    """
-
-    def __init__(self, config, device):
-        self.enabled = config.AMP and device != 'cpu'
-        self.level, self.dtype = config.AMP_LEVEL, config.AMP_DTYPE
-        self.loss_scale, self.loss_scale_steps = config.AMP_LOSS_SCALE, config.AMP_LOSS_SCALE_STEPS
-        if config.AMP and not self.enabled:
-            utils.log_once('-amp: Paddle has no mixed precision on the CPU; computing in float32')
-
-    def autocast(self):
-        """Context of a forward pass."""
-        return paddle.amp.auto_cast(enable=self.enabled, level=self.level, dtype=self.dtype)
-
-    def decorate(self, model, optimizer=None):
-        """Casts the weights to half precision under O2 (the optimizer keeps float32 master weights); returns both."""
-        if not self.enabled or self.level != 'O2':
-            return model, optimizer
-        if optimizer is None:
-            return paddle.amp.decorate(models=model, level='O2', dtype=self.dtype), None
-        return paddle.amp.decorate(models=model, optimizers=optimizer, level='O2', dtype=self.dtype)
-
-    def scaler(self):
-        """Dynamic loss scaling for float16, None where it is not needed."""
-        if self.enabled and self.dtype == 'float16':
-            return LossScaler(self.loss_scale, self.loss_scale_steps)
-        return None
 
 
 def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, lr_at, amp, scaler=None, ema=None,
@@ -91,7 +54,7 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
     steps = math.ceil(batches / accum_iter)
     rank, world = utils.rank(), utils.world_size()
     parameters = [p for p in model.parameters() if not p.stop_gradient]
-    progress = _Progress(f'epoch {epoch}', steps, report_freq, (total_steps or first_step + steps) - first_step, sums)
+    progress = Progress(f'epoch {epoch}', steps, report_freq, (total_steps or first_step + steps) - first_step, sums)
     sums = epoch_sums() if sums is None else sums
     group_loss, group_images = paddle.zeros([]), 0
     step, began, slow = first_step + sums['steps'], time.perf_counter(), True
@@ -165,17 +128,6 @@ def train_one_epoch(model, loader, criterion, optimizer, *, epoch, first_step, l
             'images_per_s': sums['images'] / seconds, 'data_wait': sums['waited'] / seconds, 'seconds': seconds}
 
 
-def epoch_sums(skipped_in_a_row=0):
-    """What the steps of an epoch add up to, at its beginning; plain numbers, over all ranks, for a checkpoint.
-
-    Returns:
-        dict of steps, loss and loss_images (of the steps that were not skipped), skipped, skipped_in_a_row, lr (of
-        the last step), images, waited and seconds.
-    """
-    return {'steps': 0, 'loss': 0.0, 'loss_images': 0, 'skipped': 0, 'skipped_in_a_row': skipped_in_a_row,
-            'lr': 0.0, 'images': 0, 'waited': 0.0, 'seconds': 0.0}
-
-
 def _broken_gradients(model):
     """In words, the parts of the model whose gradients are not finite."""
     parts, trained = {}, [(name, p) for name, p in model.named_parameters() if p.grad is not None]
@@ -228,7 +180,7 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
     """
     model.eval()
     correct1, correct5, loss_sum, images_seen = 0, 0, 0.0, 0
-    progress = _Progress(name, len(loader), report_freq=None)
+    progress = Progress(name, len(loader), report_freq=None)
     for images, labels in progress.timed(loader):
         with amp.autocast():
             logits = model(images)
@@ -246,109 +198,6 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
         raise RuntimeError(f'evaluated {images_seen:.0f} images of a dataset of {dataset_size}')
     return {'acc1': 100 * correct1 / images_seen, 'acc5': 100 * correct5 / images_seen,
             'loss': loss_sum / images_seen, 'images': int(images_seen)}
-
-
-def accuracy_line(metrics):
-    """The line that every evaluation ends with on standard output."""
-    return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
-            f"images {metrics['images']}")
-
-
-def _statistics(model):
-    """The running statistics of batch norm, {name: tensor}."""
-    return {name: p for name, p in model.named_parameters() if name.endswith(('._mean', '._variance'))}
-
-
-def average_statistics(model):
-    """Averages the running statistics of batch norm over the ranks, in place.
-
-    Without SyncBatchNorm each rank's statistics follow its own share of the data.
-    """
-    if utils.world_size() == 1:
-        return
-    utils.log_once('batch norm: running statistics are averaged over the processes before evaluating and saving')
-    buffers = list(_statistics(model).values())
-    flat = paddle.concat([b.flatten().astype('float32') for b in buffers])
-    paddle.distributed.all_reduce(flat)
-    for buffer, part in zip(buffers, paddle.split(flat / utils.world_size(), [b.size for b in buffers])):
-        buffer.set_value(part.reshape(buffer.shape).astype(buffer.dtype))
-
-
-def gather_statistics(model):
-    """The running statistics of every rank, {name: float32 array [ranks, channels]}; every rank calls it."""
-    buffers = _statistics(model)
-    ranks = []
-    paddle.distributed.all_gather(ranks, paddle.concat([b.astype('float32') for b in buffers.values()]))
-    rows = paddle.stack(ranks).numpy()
-    return dict(zip(buffers, np.split(rows, np.cumsum([b.size for b in buffers.values()])[:-1], axis=1)))
-
-
-def set_statistics(model, statistics):
-    """Gives this rank its own row of `gather_statistics`."""
-    for name, buffer in _statistics(model).items():
-        buffer.set_value(paddle.to_tensor(np.ascontiguousarray(statistics[name][utils.rank()])).astype(buffer.dtype))
-
-
-class _Progress:
-    """Progress of one pass: tqdm on a terminal, plain lines elsewhere; counts images and the wait for data."""
-
-    def __init__(self, name, steps, report_freq, steps_left=None, sums=None):
-        sums = sums or epoch_sums()
-        self.name, self.steps, self.report_freq = name, steps, report_freq
-        self.steps_left = steps if steps_left is None else steps_left
-        self.images, self.waited, self.done = sums['images'], sums['waited'], sums['steps']
-        self.reported = time.perf_counter()
-        self.start = self.reported - sums['seconds']
-        terminal = utils.is_main() and os.isatty(2)
-        self.bar = tqdm(total=steps, initial=self.done, desc=name, leave=False) if terminal else None
-
-    def timed(self, loader):
-        """Yields the batches and adds up the time it takes to get them."""
-        batches = iter(loader)
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
-
-    def step(self, images, **values):
-        """Counts one step over `images` images (of all ranks, where the figures of all are known)."""
-        self.images += images
-        self.done += 1
-        now = time.perf_counter()
-        seconds = max(now - self.start, 1e-9)
-        values = {**{k: f'{v:.3g}' if k == 'lr' else f'{v:.4f}' for k, v in values.items()},
-                  'images/s': f'{self.images / seconds:.1f}', 'wait': f'{100 * self.waited / seconds:.0f}%'}
-        if self.bar is not None:
-            self.bar.set_postfix(values, refresh=False)
-            self.bar.update()
-        elif self._due(now):
-            self.reported = now
-            eta = (self.steps_left - self.done) * seconds / self.done
-            line = ' '.join(f'{k} {v}' for k, v in values.items())
-            logger.info(f'{self.name} step {self.done}/{self.steps} {line} eta {duration(eta)}')
-
-    def _due(self, now):
-        if self.report_freq and (self.done % self.report_freq == 0 or self.done == self.steps):
-            return True
-        return now - self.reported > REPORT_SECONDS
-
-    def seconds(self):
-        """Since the start, above 0; the time between a stop and its resumption left out."""
-        return max(time.perf_counter() - self.start, 1e-9)
-
-    def close(self):
-        """Ends the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-def duration(seconds):
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
 def _unwrap(model):

@@ -7,15 +7,15 @@ import pytest
 
 import replknet
 from fuse import fuse, pack
-from large_kernel import DepthwiseConv2D, as_planes, computed, conv_block, defer, extension, pack_weights
-from large_kernel.fused import PackedConv2D, can_fuse
+from large_kernel import DepthwiseConv2D, as_planes, build, computed, conv_block, defer, operators, pack_weights
+from large_kernel.conv_norm_act import PackedConv2D, can_fuse
 from replknet import ConvBN, RepLKNet
 
 import paddle  # isort: skip
 from paddle import nn  # isort: skip
 
-pytestmark = pytest.mark.skipif(extension.reason_unavailable() is not None,
-                                reason=f'no C++ operator: {extension.reason_unavailable()}')
+pytestmark = pytest.mark.skipif(build.reason_unavailable() is not None,
+                                reason=f'no C++ operator: {build.reason_unavailable()}')
 EPS = np.finfo('float32').eps
 
 
@@ -301,8 +301,8 @@ def test_network_computes_the_same_with_and_without(merged, monkeypatch, tmp_pat
         model.structural_reparam()
     x = paddle.randn([2, 3, 64, 52])
     calls = []
-    real = extension.run_fused
-    monkeypatch.setattr(extension, 'run_fused', lambda *a: calls.append(1) or real(*a))
+    real = operators.run_fused
+    monkeypatch.setattr(operators, 'run_fused', lambda *a: calls.append(1) or real(*a))
     monkeypatch.setattr(replknet, 'defer', lambda x: x)
     fused = model(x).numpy()
     assert len(calls) == 2 * 5 + 2 * 5 + (5 if merged else 10) + 4 + 6
@@ -481,13 +481,13 @@ def test_layers_of_other_kinds_widths_or_modes_see_planes(network, monkeypatch):
 @pytest.fixture
 def sequences(monkeypatch):
     """The numbers of convolutions of each sequence that is computed."""
-    found, real = [], extension.run_fused_sequence
+    found, real = [], operators.run_fused_sequence
 
     def watch(x, parameters, kernels, *more):
         found.append(len(kernels))
         return real(x, parameters, kernels, *more)
 
-    monkeypatch.setattr(extension, 'run_fused_sequence', watch)
+    monkeypatch.setattr(operators, 'run_fused_sequence', watch)
     return found
 
 
@@ -559,9 +559,9 @@ def test_wrong_shapes_in_a_sequence_are_errors():
         with pytest.raises((RuntimeError, ValueError, OSError)):
             computed(conv_block(defer(computed(x)), conv, **arguments))
     with pytest.raises((RuntimeError, ValueError, OSError)):
-        extension.run_fused_sequence(computed(x), [conv.weight], [1], [1], [1], [-1], [''], [0.0, 0.0])
+        operators.run_fused_sequence(computed(x), [conv.weight], [1], [1], [1], [-1], [''], [0.0, 0.0])
     with pytest.raises((RuntimeError, ValueError, OSError)):
-        extension.run_fused_sequence(computed(x), [conv.weight], [1], [1], [0], [1], [''], [0.0, 0.0])
+        operators.run_fused_sequence(computed(x), [conv.weight], [1], [1], [0], [1], [''], [0.0, 0.0])
 
 
 def test_conv_bn_trains_as_before():

@@ -1,7 +1,8 @@
-"""Build of the C++ operator on first use, into a per-user cache, and its registration with Paddle.
+"""Builds the C++ operator on first use into a per-user cache, and registers it with Paddle.
 
-The library is keyed by everything it depends on (sources, Paddle, compiler, flags, processor), so a change of any of
-them builds anew and machines that share a home directory do not share code. LARGE_KERNEL_CACHE_DIR moves the cache.
+The library's file name is a hash of everything it depends on (sources, Paddle, compiler, flags, processor): a change
+to any of them triggers a new build, and machines that share a home directory do not share machine code.
+LARGE_KERNEL_CACHE_DIR moves the cache.
 """
 import contextlib
 import hashlib
@@ -23,13 +24,15 @@ import paddle_env
 
 import paddle  # isort: skip
 
+
+
 SOURCES = Path(__file__).parent / 'csrc'
 TIMEOUT = 600  # seconds for the compiler
-OPERATORS = 3  # version of the operators' attributes and weights: programs exported with another one do not run
+OPERATORS = 3  # version of the operators' interface: programs exported with another version do not run
 
 
 class BuildError(RuntimeError):
-    """The operator cannot be built or loaded here; the message is one line that says why."""
+    """The operator cannot be built or loaded on this machine; the message gives the reason in one line."""
 
 
 def _compiler():
@@ -41,15 +44,15 @@ def _compiler():
 
 
 def _flags():
-    # -march=native picks AVX-512, AVX or SSE on x86, -mcpu=native the same on ARM. Products are added by fused
-    # instructions. At -O3 GCC keeps fewer of the accumulators in registers.
+    # -march=native selects AVX-512, AVX2 or SSE on x86; -mcpu=native is its counterpart on ARM. -ffp-contract=fast
+    # allows FMA instructions. At -O3 GCC keeps fewer accumulators in registers.
     native = '-march=native' if platform.machine() in ('x86_64', 'AMD64', 'i686') else '-mcpu=native'
     return ['-O2', native, '-ffp-contract=fast', '-std=c++17', '-fPIC', '-w', '-D_GLIBCXX_USE_CXX11_ABI=1',
             '-DPADDLE_WITH_CUSTOM_KERNEL']
 
 
 def _python_headers():
-    """Options to find Python.h; none where it is not installed: then there is no `direct`."""
+    """Compiler options to find Python.h; none where it is not installed, and `direct` is None then."""
     folder = sysconfig.get_path('include')
     return ['-I', folder] if os.path.exists(os.path.join(folder, 'Python.h')) else []
 
@@ -58,7 +61,7 @@ def _commands(compiler, folder, library):
     """The compile and the link command."""
     include, libs = Path(paddle.sysconfig.get_include()), Path(paddle.sysconfig.get_lib())
     core = libs.parent / 'base'
-    # Paddle's own OpenMP runtime where it brings one: a second one would fight it for the cores.
+    # Paddle's own OpenMP runtime where it ships one: two runtimes would compete for the cores.
     openmp = ['-l:libiomp5.so'] if (libs / 'libiomp5.so').exists() else ['-fopenmp']
     unit = str(Path(folder) / 'operator.o')
     compile_ = [*compiler, *_flags(), '-fopenmp', '-I', str(include), '-I', str(include / 'third_party'),
@@ -81,13 +84,13 @@ def _key(compiler):
 
 
 def _last_line(text):
-    """The line of a compiler's output that says most: the first error, else the last line."""
+    """The most telling line of a compiler's output: the first error, else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if 'error' in line), lines[-1] if lines else 'no message')
 
 
 def _cache_dir():
-    """A writable folder only this user can write to: the cache, or a temporary folder where it cannot be used."""
+    """A folder that only this user can write to: the cache, or a temporary folder where the cache is not writable."""
     root = os.environ.get('LARGE_KERNEL_CACHE_DIR')
     base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     fallback = Path(tempfile.gettempdir()) / f'replknet_paddle-{os.getuid()}'
@@ -121,7 +124,7 @@ def _run(command):
 
 
 def _build(compiler, library):
-    """Several processes may come here at once: one builds, the others wait and find the library."""
+    """Compiles and links the library, which appears atomically; call with its lock held."""
     start = time.time()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name
@@ -133,9 +136,14 @@ def _build(compiler, library):
 
 
 def library_path():
-    """Path of the operator's shared library, built if need be. Raises BuildError."""
+    """Path of the operator's shared library, which is built if it does not exist yet.
+
+    Several processes may call this at once: one builds, the others wait for it.
+    Raises:
+        BuildError: it cannot be built.
+    """
     if platform.system() != 'Linux':
-        raise BuildError(f'the C++ operator is built on Linux only, this is {platform.system()}')
+        raise BuildError(f'the C++ operator is built on Linux only; this is {platform.system()}')
     try:
         compiler = _compiler()
         library = _cache_dir() / f'large_kernel_{_key(compiler)}.so'
@@ -149,17 +157,16 @@ def library_path():
 
 
 _registered = None  # path of the library this process has registered, or the BuildError that prevented it
-
-# The module of python_entry.h: serves(x, weight, bias, stride) and forward(x, weight, bias, stride), without gradients. None
-# where the operator is not loaded or was built without Python's headers.
+# The Python module inside the library (csrc/python_entry.h): serves(x, weight, bias, stride) and, without gradients,
+# forward(x, weight, bias, stride). None where the operator is not loaded or was built without Python's headers.
 direct = None
 
 
 def load_operator(path=None):
-    """Register the operator with Paddle in this process: needed before an exported program that holds it is run.
+    """Registers the operator with Paddle in this process; required before running an exported program that uses it.
 
     Args:
-        path: a library built before, for machines without a compiler (same Paddle, same kind of processor);
+        path: a library built elsewhere, for machines without a compiler (same Paddle, same kind of processor);
             None takes it from the cache or builds it.
 
     Returns:
@@ -195,7 +202,7 @@ def _register(library):
 
 
 def _direct_module(library):
-    """`direct` of a library, None if it has none."""
+    """The `direct` module inside a library, or None if it has none."""
     loader = importlib.machinery.ExtensionFileLoader('large_kernel_direct', str(library))
     try:
         return importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
@@ -204,67 +211,9 @@ def _direct_module(library):
 
 
 def reason_unavailable():
-    """None if the operator is ready in this process, after building it if need be, else one line that says why not."""
+    """None if the operator is ready in this process (it is built if necessary), else the reason in one line."""
     try:
         load_operator()
     except BuildError as error:
         return str(error)
     return None
-
-
-def run(x, weight, bias, stride, input_grad, weight_grad):
-    """The depthwise operator itself: arguments as in `depthwise_conv2d`, all float32, on the CPU."""
-    name = 'large_kernel_conv' if bias is None else 'large_kernel_conv_bias'
-    tensors = _without_gradients([x, weight] if bias is None else [x, weight, bias])
-    return _call(name, ('X', 'Filter', 'Bias'), tensors, ('stride', 'input_grad', 'weight_grad'),
-                 [stride, input_grad, weight_grad])
-
-
-def run_with_gradients(x, weight, bias, stride):
-    """The same for what `direct` serves, where gradients are wanted."""
-    if bias is None:
-        return _RUN('large_kernel_conv', x, weight, stride, not x.stop_gradient, not weight.stop_gradient)[0]
-    return _RUN('large_kernel_conv_bias', x, weight, bias, stride, not x.stop_gradient,
-                not (weight.stop_gradient and bias.stop_gradient))[0]
-
-
-def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
-              blocked, depthwise):
-    """The operator of `fused.conv_block`; the norms are lists of weight, bias, mean and variance."""
-    # by these suffixes Paddle knows inputs that may be missing, or are lists; it leaves out others without a word
-    return _call('fused_conv', ('X', 'Filter', 'Bias@OPTIONAL', 'Residual@OPTIONAL', 'InNorm@VECTOR@OPTIONAL',
-                                'OutNorm@VECTOR@OPTIONAL'), [x, weight, bias, residual, in_norm, out_norm],
-                 ('kernel', 'stride', 'activation', 'in_epsilon', 'out_epsilon', 'blocked', 'depthwise'),
-                 [kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise])
-
-
-def run_fused_sequence(x, parameters, kernels, strides, parts, residuals, activations, epsilons):
-    """The operator of `deferred.computed`; the arguments are described in operator.cc. Not for tracing."""
-    return _RUN('fused_convs', x, parameters, kernels, strides, parts, residuals, activations, epsilons)[0]
-
-
-def run_batch_norm(x, weight, bias, mean, variance, momentum, epsilon, activation):
-    """The operator of a batch norm in training; it moves the running mean and variance. Not for tracing."""
-    tensors = _without_gradients([x, weight, bias, mean, variance])
-    return _RUN('batch_norm_act', *tensors, momentum, epsilon, activation)[0]
-
-
-_RUN = (paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager)._run_custom_op
-
-
-def _without_gradients(tensors):
-    """Detached under no_grad, which Paddle overlooks where an operator has a gradient: its result would hold them."""
-    if not paddle.in_dynamic_mode() or paddle.is_grad_enabled():
-        return tensors
-    return [t if t.stop_gradient else t.detach() for t in tensors]
-
-
-def _call(name, input_names, inputs, attribute_names, attributes):
-    if paddle.in_dynamic_mode() or not isinstance(inputs[0], paddle.static.Variable):
-        return _RUN(name, *inputs, *attributes)[0]
-    from paddle.base.layer_helper import LayerHelper  # Paddle 2.6 traces into a program of operators
-    helper = LayerHelper(name)
-    y = helper.create_variable_for_type_inference(dtype=inputs[0].dtype)
-    helper.append_op(type=name, inputs={k: v for k, v in zip(input_names, inputs) if v is not None}, outputs={'Out': y},
-                     attrs=dict(zip(attribute_names, attributes)))
-    return y

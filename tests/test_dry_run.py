@@ -8,15 +8,16 @@ import paddle
 import pytest
 from paddle.base import core
 
-from checkup import warnings
 from config import get_config
-from cost import model_cost, training_memory
-from doctor import differences, make_plan, report
-from ema import ModelEMA
-from large_kernel import extension
-from optim import build_optimizer, parameter_groups
-from recipes import RECIPES
+from dry_run.cost import model_cost, training_memory
+from dry_run.likely_mistakes import warnings
+from dry_run.plan import make_plan
+from dry_run.recipes import RECIPES
+from dry_run.report import differences, report
+from large_kernel import build
 from replknet import build_replknet
+from training.ema import ModelEMA
+from training.optim import build_optimizer, parameter_groups
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 NO_DATA = 'no data folder is given (-data_path)'
@@ -70,7 +71,7 @@ def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts, implementat
     peak = core.host_memory_stat_peak_value('Allocated', 0) - before
     estimate = training_memory(config, model_cost(config), config.MODEL.RECOMPUTE)
     print(f'{implementation}: peak {peak / 1e6:.1f} MB, estimate {sum(estimate.values()) / 1e6:.1f} MB')
-    if implementation == 'native' or extension.reason_unavailable():
+    if implementation == 'native' or build.reason_unavailable():
         assert sum(estimate.values()) == pytest.approx(peak, rel=0.03)
     else:  # the operator of norms does not keep GELU's inputs
         assert 0.85 * sum(estimate.values()) < peak < 1.03 * sum(estimate.values())

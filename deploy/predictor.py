@@ -23,19 +23,17 @@ import numpy as np
 from PIL import Image
 
 import utils
-from certificate import dygraph_program
 from config import get_config
 from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
+from deploy.equivalence import dygraph_program
+from deploy.runtimes import load_paddle_program, save_paddle_program
 from errors import UserError
 from fuse import WithFeatures, fuse, pack
-from large_kernel import extension, operator_serves
-from launcher import ROOT, settings_file
-from programs import load_paddle_program, save_paddle_program
-from run import build_model
-from run_folder import CONFIG, best_checkpoint, find_classes
-from zoo import ZOO
+from large_kernel import build, operator_serves
+from run_folder.layout import CONFIG, best_checkpoint, find_classes
+from zoo import ZOO, build_model, pretrained_weights, settings_file
 
-IMAGENET = os.path.join(ROOT, 'class_names', 'imagenet1k.txt')
+IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
 CERTIFICATE = 'certificate.json'  # what export.py writes
 BACKENDS = ('auto', 'dygraph', 'inference')
 
@@ -92,7 +90,7 @@ class Predictor:
         # Where the operator serves, Paddle Inference is a few per cent faster (docs/benchmarks.md), but takes seconds
         # to trace and load a model. Without the operator dygraph is several times slower.
         if backend == 'auto':
-            slow = self.device == 'cpu' and extension.reason_unavailable() is not None
+            slow = self.device == 'cpu' and build.reason_unavailable() is not None
             backend = 'inference' if exported or slow else 'dygraph'
         self.backend = backend
         if self.backend == 'inference' and self.device != 'cpu':
@@ -129,9 +127,9 @@ class Predictor:
             raise UserError(f'{folder}: this exported program gives no features; export it with -features, or name its '
                             'weights')
         # of those that run here, the one that was the fastest where it was exported
-        operator = extension.reason_unavailable() is None and certificate.get('operators') == extension.OPERATORS
+        operator = build.reason_unavailable() is None and certificate.get('operators') == build.OPERATORS
         names = [name for name in ('model', 'model_native') if name in programs and (operator or name != 'model')]
-        if 'model' in programs and certificate.get('operators') != extension.OPERATORS:
+        if 'model' in programs and certificate.get('operators') != build.OPERATORS:
             utils.logger.warning('%s: `model` is for another version of the operators and is left out; export it again',
                                  folder)
         if not names:
@@ -140,7 +138,7 @@ class Predictor:
         self.origin = os.path.join(folder, name)
         self._prepare(get_config(cfg or os.path.join(folder, CONFIG)), folder)
         if name == 'model':
-            extension.load_operator()  # else Paddle Inference does not know it
+            build.load_operator()  # else Paddle Inference does not know it
         self._compute = load_paddle_program(self.origin, paddle_env.set_threads())
 
     def _prepare(self, config, folder):
@@ -222,7 +220,7 @@ def load_model(model, cfg=None):
     if cfg is None:
         raise UserError(f'-model={model}: there is no {CONFIG} beside it; name its settings with -cfg')
     config = get_config(cfg, flags={'pretrained': weights, 'eval': True})
-    network, _ = build_model(config)
+    network = build_model(config, *pretrained_weights(config.MODEL.PRETRAINED))
     network.eval()
     return network, config
 

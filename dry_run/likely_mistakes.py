@@ -7,13 +7,11 @@ import paddle
 import utils
 from config import get_config
 from datasets import eval_protocol
+from dry_run.recipes import RECIPES
 from errors import UserError
-from recipes import RECIPES
 from replknet import VARIANTS
-from run_folder import config_beside
-from zoo import ZOO
+from zoo import ZOO, settings_file
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
 ARCHITECTURE = ('LAYERS', 'CHANNELS', 'LARGE_KERNEL_SIZES', 'SMALL_KERNEL', 'DW_RATIO', 'FFN_RATIO')
 
 
@@ -135,7 +133,7 @@ def _start(plan):
         if config.EVAL:
             yield '-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists'
         return
-    cfg = os.path.join(ROOT, ZOO[start].config) if start in ZOO else config_beside(start)
+    cfg = settings_file(start)
     if start not in ZOO and not os.path.exists(start):
         yield f'{start}: no such file, and no name that `python zoo.py` lists'
     if not cfg:

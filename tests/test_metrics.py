@@ -8,11 +8,11 @@ import paddle
 import pytest
 from PIL import Image
 
-import monitor
-from loss_scaler import LossScaler
-from monitor import curves_line, draw_curves, read_metrics
-from optim import gradient_norm
+from run_folder.curves import curves_line, draw_curves
+from run_folder.metrics import VisualDL, read_metrics
 from tests.test_engine import batches, linear, train
+from training.amp import LossScaler
+from training.optim import gradient_norm
 
 NEEDS_MATPLOTLIB = pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='needs matplotlib')
 
@@ -163,7 +163,7 @@ def test_visualdl_that_is_asked_for_and_not_there_is_one_line(run_script, list_d
 
 def test_scalars_that_are_not_finite_are_left_out(monkeypatch):
     added = []
-    scalars = object.__new__(monitor.VisualDL)
+    scalars = object.__new__(VisualDL)
     scalars._writer = type('Writer', (), {'add_scalar': lambda self, **values: added.append(values)})()
     scalars.add({'event': 'step', 'step': 3, 'time': 1.0, 'loss': 1.5, 'grad_norm': float('inf'), 'lr': None})
     assert added == [{'tag': 'step/loss', 'step': 3, 'value': 1.5}]

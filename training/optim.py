@@ -4,7 +4,7 @@ import re
 import paddle
 
 from errors import UserError
-from optimizers import Adan, Lamb, Lion, NAdam
+from training.optimizers import Adan, Lamb, Lion, NAdam
 
 
 def layer_id(name, num_stages=4):

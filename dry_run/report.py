@@ -6,130 +6,22 @@
 Nothing is trained or written; neither a GPU nor the data needs to be there.
 """
 import math
-import os
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Dict, Optional
 
 import numpy as np
 
 import utils
-from checkup import warnings
 from config import setting
-from cost import lazy_model, model_cost, training_memory
-from datasets import TrainBatchSampler, eval_protocol, get_dataset
+from datasets import eval_protocol
+from dry_run.cost import lazy_model
+from dry_run.likely_mistakes import warnings
+from dry_run.plan import make_plan
+from dry_run.recipes import RECIPES
 from errors import UserError
-from monitor import METRICS, read_metrics
-from optim import parameter_groups
-from recipes import RECIPES
-from schedules import Schedule, build_schedule
+from run_folder.metrics import METRICS, read_metrics
+from training.optim import parameter_groups
 
-IMAGENET_IMAGES = {1000: 1_281_167, 21841: 14_197_122}  # classes: training images, where no data is here
 GPU_MEMORY = (16, 24, 40, 80)  # GiB
 BAR = 40  # characters of the longest bar
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has not started.
-
-    Attributes:
-        config: settings, those of a planned cluster among them; `device`: kind of device; `nodes`, `processes`: counts.
-        labels: {'train' or 'val': labels int64 [images]} of the lists that are there.
-        problems: {what: the line that says why it cannot be had}.
-        images: training images, of ImageNet where no list is there, None where not even that is known.
-        steps_per_epoch: optimizer steps, None where unknown; `schedule`: its steps count 1000 an epoch then.
-    """
-    config: object
-    device: str
-    nodes: int
-    processes: int
-    labels: Dict[str, np.ndarray]
-    problems: Dict[str, str]
-    images: Optional[int]
-    steps_per_epoch: Optional[int]
-    schedule: Schedule
-
-    @cached_property
-    def cost(self):
-        return model_cost(self.config)
-
-    @property
-    def global_batch(self):
-        return self.config.DATA.BATCH_SIZE * self.config.TRAIN.ACCUM_ITER * self.processes
-
-    @property
-    def elsewhere(self):
-        """Whether it is for a cluster that is not here."""
-        return bool(self.config.PLAN.NODES or self.config.PLAN.GPUS_PER_NODE)
-
-    @property
-    def half(self):
-        """Whether it computes in half precision."""
-        return self.config.AMP and self.device != 'cpu'
-
-    def memory(self, recompute):
-        """Of one process, see `cost.training_memory`."""
-        return training_memory(self.config, self.cost, recompute, self.half, self.processes)
-
-
-def planned_device(config):
-    """The kind of device that a dry run speaks of: that of the settings, whether it is here or not."""
-    if config.DEVICE != 'auto':
-        return config.DEVICE
-    return 'gpu' if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE or utils.device_count('gpu') else 'cpu'
-
-
-def make_plan(config, device, processes):
-    """The run that these settings start as `processes` processes here, or on the cluster of `config.PLAN`."""
-    nodes = max(1, config.PLAN.NODES)
-    if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE:
-        processes = nodes * (config.PLAN.GPUS_PER_NODE or processes)
-        config = _keep_global_batch(config, processes)
-    labels, problems = _read_lists(config)
-    images = len(labels['train']) if 'train' in labels else IMAGENET_IMAGES.get(config.MODEL.NUM_CLASSES)
-    steps_per_epoch = None
-    if images is not None:
-        try:
-            batches = len(TrainBatchSampler(images, config.DATA.BATCH_SIZE, 0, processes))
-            steps_per_epoch = math.ceil(batches / config.TRAIN.ACCUM_ITER)
-        except UserError as error:
-            problems['batch'] = str(error)
-    return Plan(config, device, nodes, processes, labels, problems, images, steps_per_epoch,
-                build_schedule(config, steps_per_epoch or 1000, processes))
-
-
-def _keep_global_batch(config, processes):
-    """The settings with the batch size and accumulation that give the recipe's global batch, where any do."""
-    target = config.TRAIN.RECIPE_BATCH_SIZE
-    if not target or config.TRAIN.LINEAR_SCALED_LR:
-        return config
-    config = config.clone()
-    config.defrost()
-    share, remainder = divmod(target, processes)
-    if remainder or not share:
-        config.TRAIN.ACCUM_ITER = max(1, round(target / processes / config.DATA.BATCH_SIZE))
-    else:
-        batch = max(size for size in range(1, min(share, config.DATA.BATCH_SIZE) + 1) if share % size == 0)
-        config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER = batch, share // batch
-    config.freeze()
-    return config
-
-
-def _read_lists(config):
-    """Labels of the lists that can be read, also those that the head has no output for, and why others cannot."""
-    any_label = config.clone()
-    any_label.defrost()
-    any_label.MODEL.NUM_CLASSES = 2**31
-    folder, labels, problems = config.DATA.DATA_PATH, {}, {}
-    if not os.path.isdir(folder):
-        return labels, {'data': f'{folder}: no such data folder' if folder else 'no data folder is given (-data_path)'}
-    for mode in (() if config.EVAL else ('train',)) + (('val',) if config.EVAL or config.VALIDATE_FREQ else ()):
-        try:
-            labels[mode] = get_dataset(any_label, mode).labels
-        except (UserError, FileNotFoundError) as error:
-            problems[mode] = str(error)
-    return labels, problems
 
 
 def report(config, device, processes):

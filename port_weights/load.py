@@ -1,0 +1,37 @@
+"""Loads weights into a model, all of them or none."""
+import numpy as np
+import paddle
+
+from errors import UserError
+
+
+def load_weights(model, weights, origin, drop_head=False):
+    """Copies `weights` into `model`, all or none.
+
+    Args:
+        weights: arrays by structured name.
+        origin: where they come from, for messages.
+        drop_head: leave the head as initialised where its class count differs.
+    Returns:
+        names that were left out on purpose.
+    Raises:
+        UserError: a tensor is missing, surplus or of another shape; the text lists them.
+    """
+    own = model.state_dict()
+    dropped = []
+    if drop_head:
+        dropped = [name for name in ('head.weight', 'head.bias')
+                   if name in own and name in weights and tuple(weights[name].shape) != tuple(own[name].shape)]
+    missing = [name for name in own if name not in weights]
+    surplus = [name for name in weights if name not in own]
+    mismatched = [f'{name} {list(weights[name].shape)} for {list(own[name].shape)}' for name in own
+                  if name in weights and name not in dropped and tuple(weights[name].shape) != tuple(own[name].shape)]
+    problems = [f'{len(names)} {kind}: {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}'
+                for kind, names in (('missing', missing), ('surplus', surplus), ('of another shape', mismatched))
+                if names]
+    if problems:
+        raise UserError(f'{origin}: the weights do not fit the model: {"; ".join(problems)}')
+    for name, tensor in own.items():
+        if name not in dropped:
+            tensor.set_value(paddle.to_tensor(np.ascontiguousarray(weights[name])).astype(tensor.dtype))
+    return dropped

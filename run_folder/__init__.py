@@ -1,0 +1,1 @@
+"""The folder of a run: the names in it, its checkpoints, metrics and curves."""

@@ -1,0 +1,1 @@
+"""How a run trains: its parts, its loop, and its state to resume from."""
