@@ -31,9 +31,9 @@ void correlate_3x3(const Plane<const float>& x, const float* weight, const Plane
 inline int band_rows(const Shape& s) { return s.out_width() > 2 * kLanes ? 2 * kBandRows : s.height; }
 
 // The input gradient at stride 2. With `band`, a buffer of band_rows() rows, dx is written with non-temporal stores and
-// `soon` is not prefetched, as that would delay both.
+// `to_prefetch` is not prefetched, as that would delay both.
 inline void input_gradient_stride2(const Plane<const float>& dy, const float* weight, const Plane<float>& dx,
-                                   [[maybe_unused]] float* band, const float* soon) {
+                                   [[maybe_unused]] float* band, const float* to_prefetch) {
 #if defined(__AVX512F__)
   if (packs_row_pairs(dy.width)) return input_gradient_row_pairs(dy, weight, dx);
 #endif
@@ -51,7 +51,7 @@ inline void input_gradient_stride2(const Plane<const float>& dy, const float* we
       return;
     }
 #endif
-    input_gradient_strips<is_inside()>(dy, weight, dx, begin, end, first, last, soon);
+    input_gradient_strips<is_inside()>(dy, weight, dx, begin, end, first, last, to_prefetch);
   });
 }
 

@@ -58,7 +58,7 @@ struct WindowReader {
   const float* at;
   std::ptrdiff_t pitch;
   bool first;
-  StripLanes<Inside> before, from, behind;
+  StripLanes<Inside> before, from, after;
 
   LK_INLINE WindowReader(const Plane<const float>& plane, int y, int x)
       : at(plane.row(y) + S * x),
@@ -66,7 +66,7 @@ struct WindowReader {
         first(x == 0),
         before(plane.width - x + 1),
         from(plane.width - S * x),
-        behind(plane.width - S * x - (S == 1 ? 1 : kLanes)) {}
+        after(plane.width - S * x - (S == 1 ? 1 : kLanes)) {}
 
   LK_INLINE Window3 next() {
     const float *here = at, *ahead = at + kPrefetchAhead;
@@ -74,11 +74,11 @@ struct WindowReader {
     __builtin_prefetch(ahead);
     if constexpr (S == 1) {
       const Vec middle = from.read(here);
-      return {first ? shift_lanes_up(Vec{}, middle) : before.read(here - 1), middle, behind.read(here + 1)};
+      return {first ? shift_lanes_up(Vec{}, middle) : before.read(here - 1), middle, after.read(here + 1)};
     } else {
       __builtin_prefetch(ahead + kLanes);
       Vec even, odd;
-      deinterleave(from.read(here), behind.read(here + kLanes), &even, &odd);
+      deinterleave(from.read(here), after.read(here + kLanes), &even, &odd);
       return {shift_lanes_up(first ? Vec{} : load(here - kLanes), odd), even, odd};
     }
   }
@@ -140,11 +140,11 @@ __attribute__((noinline)) void correlate_strips(const Plane<const float>& x, con
 }
 
 // The input gradient at stride 2. A pixel in an even row (or column) has met only the middle tap, one in an odd row the
-// last tap of one output and the first tap of the next. `soon` is prefetched: what is read next, or written here.
+// last tap of one output and the first tap of the next. `to_prefetch` is prefetched: what is read next, or written here.
 template <bool Inside>
 __attribute__((noinline)) void input_gradient_strips(const Plane<const float>& dy, const float* weight,
                                                      const Plane<float>& dx, int begin, int end, int first, int last,
-                                                     const float* soon) {
+                                                     const float* to_prefetch) {
   const std::ptrdiff_t pitch = dy.width, to_pitch = dx.width;
   const int full = std::min(end, dy.height - 1);
   Vec w[9];
@@ -154,7 +154,7 @@ __attribute__((noinline)) void input_gradient_strips(const Plane<const float>& d
     const StripLanes<Inside> low(dx.width - 2 * column), high(dx.width - 2 * column - kLanes);
     const float* from = dy.row(begin) + column;
     float* to = dx.row(2 * begin) + 2 * column;
-    const float* fetch = soon + 2 * begin * to_pitch + 2 * column;
+    const float* fetch = to_prefetch + 2 * begin * to_pitch + 2 * column;
     auto put = [&](Vec even, Vec odd) {
       __builtin_prefetch(fetch);
       __builtin_prefetch(fetch + kLanes);

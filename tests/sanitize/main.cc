@@ -1,5 +1,6 @@
-// The kernels over a table of shapes, in buffers of exactly the tensors' size, against plain loops in double precision.
-// Built by the tests with and without sanitizers and for several instruction sets. Exits with 1 on a wrong value.
+// Runs the kernels over a table of shapes, in buffers of exactly the tensors' size, and compares them with plain loops
+// in double precision. The tests build it with and without sanitizers and for several instruction sets. Exits with 1 on
+// a wrong value.
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -9,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-static bool large_cache;  // what depends on the size of the cache is run for either size
+static bool large_cache;  // code that depends on the size of the cache runs for both sizes
 #define LK_LARGE_L1 large_cache
 
 #include "batch_norm.h"
@@ -22,7 +23,7 @@ using large_kernel::Shape;
 namespace {
 
 struct Buffer {
-  // aligned as Paddle's tensors are
+  // aligned like Paddle's tensors
   explicit Buffer(std::size_t n)
       : size(n),
         data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
@@ -40,21 +41,21 @@ struct Buffer {
   }
 };
 
-// A map in a buffer of exactly its size.
-struct Held {
+// A feature map in a buffer of exactly its size.
+struct MapBuffer {
   Buffer buffer;
   int batch, channels;
   std::size_t pixels;
   bool blocked;
 
-  Held(int batch, int channels, std::size_t pixels, bool blocked)
+  MapBuffer(int batch, int channels, std::size_t pixels, bool blocked)
       : buffer(batch * channels * pixels),
         batch(batch),
         channels(channels),
         pixels(pixels),
         blocked(blocked) {}
-  // the same values, in the other layout if need be
-  Held(const Held& other, bool blocked) : Held(other.batch, other.channels, other.pixels, blocked) {
+  // the same values, converted to the other layout if necessary
+  MapBuffer(const MapBuffer& other, bool blocked) : MapBuffer(other.batch, other.channels, other.pixels, blocked) {
     for (int image = 0; image < batch; image++) {
       for (int c = 0; c < channels; c++) {
         for (std::size_t p = 0; p < pixels; p++)
@@ -76,7 +77,7 @@ struct Reference {
   void add(std::size_t i, double product) { sum[i] += product, magnitude[i] += std::fabs(product); }
 };
 
-// Worst error in units of float32's epsilon times the sum of magnitudes.
+// The worst error, in units of float32's epsilon times the sum of magnitudes.
 double worst(const Buffer& got, const Reference& want) {
   double result = 0;
   for (std::size_t i = 0; i < got.size; i++) {
@@ -87,11 +88,11 @@ double worst(const Buffer& got, const Reference& want) {
   return result / std::ldexp(1.0, -23);
 }
 
-// With `offset`, x and dy are that much off zero, so that sums grow with the number of terms.
+// `offset` is added to x and dy, so that sums grow with the number of terms.
 bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
   const std::size_t planes = (std::size_t)s.batch * s.channels, area = (std::size_t)s.kernel * s.kernel;
-  Held map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
+  MapBuffer map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
   Buffer &x = map.buffer, &y = result.buffer;
   Buffer weight(s.channels * area), bias(s.channels), dy(planes * out);
   Buffer dx(planes * in), dweight(s.channels * area), dbias(s.channels);
@@ -128,10 +129,10 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
     }
   }
   for (int layouts = 1; layouts < 4 && s.channels % 16 == 0; layouts++) {
-    const Held from(map, layouts & 1);
-    Held to(s.batch, s.channels, out, layouts & 2);
+    const MapBuffer from(map, layouts & 1);
+    MapBuffer to(s.batch, s.channels, out, layouts & 2);
     large_kernel::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
-    const double error = worst(Held(to, false).buffer, ry);
+    const double error = worst(MapBuffer(to, false).buffer, ry);
     if (error > 8) {
       std::printf("[%d, %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
                   s.stride, layouts, error);
@@ -145,7 +146,7 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
   const int area = s.kernel * s.kernel, terms = s.channels * area;
   const bool pointwise = area == 1 && s.stride == 1;
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
-  Held x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
+  MapBuffer x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
   Buffer weight((std::size_t)out_channels * terms);
   Buffer in_scale(s.channels), in_shift(s.channels), scale(out_channels), shift(out_channels);
   x.buffer.draw(random), weight.draw(random), added.buffer.draw(random);
@@ -155,8 +156,8 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
     if ((from_blocks && s.channels % 16) || ((to_blocks || packed) && out_channels % 16) || (norm && !pointwise)) {
       continue;
     }
-    const Held from(x, from_blocks), residual(added, to_blocks);
-    Held to(s.batch, out_channels, out, to_blocks);
+    const MapBuffer from(x, from_blocks), residual(added, to_blocks);
+    MapBuffer to(s.batch, out_channels, out, to_blocks);
     const large_kernel::Epilogue epilogue = {scale.data.get(), shift.data.get()};
     const float *a = norm ? in_scale.data.get() : nullptr, *b = norm ? in_shift.data.get() : nullptr;
     if (packed) {
@@ -239,7 +240,7 @@ bool run_norm(const large_kernel::BatchNormShape& s, large_kernel::Activation ac
     const double inverse = 1 / std::sqrt(rvariance.sum[c] + epsilon), scale = weight.at(c) * inverse;
     double size_g = 0, size_gd = 0;
     auto inner = [&](std::size_t i) { return scale * (x.at(i) - m) + bias.at(c); };
-    // how much rounding of what the activation acts on, and of its derivative, may move the gradient in front of it
+    // how much rounding of the activation's input and derivative may change the gradient of that input
     auto moved = [&](std::size_t i) {
       const bool at_step = activation == large_kernel::Activation::kRelu && std::fabs(inner(i)) < 1e-5;
       return std::fabs(dy.at(i)) * (1 + std::fabs(scale) * (std::fabs(x.at(i)) + std::fabs(m)) + (at_step ? 1e9 : 0));
@@ -277,7 +278,7 @@ bool run_norm(const large_kernel::BatchNormShape& s, large_kernel::Activation ac
   return true;
 }
 
-// Whether every task is done once, by one chunk that begins where chunks do, with some threads slower than others.
+// Whether each task runs exactly once, in chunks of at most `chunk` tasks, if some threads are slower than others.
 bool run_shared(int count, int chunk, int threads, int present) {
   const int most = omp_get_max_threads();
   omp_set_num_threads(threads);
@@ -300,7 +301,7 @@ bool run_shared(int count, int chunk, int threads, int present) {
   return good;
 }
 
-// Runs the table and returns how many cases failed; `shapes` of each kernel and stride.
+// Runs the table and returns the number of failed cases; `shapes` of each kernel and stride.
 int run_all(int shapes) {
   std::mt19937 random(1 + large_cache);
   const int channels[] = {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 48}, kernels[] = {1, 3, 5, 7, 9, 13, 21, 31, 63};
@@ -320,12 +321,12 @@ int run_all(int shapes) {
   for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2},
                          Shape{1, 16, 90, 97, 3, 1}, Shape{1, 32, 151, 64, 5, 2}, Shape{1, 48, 22, 13, 31, 1},
                          Shape{1, 32, 26, 26, 63, 1}, Shape{1, 16, 27, 21, 51, 1},
-                         // rows as frequencies, in several strips or tiles
+                         // DFT along the rows, in several strips or tiles
                          Shape{1, 3, 150, 37, 31, 1}, Shape{2, 5, 17, 131, 21, 1}, Shape{1, 1, 20, 45, 63, 1},
                          Shape{1, 17, 21, 50, 63, 1}}) {
     bad += !run(s, random), count++;
   }
-  // kernels that reach from (nearly) every pixel of a small map to every other
+  // kernels that (nearly) cover a small map
   for (int i = 0; i < 12 * shapes; i++, count++) {
     const int most = i % 2 ? 8 : 16, height = 5 + pick(most - 4), width = (i % 2 ? 1 : 5) + pick(most - 4);
     const int longest = std::max(height, width), misses = i % 4 == 2 ? pick(longest / 2) : 0;
@@ -337,7 +338,7 @@ int run_all(int shapes) {
                      1};
     bad += !run(s, random);
   }
-  // the same, whose planes are computed in pairs, of images or of channels
+  // the same, with planes computed in pairs of images or of channels
   for (const Shape& s :
        {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
         Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}, Shape{7, 3, 5, 5, 9, 1}}) {
@@ -348,7 +349,7 @@ int run_all(int shapes) {
                          Shape{64, 3, 14, 14, 3, 2}, Shape{24, 3, 28, 28, 5, 1}, Shape{24, 16, 28, 28, 5, 1}}) {
     bad += !run(s, random, 1), count++;
   }
-  // written past the caches, in bands of rows and in planes
+  // written with non-temporal stores, in bands of rows and whole planes
   for (const Shape& s : {Shape{2, 84, 112, 112, 3, 2}, Shape{1, 84, 161, 160, 3, 2}, Shape{2, 340, 56, 56, 3, 2}}) {
     bad += !run(s, random), count++;
   }
@@ -357,7 +358,7 @@ int run_all(int shapes) {
     const Shape s = {1 + pick(3), channels[pick(12)], 1 + pick(9), 10 + pick(40), 3, 1 + pick(2)};
     bad += !run(s, random);
   }
-  // several parts of a map, one map for several threads, small maps together, windows
+  // several parts of a map, one map shared by several threads, groups of small maps, windows
   for (const Shape& s :
        {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
     bad += !run_dense(s, 48, random), count++;
