@@ -25,9 +25,8 @@ namespace large_kernel {
 // A tile is kTilePixels pixels by up to kPanelVectors vectors of output channels. Its accumulators fill the registers.
 constexpr int kTilePixels = kRegisters == 32 && kLanes == 16 ? 7 : 6;
 constexpr int kPanelVectors = kRegisters == 16 ? 2 : kLanes == 16 ? 3 : 4;  // one more would spill
-constexpr int kPanelUnit =
-    // panels start at multiples of this, so that they hold parts of one block or whole blocks
-    std::min(kPanelVectors, kVectorsPerBlock);
+// panels start at multiples of this, so that they hold parts of one block or whole blocks
+constexpr int kPanelUnit = std::min(kPanelVectors, kVectorsPerBlock);
 
 // Input channels per pass. The pass's weights, kPanelVectors vectors per channel, fit in half of a large L1 cache,
 // otherwise in the L2 cache.

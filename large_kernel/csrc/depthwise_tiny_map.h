@@ -19,12 +19,11 @@
 
 namespace large_kernel {
 
-constexpr int kPlaneFloats =
-    // floats of a plane and of what is accessed past it
-    kTinySide * kTinySide + std::max(kLanes, kTinySide);
+// floats of a plane and of what is accessed past it
+constexpr int kPlaneFloats = kTinySide * kTinySide + std::max(kLanes, kTinySide);
 constexpr int kImagesTogether = 16;  // images whose planes fit in the L1 cache
-constexpr int kRowLanes =
-    std::min(kTinySide, kLanes);  // with fewer lanes than kTinySide the code has to compile, but is not used
+// with fewer lanes than kTinySide the code has to compile, but is not used
+constexpr int kRowLanes = std::min(kTinySide, kLanes);
 typedef float RowVec __attribute__((vector_size(kRowLanes * 4), may_alias));
 typedef int32_t RowBits __attribute__((vector_size(kRowLanes * 4)));
 typedef float RowUnaligned __attribute__((vector_size(kRowLanes * 4), aligned(4), may_alias));
@@ -97,9 +96,8 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
                                                 std::ptrdiff_t out_step, bool exact) {
   typedef typename P::Vector Vector;
   constexpr bool forward = pass == Pass::kForward;
-  constexpr int chains =
-      // independent chains of additions, to hide their latency
-      N == 1 && kRegisters == 32 ? 2 : 1;
+  // independent chains of additions, to hide their latency
+  constexpr int chains = N == 1 && kRegisters == 32 ? 2 : 1;
   const std::ptrdiff_t column = forward ? 1 : -1, down = column * kernel, vector_step = P::kPlanes * x_step;
   taps -= (H - 1) * down + (forward ? H - 1 : 0);
   Vector sum[N * chains][H] = {};
@@ -123,10 +121,9 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
       }
     }
   }
+  // in order, as the floats past one plane may belong to the next
 #pragma GCC unroll 4
-  for (int plane = 0; plane < N * P::kPlanes;
-       // in order, as the floats past one plane may belong to the next
-       plane++, out += out_step) {
+  for (int plane = 0; plane < N * P::kPlanes; plane++, out += out_step) {
     Vector* const result = sum[plane / P::kPlanes];
 #pragma GCC unroll 8
     for (int y = 0; y < H; y++) {
@@ -149,9 +146,8 @@ __attribute__((noinline)) void correlate_planes(const float* x, std::ptrdiff_t x
 template <int H>
 __attribute__((noinline)) void multiply_columns(const float* x, std::ptrdiff_t x_step, const float* dy,
                                                 std::ptrdiff_t dy_step, int planes, float* parts) {
-  constexpr int busy =
-      // rows at most this far from the middle get two chains of additions
-      kRegisters == 32 ? H / 2 : -1;
+  // rows at most this far from the middle get two chains of additions
+  constexpr int busy = kRegisters == 32 ? H / 2 : -1;
   RowBits inside;
   for (int i = 0; i < kRowLanes; i++) inside[i] = i < H ? -1 : 0;
   for (int column = 0; column < H; column++, dy++) {
@@ -273,6 +269,7 @@ inline std::size_t correlation_scratch(const Shape& s) { return 4 * kPlaneFloats
 // x [N, C, H, W] -> y [N, C, H, W].
 inline void correlate_tiny_map(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, Pass pass,
                                float* y) {
+  if (kLanes < kTinySide) return;  // never selected; lets the compiler drop the code
   with_static_size(s.height, [&](auto height) {
     const auto run = pass == Pass::kForward ? correlate_channels<height(), Pass::kForward>
                                             : correlate_channels<height(), Pass::kInputGradient>;
@@ -331,6 +328,7 @@ void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, f
 }
 
 inline void weight_gradient_tiny_map(const float* x, const float* dy, const Shape& s, float* dweight, float* dbias) {
+  if (kLanes < kTinySide) return;  // never selected; lets the compiler drop the code
   with_static_size(s.height, [&](auto height) { weight_gradient_tiny_map<height()>(x, dy, s, dweight, dbias); });
 }
 

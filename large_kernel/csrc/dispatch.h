@@ -54,8 +54,8 @@ constexpr bool kHasPlanePairs = false;
 // two such vectors per cycle: vectors of 8 lanes would leave half of its throughput unused.
 inline bool packs_plane_pairs() { return kHasPlanePairs && has_large_l1(); }
 
-constexpr int kDirectSide =
-    kMaxStaticSize;  // pixels of a row or column that is computed without splitting it in halves
+// pixels of a row or column that is computed without splitting it in halves
+constexpr int kDirectSide = kMaxStaticSize;
 
 // The least share of the longer side that a kernel has to reach across. A smaller kernel would waste more
 // multiplications by its missing taps, which count as zeros, than the algorithm saves.

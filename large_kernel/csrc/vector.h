@@ -38,8 +38,8 @@ LK_INLINE Vec splat(float value) { return value - Vec{}; }
 // lanes.
 LK_INLINE Vec divide(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  const Vec reciprocal =
-      (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);  // the mask avoids a GCC 12 warning in its own header
+  // the mask avoids a GCC 12 warning in its own header
+  const Vec reciprocal = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
   const Vec quotient = a * reciprocal;
   return quotient + reciprocal * (a - b * quotient);
 #else
