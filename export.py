@@ -35,7 +35,8 @@ from errors import exit_status
 from deploy.onnx_graph import write_onnx
 from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
 from zoo import build_model, pretrained_weights, settings_file
-from run_folder.layout import best_checkpoint, find_classes
+from run_folder.layout import find_classes
+from run_folder.metrics import best_checkpoint
 
 FORMS = ('fused', 'merged', 'training')
 FORMATS = ('paddle', 'onnx')

@@ -246,7 +246,7 @@ def mistakes(folder, dataset, yaml, run):
     junk.write_bytes(b'junk' * 10)
     base = [f'-cfg={yaml}', f'-data_path={dataset}', '-device=cpu']
     yield 'no config', ['-data_path=x'], '-cfg is missing'
-    yield 'not in weights', ['-eval', '-pretrained=replknet_31b_1k_224', '-device=cpu'], 'put there RepLKNet-31B_Imag'
+    yield 'not in weights', ['-eval', '-pretrained=replknet_31b_1k_224', '-device=cpu'], 'put RepLKNet-31B_Imag'
     yield 'config not there', ['-cfg=nowhere.yaml'], 'nowhere.yaml: no such config file'
     yield 'flag', [*base, '-batchsize=2'], 'unrecognized arguments: -batchsize=2'
     yield 'flag value', [*base, '-batch_size=two'], "invalid int value: 'two'"
@@ -326,7 +326,7 @@ def test_an_older_checkpoint_or_an_evaluation_never_writes_into_the_run(trained,
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     for flags in ([f'-resume={folder}/epoch_0001.pdparams'], ['-eval', f'-resume={folder}']):
         done = run_script('main_single_gpu.py', *flags, f'-output={folder}', f'-data_path={list_dataset}')
-        assert done.returncode == 2 and 'holds a run already' in done.stderr
+        assert done.returncode == 2 and 'already contains a run' in done.stderr
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
