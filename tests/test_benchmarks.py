@@ -36,7 +36,7 @@ def test_bench_dwconv(run_script, tmp_path):
     shapes, output = tmp_path / 'shapes.txt', tmp_path / 'new folder' / 'dwconv.csv'
     shapes.write_text('# a comment\n1 3 6 5 7 1 forward\n\n2 4 5 5 3 2 training  # stride 2\n')
     systems = ['custom', 'fft', 'native', 'torch', 'torch-channels-last']
-    done = run_script('benchmarks/bench_dwconv.py', f'-shapes={shapes}', f'-output={output}', '-rounds=2', '-threads=1',
+    done = run_script('benchmarks/bench_dwconv.py', f'-shapes={shapes}', f'-output={output}', '-rounds=2', '-threads=1', '-patience=0',
                       f'-systems={",".join(systems)}')
     assert done.returncode == 0, done.stderr
     assert 'differ' not in done.stderr, done.stderr
@@ -65,7 +65,7 @@ def test_bench_model(run_script, tiny_yaml, tmp_path):
     output = tmp_path / 'model.csv'
     systems = ['custom', 'stock', 'inference', 'torch']
     done = run_script('benchmarks/bench_model.py', f'-cfg={tiny_yaml}', '-suites=inference,training', '-rounds=2',
-                      '-threads=1', f'-systems={",".join(systems)}', f'-output={output}')
+                      '-threads=1', '-patience=0', f'-systems={",".join(systems)}', f'-output={output}')
     assert done.returncode == 0, done.stderr
     assert 'differ' not in done.stderr, done.stderr
     header, rows = read(output)
