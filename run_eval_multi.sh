@@ -1,7 +1,7 @@
 #!/bin/sh
-# Evaluates with one process per device. All arguments go to main_multi_gpu.py, with -eval:
+# Evaluates with one process per device. All arguments are passed to main_multi_gpu.py, with -eval:
 #   sh run_eval_multi.sh -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet -pretrained=replknet_31b_1k_224
-# Without arguments: the best checkpoint of the newest demo run of run_train_multi.sh.
+# Without arguments it evaluates the best checkpoint of the newest demo run of run_train_multi.sh.
 set -e
 root=$(cd "$(dirname "$0")" && pwd)
 . "$root/setup_env.sh"

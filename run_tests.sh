@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the tests; arguments go to pytest: sh run_tests.sh -k mixup, or --long for those that take minutes. Two files at a
-# time, since most tests keep one core busy; -n 0 runs them in one process, as --pdb needs.
+# Runs the tests. Arguments are passed to pytest: sh run_tests.sh -k mixup, or --long to include tests that take minutes.
+# Two files run at a time, since most tests use one core; -n 0 runs everything in one process, as --pdb requires.
 set -e
 root=$(cd "$(dirname "$0")" && pwd)
 dev=1

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Trains with one process per device. All arguments go to main_multi_gpu.py, after -resume=auto: the same command again
-# continues a run that was stopped, and begins another one when that is over.
+# Trains with one process per device. All arguments are passed to main_multi_gpu.py, after -resume=auto: running the same
+# command again continues a run that was stopped, and starts a new one if that run is complete.
 #   sh run_train_multi.sh -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet -batch_size=64 -amp
-# Without arguments: the demo. Prepares the environment and a dataset of handwritten digits, trains a small RepLKNet on
-# it in two CPU processes and prints its accuracy and where the run lies.
+# Without arguments it runs the demo: it prepares the environment and a dataset of handwritten digits, trains a small
+# RepLKNet on them in two CPU processes, and prints the accuracy and the run folder.
 set -e
 root=$(cd "$(dirname "$0")" && pwd)
 . "$root/setup_env.sh"

@@ -1,11 +1,11 @@
-# Finds or makes the Python environment; the other scripts read it in:  . ./setup_env.sh
+# Finds or creates the Python environment. The other scripts source this file:  . ./setup_env.sh
 #
-# Sets $PYTHON to the interpreter of the active environment when that has paddle, else to that of .venv, which is made
-# on first use from requirements.txt. With dev=1 set before, requirements-dev.txt belongs to it.
-# Run by itself (sh setup_env.sh) it only prepares the environment.
+# It sets $PYTHON to the interpreter of the active environment if that has paddle, otherwise to that of .venv, which is
+# created on first use from requirements.txt, and with dev=1 from requirements-dev.txt as well.
+# Run by itself (sh setup_env.sh), it only prepares the environment.
 root=${root:-$(cd "$(dirname "$0")" && pwd)}
 
-missing_modules() {  # interpreter, names: prints those that it cannot find
+missing_modules() {  # arguments: interpreter, module names; prints the modules that it cannot find
     interpreter=$1
     shift
     "$interpreter" - "$@" <<'PYTHON_END'
@@ -33,10 +33,10 @@ if [ -n "$PYTHON" ]; then
     fi
 else
     if ! command -v python3 >/dev/null 2>&1; then
-        echo "setup_env.sh: there is no python3; install Python 3.9 to 3.13" >&2
+        echo "setup_env.sh: python3 was not found; install Python 3.9 to 3.13" >&2
         exit 2
     fi
-    # a lock of the kernel's: it goes with the process that holds it, however that ends
+    # a kernel lock, which is released however its process ends
     python3 - "$root" "$(command -v python3)" ${dev:+requirements-dev.txt} <<'PYTHON_END' || exit $?
 import fcntl
 import hashlib
@@ -47,7 +47,7 @@ import sys
 root, python, *more = sys.argv[1:]
 os.chdir(root)
 files = ['requirements.txt', *more]
-# stamps, written last, so an installation that was cut off is done again
+# stamps are written last, so that an interrupted installation is repeated
 stamps = {f'.venv/installed-{name}': hashlib.sha256(open(name, 'rb').read()).hexdigest() for name in files}
 
 
@@ -67,20 +67,20 @@ def main():
     try:
         lock = open('.venv.lock', 'w')
     except OSError as error:
-        sys.exit(f'setup_env.sh: {root} cannot be written ({error.strerror}); activate an environment that has paddle')
+        sys.exit(f'setup_env.sh: {root} is not writable ({error.strerror}); activate an environment that has paddle')
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        print(f'waiting for another process that sets up {root}/.venv', file=sys.stderr, flush=True)
+        print(f'waiting for another process that is setting up {root}/.venv', file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     if installed():
         return
     print(f'setting up {root}/.venv: a few minutes and about 1.1 GB, once', file=sys.stderr, flush=True)
     run([python, '-m', 'venv', '.venv'],
-        'python3 -m venv failed, see above; it needs the venv module (Debian: apt install python3-venv)')
+        'python3 -m venv failed, see above; it requires the venv module (Debian: apt install python3-venv)')
     run(['.venv/bin/python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check',
          *(part for name in files for part in ('-r', name))],
-        'pip could not install the requirements, see above; run the command again to go on')
+        'pip could not install the requirements, see above; run the command again to continue')
     for path, digest in stamps.items():
         with open(path, 'w') as file:
             file.write(digest)

@@ -189,14 +189,18 @@ def wait_for_quiet(patience):
 
 
 def describe_run(threads):
-    """The conditions of a run, {name: text}: command, date, machine, threads and Python version."""
+    """The conditions of a run, {name: text}: command, date, commit, machine, threads and Python version."""
     cpu = {}
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         for line in file:
             name, _, text = line.partition(':')
             cpu.setdefault(name.strip(), text.strip())
     model = [f'{name} {cpu[name]}' for name in ('model name', 'cpu family', 'model') if name in cpu]
-    return {'command': ' '.join(['python', *sys.argv]), 'date': datetime.date.today().isoformat(),
+    commit = 'unknown'
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.check_output(['git', '-C', ROOT, 'describe', '--always', '--dirty', '--exclude=*'],
+                                         text=True, stderr=subprocess.DEVNULL).strip()
+    return {'command': ' '.join(['python', *sys.argv]), 'date': datetime.date.today().isoformat(), 'commit': commit,
             'machine': ', '.join([platform.machine(), *model]), 'cores': str(os.cpu_count()),
             'threads': f'{threads}, bound to cores', 'python': platform.python_version()}
 

@@ -1,10 +1,10 @@
-"""Depthwise convolution at the speed of the machine, up to 63x63 kernels, forward and backward.
+"""Fast depthwise convolution with kernels up to 63x63, forward and backward.
 
-`DepthwiseConv2D` replaces `nn.Conv2D(channels, channels, K, stride, K // 2, groups=channels)`; who calls it need not
-know which implementation runs. `python -m large_kernel` builds the C++ operator ahead and says what will be used.
-docs/large_kernel.md describes the implementations.
+`DepthwiseConv2D` replaces `nn.Conv2D(channels, channels, K, stride, K // 2, groups=channels)` and chooses the
+implementation by itself. `python -m large_kernel` builds the C++ operator in advance and prints which implementation
+will be used. docs/large_kernel.md describes the implementations.
 """
-import paddle_env  # noqa: F401  must stand before paddle
+import paddle_env  # noqa: F401 - sets the environment, so before paddle
 from large_kernel.autotune import describe as describe_choices
 from large_kernel.build import BuildError, load_operator
 from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d, operator_serves

@@ -1,4 +1,4 @@
-"""python -m large_kernel: build the C++ operator ahead and print which implementation will be used, and why."""
+"""`python -m large_kernel` builds the C++ operator in advance and prints which implementation will be used, and why."""
 import os
 import sys
 
@@ -14,7 +14,7 @@ def main():
     reason = build.reason_unavailable()
     print(f'C++ operator: {build.load_operator() if reason is None else "not available: " + reason}')
     if name != 'auto':
-        print(f'will be used: {name}, because {conv.VARIABLE} says so')
+        print(f'will be used: {name}, because of {conv.VARIABLE}')
     elif reason is None:
         print('will be used: custom on the CPU; on other devices the faster of fft and native, measured for each shape')
     else:

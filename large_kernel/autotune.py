@@ -1,11 +1,11 @@
-"""Choice of an implementation by measurement, as cuDNN's benchmark mode does."""
+"""Chooses an implementation by measuring the candidates, as cuDNN's benchmark mode does."""
 import logging
 import time
 
 import paddle
 
 ROUNDS = 3
-HOPELESS = 3.0  # a candidate this many times slower than the best in its first run is not run again
+HOPELESS = 3.0  # a candidate whose first run takes this many times the best time is not run again
 
 _logger = logging.getLogger('large_kernel')
 _choices = {}
@@ -14,8 +14,8 @@ _choices = {}
 def choose(candidates, x, weight, stride, training):
     """Name of the fastest of `candidates`, {name: function(x, weight, bias, stride)}, for tensors like these.
 
-    Measured once per device, dtype, shape and whether gradients are needed, on tensors of its own: neither the
-    random state nor any gradient is touched. On the CPU, where time is proportional to it, the batch is left out.
+    Measured once per device, dtype, shape and need for gradients, on separate tensors: random state and gradients
+    stay untouched. On the CPU, where time is proportional to the batch size, one image is measured.
     """
     device = str(x.place)
     shape = ([1] if x.place.is_cpu_place() else [x.shape[0]]) + list(x.shape[1:])
@@ -51,7 +51,7 @@ def _measure(candidates, shape, dtype, weight, stride, training):
                 seconds = _time(function, x, w, stride, training)
                 if name in best:
                     best[name].append(seconds)
-                else:  # the first run warms up
+                else:  # the first run is the warm-up
                     best[name] = []
                     first = seconds
                 if len(best) > 1 and first > HOPELESS * min(min(t) for t in best.values() if t):

@@ -1,7 +1,8 @@
-"""Build of the C++ operator on first use, into a per-user cache, and its registration with Paddle.
+"""Builds the C++ operator on first use into a per-user cache, and registers it with Paddle.
 
-The library is keyed by everything it depends on (sources, Paddle, compiler, flags, processor), so a change of any of
-them builds anew and machines that share a home directory do not share code. LARGE_KERNEL_CACHE_DIR moves the cache.
+The library's file name is a hash of everything it depends on (sources, Paddle, compiler, flags, processor): a change
+to any of them triggers a new build, and machines that share a home directory do not share machine code.
+LARGE_KERNEL_CACHE_DIR moves the cache.
 """
 import contextlib
 import hashlib
@@ -27,11 +28,11 @@ import paddle  # isort: skip
 
 SOURCES = Path(__file__).parent / 'csrc'
 TIMEOUT = 600  # seconds for the compiler
-OPERATORS = 3  # version of the operators' attributes and weights: programs exported with another one do not run
+OPERATORS = 3  # version of the operators' interface: programs exported with another version do not run
 
 
 class BuildError(RuntimeError):
-    """The operator cannot be built or loaded here; the message is one line that says why."""
+    """The operator cannot be built or loaded on this machine; the message gives the reason in one line."""
 
 
 def _compiler():
@@ -43,15 +44,15 @@ def _compiler():
 
 
 def _flags():
-    # -march=native picks AVX-512, AVX or SSE on x86, -mcpu=native the same on ARM. Products are added by fused
-    # instructions. At -O3 GCC keeps fewer of the accumulators in registers.
+    # -march=native selects AVX-512, AVX2 or SSE on x86; -mcpu=native is its counterpart on ARM. -ffp-contract=fast
+    # allows FMA instructions. At -O3 GCC keeps fewer accumulators in registers.
     native = '-march=native' if platform.machine() in ('x86_64', 'AMD64', 'i686') else '-mcpu=native'
     return ['-O2', native, '-ffp-contract=fast', '-std=c++17', '-fPIC', '-w', '-D_GLIBCXX_USE_CXX11_ABI=1',
             '-DPADDLE_WITH_CUSTOM_KERNEL']
 
 
 def _python_headers():
-    """Options to find Python.h; none where it is not installed: then there is no `direct`."""
+    """Compiler options to find Python.h; none where it is not installed, and `direct` is None then."""
     folder = sysconfig.get_path('include')
     return ['-I', folder] if os.path.exists(os.path.join(folder, 'Python.h')) else []
 
@@ -60,7 +61,7 @@ def _commands(compiler, folder, library):
     """The compile and the link command."""
     include, libs = Path(paddle.sysconfig.get_include()), Path(paddle.sysconfig.get_lib())
     core = libs.parent / 'base'
-    # Paddle's own OpenMP runtime where it brings one: a second one would fight it for the cores.
+    # Paddle's own OpenMP runtime where it ships one: two runtimes would compete for the cores.
     openmp = ['-l:libiomp5.so'] if (libs / 'libiomp5.so').exists() else ['-fopenmp']
     unit = str(Path(folder) / 'operator.o')
     compile_ = [*compiler, *_flags(), '-fopenmp', '-I', str(include), '-I', str(include / 'third_party'),
@@ -83,13 +84,13 @@ def _key(compiler):
 
 
 def _last_line(text):
-    """The line of a compiler's output that says most: the first error, else the last line."""
+    """The most telling line of a compiler's output: the first error, else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if 'error' in line), lines[-1] if lines else 'no message')
 
 
 def _cache_dir():
-    """A writable folder only this user can write to: the cache, or a temporary folder where it cannot be used."""
+    """A folder that only this user can write to: the cache, or a temporary folder where the cache is not writable."""
     root = os.environ.get('LARGE_KERNEL_CACHE_DIR')
     base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     fallback = Path(tempfile.gettempdir()) / f'replknet_paddle-{os.getuid()}'
@@ -123,7 +124,7 @@ def _run(command):
 
 
 def _build(compiler, library):
-    """Several processes may come here at once: one builds, the others wait and find the library."""
+    """Compiles and links the library, which appears atomically; call with its lock held."""
     start = time.time()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name
@@ -135,9 +136,14 @@ def _build(compiler, library):
 
 
 def library_path():
-    """Path of the operator's shared library, built if need be. Raises BuildError."""
+    """Path of the operator's shared library, which is built if it does not exist yet.
+
+    Several processes may call this at once: one builds, the others wait for it.
+    Raises:
+        BuildError: it cannot be built.
+    """
     if platform.system() != 'Linux':
-        raise BuildError(f'the C++ operator is built on Linux only, this is {platform.system()}')
+        raise BuildError(f'the C++ operator is built on Linux only; this is {platform.system()}')
     try:
         compiler = _compiler()
         library = _cache_dir() / f'large_kernel_{_key(compiler)}.so'
@@ -151,16 +157,16 @@ def library_path():
 
 
 _registered = None  # path of the library this process has registered, or the BuildError that prevented it
-# The module of direct.h: serves(x, weight, bias, stride) and forward(x, weight, bias, stride), without gradients. None
-# where the operator is not loaded or was built without Python's headers.
+# The Python module inside the library (csrc/python_entry.h): serves(x, weight, bias, stride) and, without gradients,
+# forward(x, weight, bias, stride). None where the operator is not loaded or was built without Python's headers.
 direct = None
 
 
 def load_operator(path=None):
-    """Register the operator with Paddle in this process: needed before an exported program that holds it is run.
+    """Registers the operator with Paddle in this process; required before running an exported program that uses it.
 
     Args:
-        path: a library built before, for machines without a compiler (same Paddle, same kind of processor);
+        path: a library built elsewhere, for machines without a compiler (same Paddle, same kind of processor);
             None takes it from the cache or builds it.
 
     Returns:
@@ -196,7 +202,7 @@ def _register(library):
 
 
 def _direct_module(library):
-    """`direct` of a library, None if it has none."""
+    """The `direct` module inside a library, or None if it has none."""
     loader = importlib.machinery.ExtensionFileLoader('large_kernel_direct', str(library))
     try:
         return importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
@@ -205,7 +211,7 @@ def _direct_module(library):
 
 
 def reason_unavailable():
-    """None if the operator is ready in this process, after building it if need be, else one line that says why not."""
+    """None if the operator is ready in this process (it is built if necessary), else the reason in one line."""
     try:
         load_operator()
     except BuildError as error:

@@ -13,7 +13,7 @@ from large_kernel.fft import conv_fft
 VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
 IMPLEMENTATIONS = ('auto', 'custom', 'fft', 'native')
 MAX_KERNEL = 63
-FFT_FROM = 7  # kernel size from which the FFT is taken without measuring, when a program is traced
+FFT_FROM = 7  # smallest kernel for which a traced program uses the FFT, since tracing cannot measure
 DTYPES = ('float32', 'float16', 'bfloat16')
 
 
@@ -29,7 +29,7 @@ def conv_custom(x, weight, bias, stride):
     """The C++ operator, which computes in float32; same arguments and result as `depthwise_conv2d`."""
     dtype = x.dtype
     x, weight, bias = as_float32(x), as_float32(weight), as_float32(bias)
-    # A traced program does not know yet who will ask for gradients.
+    # While a program is traced it is not known which gradients will be needed.
     traced = not paddle.in_dynamic_mode()
     y = operators.run(x, weight, bias, stride, traced or not x.stop_gradient,
                       traced or not (weight.stop_gradient and (bias is None or bias.stop_gradient)))
@@ -50,12 +50,12 @@ def as_dtype(tensor, dtype):
 
 
 def as_float32(tensor):
-    """As the C++ operators take tensors; None stays None."""
+    """The tensor in float32, which the C++ operators require; None stays None."""
     return None if tensor is None else as_dtype(tensor, paddle.float32)
 
 
 def is_float(dtype):
-    """Whether the implementations take values of this dtype."""
+    """Whether the implementations support this dtype."""
     return dtype is paddle.float32 or dtype_name(dtype) in DTYPES
 
 
@@ -92,27 +92,33 @@ _warned = False
 
 
 def runs_custom(x):
-    """Whether the C++ operator computes the convolutions of x: LARGE_KERNEL_CONV_IMPL says so, or `auto` on the CPU,
-    which warns once where it should but cannot."""
+    """Whether the C++ operator computes the convolutions of x.
+
+    It does with LARGE_KERNEL_CONV_IMPL=custom, and with `auto` on the CPU, which warns once if the operator cannot be
+    built there.
+
+    Raises:
+        RuntimeError: LARGE_KERNEL_CONV_IMPL=custom, but the operator is not available for x.
+    """
     global _warned
     name = _implementation()
     if name not in ('auto', 'custom'):
         return False
     on_cpu = _on_cpu(x)
-    reason = build.reason_unavailable() if on_cpu else 'it runs on the CPU only'
+    reason = build.reason_unavailable() if on_cpu else 'the C++ operator runs on the CPU only'
     if reason is None:
         return True
     if name == 'custom':
         raise RuntimeError(f'{VARIABLE}=custom: {reason}')
     if on_cpu and not _warned:
         _warned = True
-        warnings.warn(f'the C++ operator for depthwise convolutions is not available, paddle.fft serves instead: '
+        warnings.warn(f'the C++ operator for depthwise convolutions is not available; using paddle.fft instead: '
                       f'{reason}', RuntimeWarning, stacklevel=3)
     return False
 
 
 def operator_serves():
-    """Whether the C++ operator computes on the current device: LARGE_KERNEL_CONV_IMPL lets it, and it can be had."""
+    """Whether the C++ operator is used on the current device: it is available and LARGE_KERNEL_CONV_IMPL allows it."""
     return (_implementation() in ('auto', 'custom') and paddle.device.get_device() == 'cpu'
             and build.reason_unavailable() is None)
 
@@ -125,8 +131,11 @@ def _implementation():
 
 
 def select(x, weight, stride):
-    """Name of the implementation that will run: LARGE_KERNEL_CONV_IMPL, or for `auto` the C++ operator on the CPU,
-    and where that cannot be had the faster of fft and native, measured once for each shape."""
+    """Name of the implementation that will run.
+
+    It is the one named by LARGE_KERNEL_CONV_IMPL. With `auto` it is the C++ operator on the CPU, and elsewhere the
+    faster of fft and native, measured once for each shape.
+    """
     if runs_custom(x):
         return 'custom'
     if _implementation() != 'auto':
@@ -137,24 +146,24 @@ def select(x, weight, stride):
     return autotune.choose({'fft': conv_fft, 'native': conv_native}, x, weight, stride, training)
 
 
-@paddle.jit.not_to_static  # traced as it is: translated to a graph, shapes would become tensors
+@paddle.jit.not_to_static  # trace the Python code as is: converted to static code, its shapes would become tensors
 def depthwise_conv2d(x, weight, bias=None, stride=1):
     """Depthwise convolution with "same" padding (K // 2 zeros on each side).
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16.
-        weight: [C, 1, K, K], K odd, at most 63; cast to x's dtype, or both to float32 on the CPU.
+        weight: [C, 1, K, K], K odd and at most 63; cast to x's dtype (on the CPU both are computed in float32).
         bias: [C] or None.
         stride: 1 or 2.
 
     Returns:
-        [N, C, ceil(H / stride), ceil(W / stride)], of x's dtype.
+        [N, C, ceil(H / stride), ceil(W / stride)], in x's dtype.
 
     Raises:
         ValueError: a wrong shape, dtype or stride, or an unknown LARGE_KERNEL_CONV_IMPL.
         RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built or the input is not on the CPU.
     """
-    direct = build.direct  # asks all there is to ask: cold Python code takes as long as a small layer
+    direct = build.direct  # checks everything in C++: cold Python code takes as long as a small layer
     if direct:
         if ((x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient))
                 or not paddle.is_grad_enabled()):
@@ -168,17 +177,17 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
 
 
 def _single(value, name):
-    """An int, or a pair of equal ints as nn.Conv2D takes them."""
+    """The value of an int, or of a pair of equal ints, as nn.Conv2D accepts them."""
     values = set(value) if isinstance(value, (list, tuple)) else {value}
     if len(values) != 1 or not isinstance(next(iter(values)), int):
-        raise ValueError(f'DepthwiseConv2D needs one int as {name}, or the same one twice, not {value}')
+        raise ValueError(f'DepthwiseConv2D needs one int, or two equal ones, as {name}, not {value}')
     return values.pop()
 
 
 class DepthwiseConv2D(nn.Conv2D):
     """Drop-in for `nn.Conv2D(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels)`.
 
-    Same parameters, initialisation and state dict; `depthwise_conv2d` computes it.
+    Parameters, initialisation and state dict are the same; the forward pass is `depthwise_conv2d`.
 
     Args:
         channels: input and output channels.

@@ -1,5 +1,8 @@
-"""A convolution with the norms, activation and residual around it: one operator for inference; in training one for a
-norm and its activation; else layer by layer."""
+"""A convolution with the norms, activation and residual around it.
+
+In inference one fused operator computes all of it; in training a second operator fuses each batch norm with its
+activation. Where neither operator applies, the layers run one by one.
+"""
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -12,23 +15,23 @@ NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 
 
-@paddle.jit.not_to_static  # traced as it is
+@paddle.jit.not_to_static  # trace the Python code as is
 def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, to_blocks=False):
     """activation(norm(conv(pre_norm(x)))) + residual, each part but the convolution optional.
 
-    Where `can_fuse` says so the C++ operator computes it at once, otherwise the layers are called in turn, norms as
-    `norm_act` does it.
+    The C++ operator computes it in one call where `can_fuse` holds; otherwise the layers are called in turn, norms
+    through `norm_act`.
 
     Args:
-        x: [N, C, H, W], or in blocks [N, C / 16, H, W, 16]; a tensor or deferred, see `large_kernel.deferred`.
+        x: [N, C, H, W], or NCHW16c [N, C / 16, H, W, 16]; a tensor or a deferred map, see `large_kernel.sequence`.
         conv: `DepthwiseConv2D`, `nn.Conv2D` or `PackedConv2D`.
         norm, pre_norm: batch norms of the result and of the input; `activation`: 'relu', 'gelu' (exact) or ''.
-        residual: like the result.
-        to_blocks: give the result in blocks whatever x is, where the operator computes it and the channels allow it.
+        residual: same shape as the result.
+        to_blocks: return NCHW16c even if x is NCHW, provided the operator runs and C_out is a multiple of 16.
 
     Returns:
-        [N, C_out, H_out, W_out], of x's dtype; in blocks if x is, or see `to_blocks`; deferred if x is, where the
-        operator computes it.
+        [N, C_out, H_out, W_out] in x's dtype; NCHW16c if x is, or see `to_blocks`; deferred if x is deferred and the
+        operator runs.
     """
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
@@ -38,8 +41,8 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         else:
             x, residual = as_float32(computed(x)), as_float32(computed(residual))
         y = run(x, as_float32(conv.weight), as_float32(conv.bias), residual, _tensors(pre_norm), _tensors(norm),
-                conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
-                blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D)
+                [conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
+                 blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
         return as_dtype(y, dtype)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
@@ -49,7 +52,7 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
 
 
 def norm_act(x, norm, activation=''):
-    """activation(norm(x)) of a batch norm; in training on the CPU by an operator that keeps x alone for the gradients.
+    """activation(norm(x)) of a batch norm; in training on the CPU, an operator that saves only x for the backward pass.
 
     Args:
         x: [N, C, H, W]; `norm`, `activation`: as in `conv_block`.
@@ -60,7 +63,7 @@ def norm_act(x, norm, activation=''):
 
 
 def _trains_fused(x, norm):
-    """Whether `norm_act` takes the operator: for an `nn.BatchNorm2D` without hooks, training in float32, not traced."""
+    """Whether `norm_act` uses the operator: for an `nn.BatchNorm2D` without hooks, training in float32, in dygraph."""
     if not (type(norm) is nn.BatchNorm2D and norm.training and not norm._use_global_stats and paddle.in_dynamic_mode()):
         return False
     if norm._forward_pre_hooks or norm._forward_post_hooks or norm._data_format != 'NCHW':
@@ -73,7 +76,7 @@ def _trains_fused(x, norm):
 
 
 def as_planes(x):
-    """A feature map [N, C, H, W] as it is, or one in blocks [N, C / 16, H, W, 16] in that layout."""
+    """A feature map in NCHW: [N, C, H, W] is returned unchanged, NCHW16c [N, C / 16, H, W, 16] is converted."""
     x = computed(x)
     return x.transpose([0, 1, 4, 2, 3]).flatten(1, 2) if len(x.shape) == 5 else x
 
@@ -85,11 +88,11 @@ def _as_blocks(x):
 
 @paddle.jit.not_to_static
 def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
-    """Whether `conv_block` takes the operator.
+    """Whether `conv_block` uses the fused operator.
 
-    It does for a depthwise convolution and a dense one with "same" padding, where the C++ operator serves, norms use
-    their running statistics, nobody asks for gradients and no hook waits for a layer's own call. A residual must be
-    that of a dense convolution, a norm before it that of a 1x1.
+    The convolution must be depthwise, or dense with "same" padding; the C++ operator must be in use for x; norms must
+    use their running statistics; no gradient may be needed and no layer may have hooks. Residuals are fused into dense
+    convolutions only, norms of the input into 1x1 convolutions only.
     """
     kind, shape = type(conv), x.shape
     if kind not in CONVOLUTIONS or 0 in shape or shape[1] * (BLOCK if len(shape) == 5 else 1) not in (
@@ -117,11 +120,11 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
         tensors = [x, residual, *(p for layer in layers for p in layer.parameters())]
         if any(t is not None and not t.stop_gradient for t in tensors):
             return False
-    return type(x) is Deferred or is_float(x.dtype) and runs_custom(x)  # a sequence began with that question
+    return type(x) is Deferred or is_float(x.dtype) and runs_custom(x)  # for a sequence, `defer` has checked that
 
 
 def _is_same(conv):
-    """Whether an `nn.Conv2D` is dense, of odd K, stride 1 or 2, padded with zeros to "same" size."""
+    """Whether an `nn.Conv2D` is dense, with an odd kernel, stride 1 or 2 and "same" zero padding."""
     kernel, stride = conv._kernel_size[0], conv._stride[0]
     return (conv._groups == 1 and kernel % 2 == 1 and stride in (1, 2) and conv._padding_mode == 'zeros'
             and conv._data_format == 'NCHW'
@@ -130,9 +133,9 @@ def _is_same(conv):
 
 
 class PackedConv2D(nn.Layer):
-    """A dense convolution for inference whose weight is kept in the layout that the C++ operator computes with.
+    """A dense convolution for inference whose weight is stored in the C++ operator's packed layout.
 
-    Packed in every call, as those of `nn.Conv2D` are, weights cost some percent of a network's time.
+    The weights of an `nn.Conv2D` are packed in every call, which costs a few percent of a network's time.
 
     Args:
         conv: `nn.Conv2D` for which `can_pack` holds.
@@ -153,7 +156,7 @@ class PackedConv2D(nn.Layer):
 
     @staticmethod
     def can_pack(conv):
-        """Whether a layer is a dense convolution of odd K, "same" padding, stride 1 or 2, 16 n channels and no hook."""
+        """Whether `conv` can be packed: `_is_same`, output channels in multiples of 16, and no hooks."""
         if not isinstance(conv, nn.Conv2D) or conv._forward_pre_hooks or conv._forward_post_hooks:
             return False
         return _is_same(conv) and conv._out_channels % BLOCK == 0
@@ -168,8 +171,8 @@ class PackedConv2D(nn.Layer):
 def pack_weights(model):
     """Packs the weights of the dense convolutions of a model in eval mode, in place, for inference on the CPU.
 
-    The function it computes stays; the shapes in its state dict do not. Where somebody asks for gradients, or the C++
-    operator does not serve, weights are unpacked in every call: not for training.
+    The model computes the same function, but the shapes in its state dict change. Where gradients are needed or the
+    C++ operator is not in use, the weights are unpacked in every call, so this is not for training.
 
     Returns:
         The model.
@@ -181,7 +184,7 @@ def pack_weights(model):
     return model
 
 
-# Of these very types: a subclass may compute something else.
+# Exact types: a subclass may compute something else.
 CONVOLUTIONS = (nn.Conv2D, DepthwiseConv2D, PackedConv2D)
 
 
@@ -189,7 +192,7 @@ def _tensors(norm):
     if norm is None:
         return None
     if paddle.in_dynamic_mode():
-        own = norm._parameters  # a Layer's attributes are slow, and there are hundreds of these in a call of a network
+        own = norm._parameters  # attribute access on a Layer is slow, and a network's forward pass has hundreds
         tensors = own['weight'], own['bias'], own['_mean'], own['_variance']
     else:
         tensors = norm.weight, norm.bias, norm._mean, norm._variance

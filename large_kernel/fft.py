@@ -1,16 +1,16 @@
-"""Depthwise convolution by `paddle.fft`: any device, differentiable, cost almost independent of the kernel size."""
+"""Depthwise convolution with `paddle.fft`: any device, differentiable, cost almost independent of the kernel size."""
 import paddle
 
 _SIZES = sorted(2**a * 3**b * 5**c for a in range(13) for b in range(8) for c in range(6))
 
 
 def _fast_size(n):
-    """Smallest length >= n that has no prime factor above 5."""
+    """Smallest length >= n without prime factors above 5."""
     return next((s for s in _SIZES if s >= n), n)
 
 
 def _crop(weight, axis, reach):
-    """Drop the taps that lie further than `reach` from the centre: they only ever meet padding."""
+    """Drops the taps further than `reach` from the centre, which only ever see padding."""
     centre = weight.shape[axis] // 2
     if centre <= reach:
         return weight
@@ -18,9 +18,9 @@ def _crop(weight, axis, reach):
 
 
 def _rfft2(x, size):
-    """Transform of the last two axes, of x followed by zeros up to `size`."""
+    """FFT over the last two axes of x, zero-padded to `size`."""
     if not paddle.in_dynamic_mode():
-        # Paddle would pad, and on that operator Paddle Inference 3.3.1 with oneDNN breaks its heap while it loads.
+        # Padding by concatenation: on Paddle's pad operator, Paddle Inference 3.3.1 with oneDNN corrupts its heap.
         for axis, length in zip((-2, -1), size):
             zeros = [paddle.zeros_like(x)] * (-(-length // x.shape[axis]) - 1)
             x = paddle.slice(paddle.concat([x, *zeros], axis), [x.ndim + axis], [0], [length])
@@ -30,13 +30,14 @@ def _rfft2(x, size):
 def conv_fft(x, weight, bias, stride):
     """x [N, C, H, W], weight [C, 1, K, K], bias [C] or None -> [N, C, ceil(H / stride), ceil(W / stride)].
 
-    Computes in float32 whatever the dtype of x. A NaN or Inf reaches its whole plane, not only the taps' reach.
+    Computes in float32 for every dtype of x. A NaN or Inf spreads over its whole plane, not only to the outputs whose
+    window contains it.
     """
     height, width = x.shape[2:]
     with paddle.amp.auto_cast(enable=False):
         kernel = _crop(_crop(weight.astype('float32')[:, 0], 1, height - 1), 2, width - 1)
         pad_h, pad_w = kernel.shape[1] // 2, kernel.shape[2] // 2
-        # Outputs start at `pad`, so what wraps around a period of H + pad falls on outputs that are cut off.
+        # Outputs start at `pad`: with a period of H + pad, wrapped-around values land on outputs that are cropped.
         size = [_fast_size(height + pad_h), _fast_size(width + pad_w)]
         product = _rfft2(x.astype('float32'), size) * _rfft2(kernel.flip([1, 2]), size)
         y = paddle.fft.irfft2(product, size)

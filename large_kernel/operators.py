@@ -1,10 +1,15 @@
-"""Calls of the C++ operators, in dygraph and while a program is traced."""
-import paddle  # isort: skip
+"""Python entry points of the C++ operators, for dygraph calls and for programs being traced."""
+import paddle
 
+_RUN = (paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager)._run_custom_op
 
 
 def run(x, weight, bias, stride, input_grad, weight_grad):
-    """The depthwise operator itself: arguments as in `depthwise_conv2d`, all float32, on the CPU."""
+    """The depthwise operator: arguments as in `depthwise_conv2d`, all float32 and on the CPU.
+
+    Args:
+        input_grad, weight_grad: which gradients the backward pass computes.
+    """
     name = 'large_kernel_conv' if bias is None else 'large_kernel_conv_bias'
     tensors = _without_gradients([x, weight] if bias is None else [x, weight, bias])
     return _call(name, ('X', 'Filter', 'Bias'), tensors, ('stride', 'input_grad', 'weight_grad'),
@@ -12,39 +17,39 @@ def run(x, weight, bias, stride, input_grad, weight_grad):
 
 
 def run_with_gradients(x, weight, bias, stride):
-    """The same for what `direct` serves, where gradients are wanted."""
+    """`run` in dygraph with gradients, for arguments that the C++ entry point has checked already."""
     if bias is None:
         return _RUN('large_kernel_conv', x, weight, stride, not x.stop_gradient, not weight.stop_gradient)[0]
     return _RUN('large_kernel_conv_bias', x, weight, bias, stride, not x.stop_gradient,
                 not (weight.stop_gradient and bias.stop_gradient))[0]
 
 
-def run_fused(x, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
-              blocked, depthwise):
-    """The operator of `fused.conv_block`; the norms are lists of weight, bias, mean and variance."""
-    # by these suffixes Paddle knows inputs that may be missing, or are lists; it leaves out others without a word
+def run_fused(x, weight, bias, residual, in_norm, out_norm, attributes):
+    """The operator behind `conv_block`.
+
+    Args:
+        in_norm, out_norm: weight, bias, mean and variance of a batch norm, or None.
+        attributes: kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise; see operator.cc.
+    """
+    # Paddle recognises optional and list inputs by these suffixes; it drops other missing inputs silently.
     return _call('fused_conv', ('X', 'Filter', 'Bias@OPTIONAL', 'Residual@OPTIONAL', 'InNorm@VECTOR@OPTIONAL',
                                 'OutNorm@VECTOR@OPTIONAL'), [x, weight, bias, residual, in_norm, out_norm],
-                 ('kernel', 'stride', 'activation', 'in_epsilon', 'out_epsilon', 'blocked', 'depthwise'),
-                 [kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise])
+                 ('kernel', 'stride', 'activation', 'in_epsilon', 'out_epsilon', 'blocked', 'depthwise'), attributes)
 
 
 def run_fused_sequence(x, parameters, kernels, strides, parts, residuals, activations, epsilons):
-    """The operator of `deferred.computed`; the arguments are described in operator.cc. Not for tracing."""
+    """The operator behind `sequence.computed`; operator.cc describes the arguments. Not for tracing."""
     return _RUN('fused_convs', x, parameters, kernels, strides, parts, residuals, activations, epsilons)[0]
 
 
 def run_batch_norm(x, weight, bias, mean, variance, momentum, epsilon, activation):
-    """The operator of a batch norm in training; it moves the running mean and variance. Not for tracing."""
+    """The operator of a batch norm in training; it updates the running mean and variance. Not for tracing."""
     tensors = _without_gradients([x, weight, bias, mean, variance])
     return _RUN('batch_norm_act', *tensors, momentum, epsilon, activation)[0]
 
 
-_RUN = (paddle._C_ops if hasattr(paddle._C_ops, '_run_custom_op') else paddle.base.core.eager)._run_custom_op
-
-
 def _without_gradients(tensors):
-    """Detached under no_grad, which Paddle overlooks where an operator has a gradient: its result would hold them."""
+    """The tensors detached under no_grad: Paddle's custom operators would otherwise keep them for a backward pass."""
     if not paddle.in_dynamic_mode() or paddle.is_grad_enabled():
         return tensors
     return [t if t.stop_gradient else t.detach() for t in tensors]

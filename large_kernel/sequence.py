@@ -1,20 +1,20 @@
-"""Feature maps computed later: a sequence of fused convolutions as one call of the operator.
+"""Deferred feature maps: a sequence of fused convolutions runs as one call of the operator.
 
-A convolution streams megabytes of weights through the caches, so that the interpreter's code and data come back from
-memory for every call of an operator: 0.06 ms in Python alone, a twentieth of a network's time for one image. Of a
-sequence, all that Python has to do is done at once, and then everything is computed.
+A convolution streams megabytes of weights through the caches and evicts the interpreter's code and data, so that each
+operator call spends 0.06 ms in Python alone, a twentieth of a network's time for one image. In a sequence, Python
+first describes all convolutions, and the operator then computes them in one go.
 """
 import paddle
 
 from large_kernel import operators
 from large_kernel.conv import runs_custom
 
-BLOCK = 16  # channels that stand together in packed weights and blocked maps; kBlock in map.h
+BLOCK = 16  # channels per block in packed weights and NCHW16c feature maps; kBlock in csrc
 _BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
 
 
 class Deferred:
-    """A feature map that `conv_block` takes and gives like a tensor, and that `computed` computes.
+    """A feature map that is not computed yet: `conv_block` accepts and returns it, `computed` computes it.
 
     Attributes:
         shape, dtype, stop_gradient: as a tensor's.
@@ -31,13 +31,13 @@ class Deferred:
         return self._sequence.x.dtype
 
     def takes(self, residual):
-        """Whether `then` can go on from here with this residual."""
+        """Whether `then` can append a convolution with this residual to the sequence."""
         return self._index == len(self._sequence.kernels) and (
             residual is None or type(residual) is Deferred and residual._sequence is self._sequence)
 
-    def then(self, weight, bias, residual, in_norm, out_norm, kernel, stride, activation, in_epsilon, out_epsilon,
-             blocked, depthwise):
-        """The result of a convolution of this map; arguments as in `operators.run_fused`."""
+    def then(self, weight, bias, residual, in_norm, out_norm, attributes):
+        """Appends a convolution of this map and returns its result; arguments as in `operators.run_fused`."""
+        kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise = attributes
         sequence = self._sequence
         sequence.parameters.append(weight)
         parts = _BLOCKED * blocked + _DEPTHWISE * depthwise
@@ -67,7 +67,7 @@ class Deferred:
 
 
 class _Sequence:
-    """The first map of a sequence, and of each convolution what the operator `fused_convs` takes."""
+    """The first feature map of a sequence, and the arguments of the operator `fused_convs` for each convolution."""
 
     def __init__(self, x):
         self.x = x
@@ -75,6 +75,7 @@ class _Sequence:
         self.kernels, self.strides, self.parts, self.residuals, self.activations, self.epsilons = [], [], [], [], [], []
 
     def value(self, count):
+        """The feature map after the first `count` convolutions."""
         if not count:
             return self.x
         return operators.run_fused_sequence(
@@ -83,14 +84,14 @@ class _Sequence:
 
 
 def defer(x):
-    """A float32 tensor as the first map of a sequence; others, in tracing, or without the C++ operator, x itself.
+    """Starts a sequence at x where the C++ operator can run one: x is float32, in dygraph; else returns x itself.
 
-    For inference only, and for layers that do nothing with their maps but hand them to `conv_block`.
+    For inference only, and for layers that pass their feature maps to `conv_block` and nothing else.
     """
-    serves = paddle.in_dynamic_mode() and x.dtype == paddle.float32 and runs_custom(x)
-    return Deferred(_Sequence(x), 0, x.shape) if serves else x
+    can_defer = paddle.in_dynamic_mode() and x.dtype == paddle.float32 and runs_custom(x)
+    return Deferred(_Sequence(x), 0, x.shape) if can_defer else x
 
 
 def computed(x):
-    """The tensor of a map, deferred or not."""
+    """The tensor of a feature map, deferred or not."""
     return x._sequence.value(x._index) if type(x) is Deferred else x

@@ -36,8 +36,8 @@ def test_bench_dwconv(run_script, tmp_path):
     shapes, output = tmp_path / 'shapes.txt', tmp_path / 'new folder' / 'dwconv.csv'
     shapes.write_text('# a comment\n1 3 6 5 7 1 forward\n\n2 4 5 5 3 2 training  # stride 2\n')
     systems = ['custom', 'fft', 'native', 'torch', 'torch-channels-last']
-    done = run_script('benchmarks/bench_dwconv.py', f'-shapes={shapes}', f'-output={output}', '-rounds=2', '-threads=1', '-patience=0',
-                      f'-systems={",".join(systems)}')
+    done = run_script('benchmarks/bench_dwconv.py', f'-shapes={shapes}', f'-output={output}', '-rounds=2', '-threads=1',
+                      '-patience=0', f'-systems={",".join(systems)}')
     assert done.returncode == 0, done.stderr
     assert 'differ' not in done.stderr, done.stderr
     _, rows = read(output)
@@ -131,6 +131,13 @@ def test_report_fills_its_sections_and_keeps_the_others(run_script, tmp_path):
     page.write_text('nothing to fill')
     done = run_script('benchmarks/report.py', results, f'-page={page}')
     assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='it draws the chart')
+def test_the_chart_of_the_readme_is_drawn_from_the_recorded_results(run_script, tmp_path):
+    done = run_script('benchmarks/draw_speed.py', f'-output={tmp_path}/speed.png')
+    assert done.returncode == 0, done.stderr
+    assert 10_000 < (tmp_path / 'speed.png').stat().st_size < 150_000
 
 
 def test_systems_whose_results_differ_are_found():

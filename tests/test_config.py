@@ -53,7 +53,7 @@ def test_evaluation_protocol_of_the_published_checkpoints(name, size, protocol, 
 
 
 def documented_settings():
-    text = (CONFIGS.parent / 'docs/augmentation.md').read_text() + (CONFIGS.parent / 'README.md').read_text()
+    text = ''.join((CONFIGS.parent / 'docs' / f'{page}.md').read_text() for page in ('augmentation', 'training'))
     return re.findall(r'(?:^\| `|-opts )((?:TRAIN\.[A-Z_.]+ [^ `]+ ?)+)`', text, re.M)
 
 
