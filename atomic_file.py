@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that tell when they are damaged."""
+"""Atomic file writes, and a SHA-256 at the end of files that reveals damage."""
 import contextlib
 import errno
 import glob
@@ -6,22 +6,23 @@ import hashlib
 import os
 import secrets
 
-DIGEST_MARK = b'\nsha256:'  # before the digest, at the end of a file that has one
+DIGEST_MARK = b'\nsha256:'  # comes before the digest, at the end of a file that has one
 DIGEST_BYTES = len(DIGEST_MARK) + hashlib.sha256().digest_size
 
 
 @contextlib.contextmanager
 def atomic_file(path, keep_old_as=None):
-    """Binary file that becomes `path`, flushed to disk, when the block ends well; else the old one stays whole.
+    """Opens a binary file that replaces `path` when the block ends, or is discarded if the block raises.
 
-    Processes that write the same path at once each write a file of their own; the last one to end stays.
+    The data is flushed to disk before the replacement. If several processes write the same path at the same time, the
+    last one to finish wins.
 
     Args:
         path: file name.
-        keep_old_as: name in the same folder that the file which is there gets; None replaces it.
+        keep_old_as: new name, in the same folder, for the file that `path` names so far; None overwrites that file.
     Raises:
-        OSError: the disk is full, the folder cannot be written, ...; nothing has changed, or between the two moves of
-            `keep_old_as` only the old file's name.
+        OSError: the disk is full, the folder cannot be written, and so on. The old file remains; if the failure came
+            between the two renames of `keep_old_as`, under its new name.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.tmp')
@@ -37,7 +38,7 @@ def atomic_file(path, keep_old_as=None):
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
-    if os.name == 'posix':  # the move itself reaches the disk with the folder
+    if os.name == 'posix':  # flushing the folder makes the rename durable
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -46,13 +47,13 @@ def atomic_file(path, keep_old_as=None):
 
 
 def remove_leftovers(folder):
-    """Deletes what processes killed inside `atomic_file` have left; only while no other process writes there."""
+    """Deletes the temporary files of processes killed inside `atomic_file`; no other process may be writing there."""
     for path in glob.glob(os.path.join(glob.escape(folder), f'.*.{"[0-9a-f]" * 8}.tmp')):
         os.remove(path)
 
 
 class DigestWriter:
-    """Writes to a binary file and ends it with the SHA-256 of what was written."""
+    """Writes to a binary file and appends the SHA-256 of the data at the end."""
 
     def __init__(self, file):
         self._file, self._size, self._sha256 = file, DIGEST_BYTES, hashlib.sha256()
@@ -63,7 +64,11 @@ class DigestWriter:
         return self._file.write(data)
 
     def end(self):
-        """Raises OSError where the file is shorter than what was written."""
+        """Appends the digest.
+
+        Raises:
+            OSError: the file is shorter than the data that was written.
+        """
         self._file.write(DIGEST_MARK + self._sha256.digest())
         self._file.flush()
         if os.fstat(self._file.fileno()).st_size != self._size:
@@ -71,13 +76,13 @@ class DigestWriter:
 
 
 def check_digest(file, size):
-    """Compares a file that ends with a digest with it.
+    """Verifies the digest at the end of a file, if it has one, and rewinds the file.
 
     Args:
-        file: binary file; its position afterwards is the beginning.
-        size: its bytes.
+        file: binary file.
+        size: its size in bytes.
     Returns:
-        the bytes before the digest, all where there is none; or None where the digest differs.
+        number of bytes before the digest, `size` if the file has none, or None if the digest does not match.
     """
     file.seek(max(0, size - DIGEST_BYTES))
     end = file.read(DIGEST_BYTES)

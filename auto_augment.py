@@ -1,22 +1,29 @@
-"""Policies that augment a picture with a random choice of simple operations, named by a string.
+"""Policies that augment an image with a random choice of simple operations, described by a string.
 
     rand-m9-mstd0.5-inc1   RandAugment (arXiv 1909.13719); randaug-... is the same
-    original-mstd0.5       AutoAugment (arXiv 1805.09501): the paper's policy for ImageNet
-    v0-mstd0.5             AutoAugment: the policy of EfficientNet's TPU code
+    original-mstd0.5       AutoAugment (arXiv 1805.09501), the paper's policy for ImageNet
+    v0-mstd0.5             AutoAugment, the policy of EfficientNet's TPU code
     augmix-m3-w3           AugMix (arXiv 1912.02781)
 
-A name and settings, each a key and a number, joined by dashes in any order:
+A string is a name followed by settings in any order, each a key and a number, joined by dashes (defaults in
+parentheses):
 
-    rand      m magnitude (10), n operations per picture (2), p probability of each chosen operation (0.5), mstd
-              standard deviation of a normal draw around the magnitude (0; above 100 the magnitude is uniform in 0..m),
-              mmax upper bound of the drawn magnitude (10), inc1 operations that grow stronger with the magnitude,
-              w0 weighted choice without replacement in place of a uniform one with replacement
-    original, v0    mstd as above
-    augmix    m magnitude (3), w chains (3), d operations per chain (0: 1 to 3 at random), a of the Dirichlet and
-              Beta draws (1)
+    rand            m     magnitude (10)
+                    n     operations per image (2)
+                    p     probability of applying each chosen operation (0.5)
+                    mstd  standard deviation of a normal draw around the magnitude (0); above 100 the magnitude is
+                          uniform in 0..m
+                    mmax  upper bound of the drawn magnitude (10)
+                    inc   1: use operations whose effect increases with the magnitude (0)
+                    w     0: choose operations with weights, without replacement (uniformly, with replacement)
+    original, v0    mstd  as above
+    augmix          m     magnitude (3)
+                    w     chains (3)
+                    d     operations per chain (0: 1 to 3 at random)
+                    a     parameter of the Dirichlet and Beta draws (1)
 
-Magnitudes run from 0 to 10. A policy is callable(image, rng: np.random.Generator), RGB picture -> RGB picture of the
-same size.
+Magnitudes range from 0 to 10. A policy is callable(image, rng: np.random.Generator), RGB image -> RGB image of the same
+size.
 """
 import re
 from functools import partial
@@ -29,7 +36,7 @@ from errors import UserError
 
 
 class Op(NamedTuple):
-    argument: Callable  # (level in 0..1, rng) -> the operation's argument
+    argument: Callable  # (level in 0..1, rng) -> the argument of `apply`
     apply: Callable     # (image, argument, fill, resample) -> image
 
 
@@ -73,7 +80,7 @@ def _factor_increasing(level, rng):
 
 
 def _posterize(image, bits, *_):
-    # ImageOps.posterize refuses 0 bits, which the strongest magnitude asks for
+    # ImageOps.posterize refuses 0 bits, which the highest magnitude needs
     mask = 256 - 2 ** (8 - min(bits, 8))
     return image.point([value & mask for value in range(256)] * 3)
 
@@ -82,7 +89,7 @@ def _solarize(image, threshold, *_):
     return ImageOps.solarize(image, threshold)
 
 
-# Arguments as in timm, from arXiv 1805.09501 and 1909.13719; level = magnitude / 10.
+# Arguments as in timm, from arXiv 1805.09501 and 1909.13719; the level is magnitude / 10.
 OPS = {
     'AutoContrast': Op(_no_argument, lambda image, *_: ImageOps.autocontrast(image)),
     'Equalize': Op(_no_argument, lambda image, *_: ImageOps.equalize(image)),
@@ -127,7 +134,7 @@ def _draw_magnitude(magnitude, noise, highest, rng):
     return min(max(magnitude, 0.0), highest)
 
 
-# The operation set of RandAugment, with the probabilities of weight set 0 ('w0').
+# The operations of RandAugment, with the probabilities of weight set 0 ('w0').
 _RAND_AUGMENT_WEIGHTS = {
     'AutoContrast': 0.025, 'Equalize': 0.005, 'Invert': 0.0, 'Rotate': 0.3, 'Posterize': 0.0, 'Solarize': 0.005,
     'SolarizeAdd': 0.005, 'Color': 0.025, 'Contrast': 0.005, 'Brightness': 0.005, 'Sharpness': 0.025, 'ShearX': 0.2,
@@ -136,18 +143,18 @@ _RAND_AUGMENT_WEIGHTS = {
 
 
 class RandAugment:
-    """A few operations out of 15, all of the same magnitude.
+    """RandAugment: a few out of 15 operations, all with the same magnitude.
 
     Args:
         magnitude, noise, max_magnitude: m, mstd and mmax of the string.
         count, prob: n and p.
         increasing: inc, 0 or 1.
         weights: 0 for w0, None for a uniform choice.
-        fill: (r, g, b) of pixels that a geometric operation uncovers.
-        resample: Pillow's filter of the geometric operations.
+        fill: (r, g, b) of pixels uncovered by a geometric operation.
+        resample: Pillow filter for geometric operations.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, *, magnitude=10, noise=0, max_magnitude=10, count=2, prob=0.5, increasing=0, weights=None, fill,
@@ -215,7 +222,7 @@ V0_POLICY = (
 
 
 class AutoAugment:
-    """One sub-policy of a policy at random, its operations in order, each with its own probability and magnitude.
+    """AutoAugment: a random sub-policy, whose operations have their own probability and magnitude, in order.
 
     Args:
         policy: sub-policies of (name in OPS, probability, magnitude).
@@ -235,18 +242,18 @@ class AutoAugment:
 
 
 class AugMix:
-    """The picture, mixed with a mixture of chains of operations applied to it.
+    """AugMix: the image, mixed with a mixture of several chains of operations applied to it.
 
     Args:
-        magnitude: m of the string; each operation draws its own, uniform from 0.1.
+        magnitude: m of the string; each operation draws its magnitude uniformly from 0.1 to m.
         width, depth, alpha: w, d and a.
         fill, resample: see `RandAugment`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
-    # those of the publication, which leaves out what resembles the corruptions of ImageNet-C
+    # as published: without operations that resemble the corruptions of ImageNet-C
     names = ('AutoContrast', 'Equalize', 'PosterizeIncreasing', 'Rotate', 'SolarizeIncreasing', 'ShearX', 'ShearY',
              'TranslateXThird', 'TranslateYThird')
 
@@ -277,7 +284,7 @@ class AugMix:
 
 _RAND_SETTINGS = {'m': 'magnitude', 'n': 'count', 'p': 'prob', 'mstd': 'noise', 'mmax': 'max_magnitude',
                   'inc': 'increasing', 'w': 'weights'}
-_KINDS = {  # name -> what builds it, {key in the string: its argument}
+_KINDS = {  # name: (function that builds the policy, {key in the string: argument})
     'rand': (RandAugment, _RAND_SETTINGS),
     'randaug': (RandAugment, _RAND_SETTINGS),
     'original': (partial(AutoAugment, ORIGINAL_POLICY), {'mstd': 'noise'}),
@@ -287,11 +294,12 @@ _KINDS = {  # name -> what builds it, {key in the string: its argument}
 
 
 def build_auto_augment(spec, *, fill=(128, 128, 128), resample=Image.BICUBIC):
-    """The policy that a string of the form above asks for.
+    """The policy described by a string such as 'rand-m9-mstd0.5-inc1', see the top of this file.
 
     Args:
-        fill: (r, g, b) of pixels that a geometric operation uncovers.
-        resample: Pillow's filter of the geometric operations.
+        spec: the string.
+        fill: (r, g, b) of pixels uncovered by a geometric operation.
+        resample: Pillow filter for geometric operations.
 
     Raises:
         UserError: the string is malformed.
@@ -305,7 +313,7 @@ def build_auto_augment(spec, *, fill=(128, 128, 128), resample=Image.BICUBIC):
     for part in parts:
         match = re.fullmatch(r'([a-z]+)(\d+(\.\d*)?)', part)
         if not match or match[1] not in arguments:
-            raise UserError(f'auto augment string {spec!r}: {part!r} is no setting, use a number after one of '
+            raise UserError(f'auto augment string {spec!r}: {part!r} is not a setting; use a number after one of '
                             f'{", ".join(arguments)}')
         settings[arguments[match[1]]] = float(match[2]) if match[3] else int(match[2])
     try:

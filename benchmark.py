@@ -62,24 +62,20 @@ def images_of(case):
 
 @contextlib.contextmanager
 def marked(kinds):
-    """Has models compute convolutions one by one, adds their kinds to `kinds`, and marks fused ones for a profile."""
-    from unittest import mock
-
+    """Adds the kind of each convolution that a model computes to `kinds`, and marks fused ones for a profile."""
     from paddle.profiler import RecordEvent
 
-    import replknet
-    from large_kernel.conv_norm_act import can_fuse, conv_block
+    from large_kernel import each_convolution
 
-    def marking(x, conv, norm=None, activation='', pre_norm=None, residual=None, to_blocks=False):
+    def around(conv, fused):
         kernel = conv._kernel_size[0]
         if conv._groups > 1:
             kinds.append('large depthwise' if kernel >= LARGE_FROM else 'small depthwise')
         else:
             kinds.append('pointwise' if kernel == 1 else 'dense conv')
-        with RecordEvent(FUSED) if can_fuse(x, conv, norm, pre_norm, residual) else contextlib.nullcontext():
-            return conv_block(x, conv, norm, activation, pre_norm, residual, to_blocks)
+        return RecordEvent(FUSED) if fused else contextlib.nullcontext()
 
-    with mock.patch.object(replknet, 'conv_block', marking), mock.patch.object(replknet, 'defer', lambda x: x):
+    with each_convolution(around):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Kept for code that imports `load_weights` from here, where it was before; new code takes `port_weights.load`."""
+"""Compatibility: `load_weights` is in port_weights/load.py. New code should import it from there."""
 from port_weights.load import load_weights
 
 __all__ = ['load_weights']

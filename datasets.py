@@ -1,9 +1,9 @@
 """ImageNet-style list datasets: decoding, samplers and loaders.
 
-A data folder holds `train_list.txt` and `val_list.txt` with one 'relative/path label' per line; paths may hold spaces.
-It may hold `classes.txt` with the name of each class, class 0 first, which predictions show.
+A data folder contains `train_list.txt` and `val_list.txt` with one 'relative/path label' per line; paths may contain
+spaces. Predictions show the class names in `classes.txt`, if the folder has one: a name per line, class 0 first.
 
-Every random draw is a function of (seed, epoch, image) or of (seed, epoch), never of a worker or a process.
+Every random draw depends only on (seed, epoch, image) or (seed, epoch), not on the worker or the process.
 """
 import codecs
 import contextlib
@@ -25,61 +25,61 @@ from utils import device_count, logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
-CHECK_FILES_UP_TO = 20_000  # lines; beyond, a missing picture is reported when it is read, to start quickly
-PREFETCH_FACTOR = 2  # batches in flight per worker
-# streams of random draws, beside those of engine.py
+CHECK_FILES_UP_TO = 20_000  # lines; in longer lists a missing image is reported when it is read, for a quick start
+PREFETCH_FACTOR = 2  # batches prefetched per worker
+# streams of random draws, in addition to those of the training loop
 STREAM_AUGMENT, STREAM_ORDER = 4, 5
 
 
 class DataError(UserError):
-    """A list file or a picture cannot be used; the message is one line that names file and line."""
+    """A list file or an image cannot be used; the message is one line that names the file and the line."""
 
 
 def decode_image(path):
-    """Reads a picture as RGB, see `to_rgb`; EXIF orientation is ignored, as in the reference.
+    """Reads an image file as RGB, see `to_rgb`; EXIF orientation is ignored, as in the official code.
 
     Raises:
-        DataError: there is no such file, or it cannot be decoded.
+        DataError: the file does not exist or cannot be decoded.
     """
     try:
         with open(path, 'rb') as file:
             return to_rgb(Image.open(file))
     except FileNotFoundError:
-        raise DataError(f'{path}: no such picture') from None
-    except Exception as error:  # Pillow raises many kinds for corrupt files
+        raise DataError(f'{path}: no such image') from None
+    except Exception as error:  # Pillow raises many types for corrupt files
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise DataError(f'{path}: cannot read the picture: {reason}') from error
+        raise DataError(f'{path}: cannot read the image: {reason}') from error
 
 
 def to_rgb(image):
-    """A Pillow image of any mode as RGB; alpha is dropped."""
-    image.info.pop('transparency', None)  # goes with the alpha channel; Pillow would warn
+    """Converts a Pillow image of any mode to RGB; alpha is dropped."""
+    image.info.pop('transparency', None)  # Pillow would warn that it is lost
     if image.mode.startswith('I'):
-        # 16-bit grey: Pillow's own conversion would clip at 255
+        # 16-bit greyscale: Pillow's own conversion would clip at 255
         high_byte = np.asarray(image, dtype=np.int64) >> 8
         image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
     return image.convert('RGB')
 
 
 def read_list(path, num_classes=None, unlabelled=False):
-    """Paths and labels of a list file of 'relative/path label' lines.
+    """Reads a list file of 'relative/path label' lines.
 
     Args:
-        path: of the list.
-        num_classes: labels must be in [0, num_classes); None for any.
-        unlabelled: lines may lack the label.
+        path: path of the list file.
+        num_classes: labels must be in [0, num_classes); None for no limit.
+        unlabelled: whether lines may have no label.
 
     Returns:
-        bytes array and int64 array, one element per line; -1 where there is no label.
+        paths (bytes array) and labels (int64 array, -1 where there is none), one element per line.
 
     Raises:
-        FileNotFoundError: there is no such list.
-        DataError: a line is blank or malformed, or its label out of range.
+        FileNotFoundError: the list does not exist.
+        DataError: a line is blank or malformed, or its label is out of range.
     """
     try:
         file = open(path, 'rb')
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must hold train_list.txt '
+        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
                                 'and val_list.txt') from None
     except OSError as error:
         raise DataError(f'{path}: cannot be read: {error.strerror}') from None
@@ -88,17 +88,17 @@ def read_list(path, num_classes=None, unlabelled=False):
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
         for number, line in enumerate(file, 1):
-            picture, label = line.strip(), -1
-            fields = picture.rsplit(None, 1)
+            name, label = line.strip(), -1
+            fields = name.rsplit(None, 1)
             if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
-                picture, label = fields[0], int(fields[1])
+                name, label = fields[0], int(fields[1])
                 if label < 0 or (num_classes is not None and label >= num_classes):
                     limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
                     raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
-            elif not (unlabelled and picture):
+            elif not (unlabelled and name):
                 text = line.decode(errors='replace').strip()[:80]
                 raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
-            paths.append(picture)
+            paths.append(name)
             labels.append(label)
     if not paths:
         raise DataError(f'{path}: the list is empty')
@@ -106,10 +106,10 @@ def read_list(path, num_classes=None, unlabelled=False):
 
 
 def read_class_names(path):
-    """The names of the classes in a text file, one a line, class 0 first.
+    """Reads class names from a text file with one name per line, class 0 first.
 
     Raises:
-        DataError: a line is blank, or it is no text.
+        DataError: a line is blank, or the file is not readable as text.
     """
     try:
         with open(path, encoding='utf-8-sig') as file:
@@ -117,55 +117,58 @@ def read_class_names(path):
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f'{path}: cannot be read: {error}') from None
     if not all(names):
-        raise DataError(f'{path}:{names.index("") + 1}: is blank; each line names a class, the first one class 0')
+        raise DataError(f'{path}:{names.index("") + 1}: blank line; each line names a class, the first line class 0')
     return names
 
 
 class ImageNet2012Dataset(paddle.io.Dataset):
-    """Pictures and labels of one list file.
+    """Images and labels of a list file.
 
     Args:
         root: data folder.
         list_file: path of the list, relative to root.
-        transform: callable(image) or, for training, callable(image, rng) -> float32 array [3, H, W] or
+        transform: callable(image), or callable(image, rng) with `train`, -> float32 array [3, H, W] or
             [views, 3, H, W].
-        num_classes: labels must be in [0, num_classes); None for any.
-        train: bool, whether the transform takes a generator.
-        seed: int >= 0, of the augmentation.
+        num_classes: labels must be in [0, num_classes); None for no limit.
+        train: bool, whether the transform takes a random generator.
+        seed: int >= 0, seed of the augmentation.
 
     Attributes:
         labels: int64 array [len(dataset)].
 
     Raises:
-        FileNotFoundError: there is no such list.
-        DataError: a line is blank or malformed, its label out of range or (in lists of up to CHECK_FILES_UP_TO lines)
-            its picture missing.
+        FileNotFoundError: the list does not exist.
+        DataError: a line is blank or malformed, its label is out of range or (in lists of up to CHECK_FILES_UP_TO
+            lines) its image is missing.
     """
 
     def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0):
         super().__init__()
         self.root, self.transform, self.train, self.seed = root, transform, train, seed
         self.list_file = os.path.join(root, list_file)
-        # arrays, not lists of objects: workers that touch reference counts would copy the memory they share
+        # arrays, not lists of objects, whose reference counts would make workers copy the shared memory
         self._paths, self.labels = read_list(self.list_file, num_classes)
         if len(self) <= CHECK_FILES_UP_TO:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
-                    raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such picture')
+                    raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such image')
 
     def path(self, index):
+        """Path of an image file."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
-        """key is (epoch, index), (epoch, index, copy), or index alone for epoch 0 -> pixels, int64 label.
+        """Returns the transformed image and its int64 label.
 
-        The pixels are what the transform gives; its draws follow from the seed and the key.
+        Args:
+            key: (epoch, index), (epoch, index, copy), or index alone for epoch 0; the transform's random draws depend
+                only on the seed and the key.
 
         Raises:
-            DataError: the picture is missing or corrupt.
+            DataError: the image is missing or corrupt.
         """
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
@@ -182,21 +185,22 @@ class ImageNet2012Dataset(paddle.io.Dataset):
 class TrainBatchSampler:
     """Shuffled batches of (epoch, index) keys for one process, of (epoch, index, copy) with repeated augmentation.
 
-    The permutation depends on (seed, epoch) only. With repeated augmentation (arXiv 1901.09335) each image stands in it
-    `repeats` times in a row, and the list ends at the size of the dataset: an epoch is as long as without and shows a
-    part of the images. The list is cut into global batches, the incomplete last one is dropped, and each global batch
-    is dealt to the processes image by image, so the copies of an image go to different ones: every process has equally
-    many full batches, and a global batch holds the same images whatever the number of processes.
+    The permutation depends only on (seed, epoch). With repeated augmentation (arXiv 1901.09335) each image appears
+    `repeats` times in a row, and the list is truncated to the size of the dataset: an epoch keeps its length and shows
+    only some of the images. The list is cut into global batches, an incomplete last one is dropped, and the images of a
+    global batch are distributed over the processes in turn, so that the copies of an image go to different processes.
+    Every process has the same number of full batches, and a global batch contains the same images for any number of
+    processes.
 
     Args:
         size: number of images.
         batch_size: images per process and batch.
-        rank, world_size: of this process.
+        rank, world_size: rank of this process and number of processes.
         seed: int >= 0.
         repeats: copies of each image; 0 or 1 for no repeated augmentation.
 
     Raises:
-        UserError: there are fewer images than one global batch.
+        UserError: the dataset is smaller than one global batch.
     """
 
     def __init__(self, size, batch_size, rank=0, world_size=1, seed=0, repeats=0):
@@ -208,7 +212,7 @@ class TrainBatchSampler:
                             f'({batch_size} x {world_size} processes): lower -batch_size')
 
     def set_epoch(self, epoch, start_batch=0):
-        """Chooses the epoch and the first batch of the next iteration (above 0 to resume inside an epoch)."""
+        """Sets the epoch and the first batch of the next iteration (above 0 to resume within an epoch)."""
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self):
@@ -222,15 +226,15 @@ class TrainBatchSampler:
                 yield [(self.epoch, int(order[p])) for p in positions]
 
     def __len__(self):
-        """Batches of a whole epoch, `start_batch` aside."""
+        """Batches of a whole epoch; `start_batch` is not subtracted."""
         return self.size // (self.batch_size * self.world_size)
 
 
 class EvalBatchSampler:
     """Consecutive images in order, without padding or shuffling: each image once, over all processes.
 
-    Whole batches go to the processes in turn (batch k to rank k % world_size), so the composition of a batch does not
-    depend on the number of processes; a process may get one batch fewer than another, or none.
+    Whole batches go to the processes in turn (batch k to rank k % world_size), so the contents of a batch do not depend
+    on the number of processes; a process may get one batch fewer than another, or none.
     """
 
     def __init__(self, size, batch_size, rank=0, world_size=1):
@@ -248,7 +252,7 @@ class EvalBatchSampler:
 
 
 class _ErrorsAsValues(paddle.io.Dataset):
-    """Returns a DataError in place of the sample: Paddle turns what a worker raises into pages of traceback."""
+    """Returns a DataError in place of the sample; Paddle would print one that a worker raises as pages of traceback."""
 
     def __init__(self, dataset):
         super().__init__()
@@ -265,7 +269,7 @@ class _ErrorsAsValues(paddle.io.Dataset):
 
 
 def _collate(samples):
-    """Samples -> [images, labels, error message or '']."""
+    """Samples -> [images, labels, error message or ''], as in `DataLoader`."""
     for sample in samples:
         if isinstance(sample, DataError):
             return [np.zeros(1, np.float32), np.zeros(1, np.int64), str(sample)]
@@ -276,18 +280,18 @@ def _collate(samples):
     return [images, np.array(labels, dtype=np.int64), '']
 
 
-def _begin_worker(_):
-    """Has a worker end when the main process does, even if killed (Paddle's would stay), or asks it to.
+def _exit_with_parent(_):
+    """Makes a worker exit when the main process ends, even if that is killed (Paddle's would stay), or terminates it.
 
-    A SIGTERM from elsewhere, such as a cluster sends to all processes, must not end it: the main process finishes its
-    step first.
+    A SIGTERM from elsewhere, such as a cluster sends to all processes, is ignored: the main process finishes its step
+    first.
     """
     parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:
-            asked = signal.sigtimedwait([signal.SIGTERM], 1)
-            if asked is not None and asked.si_pid == parent:
+            received = signal.sigtimedwait([signal.SIGTERM], 1)
+            if received is not None and received.si_pid == parent:
                 break
         _cleanup_mmap()
         os._exit(0)
@@ -297,20 +301,20 @@ def _begin_worker(_):
 
 
 @contextlib.contextmanager
-def _watched(workers):
-    """Ends this process with a message when one of its workers dies, which Paddle would go on waiting for."""
+def _exit_if_one_dies(workers):
+    """Exits this process with a message when one of its workers dies; Paddle would wait for it forever."""
     over = threading.Event()
 
     def watch():
-        at_work = workers
-        while at_work and not over.is_set():
-            multiprocessing.connection.wait([worker.sentinel for worker in at_work], timeout=1)
-            codes = {worker.exitcode for worker in at_work} - {None, 0}
+        alive = workers
+        while alive and not over.is_set():
+            multiprocessing.connection.wait([worker.sentinel for worker in alive], timeout=1)
+            codes = {worker.exitcode for worker in alive} - {None, 0}
             if codes and not over.is_set():
-                print(f'a loading process ended with status {codes.pop()} (killed for want of memory?); the run goes '
-                      'on from its last checkpoint when it is started again', file=sys.stderr, flush=True)
+                print(f'a DataLoader worker exited with status {codes.pop()} (out of memory?); start the run again to '
+                      'continue from its last checkpoint', file=sys.stderr, flush=True)
                 os._exit(1)
-            at_work = [worker for worker in at_work if worker.exitcode is None]
+            alive = [worker for worker in alive if worker.exitcode is None]
 
     if workers:
         threading.Thread(target=watch, daemon=True).start()
@@ -321,19 +325,19 @@ def _watched(workers):
 
 
 class DataLoader(paddle.io.DataLoader):
-    """Paddle's loader over a dataset of this module; raises a worker's DataError as itself in the main process.
+    """Paddle's DataLoader for the datasets of this module; a worker's DataError is raised in the main process.
 
     Yields images, float32 [n, 3, H, W], or [views x n, 3, H, W] with the first view of all images before the second,
     and labels, int64 [n].
-    Workers are started for each iteration, in about 0.1 s: Paddle's persistent ones take longer to resume and fail
-    after an iteration that was left early.
+    Workers are started for each iteration, in about 0.1 s: Paddle's persistent workers take longer to resume and fail
+    after an iteration that was not finished.
     """
 
     def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True):
         super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
                          use_shared_memory=use_shared_memory,
-                         worker_init_fn=_begin_worker)
+                         worker_init_fn=_exit_with_parent)
 
     def set_epoch(self, epoch, start_batch=0):
         """See `TrainBatchSampler.set_epoch`."""
@@ -342,9 +346,9 @@ class DataLoader(paddle.io.DataLoader):
     def __iter__(self):
         handler = signal.getsignal(signal.SIGCHLD)
         batches = super().__iter__()
-        if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread happens to be
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread is
             signal.signal(signal.SIGCHLD, handler)
-        with _watched(getattr(batches, '_workers', [])):
+        with _exit_if_one_dies(getattr(batches, '_workers', [])):
             for images, labels, error in batches:
                 if error:
                     raise DataError(error)
@@ -352,14 +356,14 @@ class DataLoader(paddle.io.DataLoader):
 
 
 def eval_protocol(config):
-    """'crop' or 'warp'; DATA.EVAL_PROTOCOL 'auto' warps from 384 pixels up, as the published checkpoints need."""
+    """'crop' or 'warp', after DATA.EVAL_PROTOCOL; 'auto' warps from 384 pixels up, for the published checkpoints."""
     if config.DATA.EVAL_PROTOCOL == 'auto':
         return 'warp' if config.DATA.IMAGE_SIZE >= 384 else 'crop'
     return config.DATA.EVAL_PROTOCOL
 
 
 def get_transform(config, mode):
-    """The transform of mode 'train' or 'val' with the settings of `config`, see transforms.py."""
+    """The transform for mode 'train' or 'val' with the settings in `config`, see transforms.py."""
     common = dict(interpolation=config.DATA.INTERPOLATION, mean=config.DATA.IMAGENET_MEAN,
                   std=config.DATA.IMAGENET_STD)
     if mode == 'val':
@@ -374,10 +378,11 @@ def get_transform(config, mode):
 
 
 def get_dataset(config, mode='train'):
-    """The dataset of mode 'train' or 'val' in DATA.DATA_PATH.
+    """The dataset for mode 'train' or 'val' in the folder DATA.DATA_PATH.
 
     Raises:
-        UserError: the name of the dataset or the mode is unknown, or a setting is out of its range.
+        UserError: the name of the dataset or the mode is unknown.
+        ValueError: a setting is out of range.
         FileNotFoundError, DataError: see ImageNet2012Dataset.
     """
     if config.DATA.DATASET not in DATASETS:
@@ -388,9 +393,9 @@ def get_dataset(config, mode='train'):
 
 
 def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
-    """The loader of one process: DATA.BATCH_SIZE shuffled images a batch, or DATA.BATCH_SIZE_EVAL in order.
+    """The DataLoader of one process: batches of DATA.BATCH_SIZE shuffled images, or of DATA.BATCH_SIZE_EVAL in order.
 
-    For training call `loader.set_epoch(epoch)` before each epoch.
+    For training, call `loader.set_epoch(epoch)` before each epoch.
 
     Raises:
         UserError: the mode is unknown, or the dataset is smaller than one global training batch.
@@ -405,13 +410,13 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     views = max(1, config.TRAIN.AUG_SPLITS) if mode == 'train' else 1
     image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2 * views
     processes = min(world_size, device_count('gpu') or world_size)  # on this machine
-    # one batch in each worker's hands beside those in flight
+    # each worker fills one batch in addition to those prefetched
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes
     shared = _free_shared_memory() > needed
     if workers and not shared:
         logger.warning(
-            'the loader needs %d MB of /dev/shm, %d MB are free: batches go through pipes, which is slower '
-            '(docker: --shm-size)', needed >> 20, _free_shared_memory() >> 20)
+            'the DataLoader needs %d MB of /dev/shm, but %d MB are free: batches go through pipes, which is slower '
+            '(in Docker, raise --shm-size)', needed >> 20, _free_shared_memory() >> 20)
     return DataLoader(dataset, sampler, workers, use_shared_memory=shared)
 
 
@@ -421,6 +426,7 @@ def _check_mode(mode):
 
 
 def _free_shared_memory():
+    """Free bytes of /dev/shm."""
     try:
         stats = os.statvfs('/dev/shm')
     except (OSError, AttributeError):

@@ -1,36 +1,39 @@
 """RepLKNet as a backbone of PaddleSeg and PaddleDetection (docs/dense.md).
 
-    python dense.py tools/train.py --config upernet_replknet.yml ...     # their script, with these backbones known
+    python dense.py tools/train.py --config upernet_replknet.yml ...     # runs their script with these backbones
 
-`RepLKNetSeg` and `RepLKNetDet` need neither package.
+`RepLKNetSeg` and `RepLKNetDet` work without either package.
 """
 import runpy
 import sys
 from collections import namedtuple
 
-import paddle_env  # noqa: F401 - what Paddle needs before its first product
+import paddle_env  # noqa: F401 - must come before paddle
 from errors import UserError
 from replknet import VARIANTS, RepLKNet
 from zoo import load_pretrained
 
-ShapeSpec = namedtuple('ShapeSpec', 'channels stride')  # what PaddleDetection's necks read of its own
+ShapeSpec = namedtuple('ShapeSpec', 'channels stride')  # the fields of PaddleDetection's ShapeSpec that necks read
 
 
 class RepLKNetSeg(RepLKNet):
-    """Backbone of PaddleSeg: images [N, in_channels, H, W] to a list of feature maps.
+    """Backbone for PaddleSeg: images [N, in_channels, H, W] -> list of feature maps.
 
     Args:
-        variant: of `replknet.VARIANTS`; `variant_args`: arguments of `RepLKNet` to use in place of the variant's.
-        out_indices: stages, 0 to 3, whose maps [N, feat_channels[i], H / 2^(i+2), W / 2^(i+2)] are wanted.
-        norm_inter_features: a batch norm on each of these maps; published dense models of XL have it.
-        drop_path: highest rate of stochastic depth.
-        pretrained: name of the zoo or file of weights; norms on feature maps start afresh.
-        weights_dir: where the files of the zoo lie.
-        recompute: less memory for more time in training.
+        variant: name in `replknet.VARIANTS`.
+        out_indices: stages, 0 to 3, whose feature maps [N, channels, H / 2^(stage+2), W / 2^(stage+2)] are returned.
+        norm_inter_features: apply a batch norm to each returned map, as published dense models with XL do.
+        drop_path: highest stochastic-depth rate.
+        pretrained: name of the zoo or file of weights; norms of feature maps are newly initialised.
+        in_channels: channels of the images.
+        recompute: recompute activations in the backward pass: less memory, more time.
+        weights_dir: folder with the files of the zoo.
+        variant_args: {argument of `RepLKNet`: value} that replace those of the variant.
     Attributes:
-        feat_channels: channels of each map.
+        feat_channels: channels of each returned map.
     Raises:
-        UserError, FileNotFoundError: what was given cannot be used.
+        UserError: the variant is unknown, or the weights cannot be used.
+        FileNotFoundError: the weights do not exist.
     """
 
     def __init__(self, variant='replknet_31b', out_indices=(0, 1, 2, 3), norm_inter_features=False, drop_path=0.3,
@@ -46,40 +49,40 @@ class RepLKNetSeg(RepLKNet):
 
 
 class RepLKNetDet(RepLKNetSeg):
-    """Backbone of PaddleDetection: takes its dict of inputs; arguments as in `RepLKNetSeg`."""
+    """Backbone for PaddleDetection, which passes a dict of inputs; arguments as in `RepLKNetSeg`."""
 
     @property
     def out_shape(self):
-        """[ShapeSpec] with channels and stride of each feature map, for necks."""
+        """List of ShapeSpec with the channels and stride of each feature map, for necks."""
         return [ShapeSpec(channels=channels, stride=4 * 2 ** s)
                 for s, channels in zip(self.out_indices, self.feat_channels)]
 
     def forward(self, inputs):
-        """{'image': [N, in_channels, H, W]} to a list of feature maps."""
+        """{'image': [N, in_channels, H, W]} -> list of feature maps."""
         return super().forward(inputs['image'])
 
 
 def register():
-    """Makes the backbones known to PaddleSeg and PaddleDetection; returns the names of those that are installed."""
-    known = []
+    """Registers the backbones with PaddleSeg and PaddleDetection; returns the names of those that are installed."""
+    registered = []
     try:
         from paddleseg.cvlibs import manager
         manager.BACKBONES.add_component(RepLKNetSeg)
-        known.append('paddleseg')
+        registered.append('paddleseg')
     except ImportError:
         pass
     try:
         from ppdet.core.workspace import register as register_module
         from ppdet.core.workspace import serializable
         register_module(serializable(RepLKNetDet))
-        known.append('ppdet')
+        registered.append('ppdet')
     except ImportError:
         pass
-    return known
+    return registered
 
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or not register():
-        sys.exit('usage: python dense.py SCRIPT ARGUMENTS, where PaddleSeg or PaddleDetection is installed')
+        sys.exit('usage: python dense.py SCRIPT ARGUMENTS, with PaddleSeg or PaddleDetection installed')
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name='__main__')

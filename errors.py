@@ -1,4 +1,4 @@
-"""The errors whose text is meant for the user: scripts print it, one line, without a traceback."""
+"""Errors with a one-line message for the user, which the scripts print without a traceback."""
 import argparse
 import os
 import sys
@@ -6,15 +6,15 @@ import traceback
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the text says what, where and what to do. Scripts exit with status 2."""
+    """A mistake in the user's input; the message says what, where and what to do. Scripts exit with status 2."""
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the text says at which step and why. Scripts exit with status 1."""
+    """Training cannot continue; the message says at which step and why. Scripts exit with status 1."""
 
 
 class Interrupted(BaseException):
-    """A signal has ended the run; the text says what was saved. Scripts exit with 128 + `signal`."""
+    """A signal ended the run; the message says what was saved. Scripts exit with status 128 + `signal`."""
 
     def __init__(self, signal, message):
         super().__init__(message)
@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake on the command line as one line, with status 2; flags are not abbreviated."""
+    """Reports a mistake on the command line in one line and exits with status 2; flags cannot be abbreviated."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)

@@ -38,7 +38,8 @@ from errors import ArgumentParser, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
 from large_kernel import load_operator
 from large_kernel.build import OPERATORS, BuildError
-from run_folder.layout import CONFIG, best_checkpoint, find_classes
+from run_folder.layout import CONFIG, find_classes
+from run_folder.metrics import best_checkpoint
 from zoo import build_model, pretrained_weights, require_settings_file
 
 FORMATS = ('paddle', 'onnx')

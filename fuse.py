@@ -1,11 +1,12 @@
-"""The fused twin of a RepLKNet: the same eval-mode function without a batch norm.
+"""Folds the batch norms of a RepLKNet into its convolutions: the same eval-mode function, without a batch norm.
 
-    fused = fuse(model)        # a new model, float32; `model` stays as it is
+    fused = fuse(model)        # a new model, float32; `model` is not changed
     logits = fused(images)
 
-A norm after a convolution goes into its weight and bias; one before a 1x1 convolution scales the weight's input
-channels and its shift, carried through the weight, joins the bias; the final one goes into the head, as average pooling
-is linear. (A norm before a padded convolution could not be folded: padding is zero, not the shift.)
+A norm after a convolution is folded into its weight and bias. Of a norm before a 1x1 convolution, the scale multiplies
+the weight's input channels, and the shift times the weight is added to the bias. The final norm is folded into the
+head, since average pooling is linear. (A norm before a padded convolution could not be folded: its padding is zero, not
+the shift.)
 """
 import copy
 
@@ -19,19 +20,19 @@ from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 
 def fuse(model, final_norm=False):
-    """A model in eval mode that computes what `model` computes in eval mode, its batch norms folded.
+    """Returns a model in eval mode with the batch norms folded; it computes what `model` computes in eval mode.
 
-    Folds in float64 and rounds to float32 once. The names of the parameters stay; the norms are gone. The norm
-    of an intermediate feature map cannot be folded, because the next stage takes the map without it: it becomes
-    a 1x1 depthwise convolution.
+    Folding is done in float64 and rounded to float32 once. The remaining parameters keep their names. The norm of an
+    intermediate feature map cannot be folded, because the next stage takes the map without it: it becomes a 1x1
+    depthwise convolution.
 
     Args:
         model: a RepLKNet, merged or not, with weights of any precision and BatchNorm2D or SyncBatchNorm layers.
-        final_norm: keep the final norm, so that `pool` gives the features that the model's own does.
+        final_norm: keep the final norm, so that `pool` returns the same features as that of `model`.
     Returns:
         RepLKNet, merged, float32.
     Raises:
-        ValueError: the model went through `pack`, which comes last.
+        ValueError: the model was packed, which must come after folding.
     """
     if any(isinstance(layer, PackedConv2D) for layer in model.sublayers()):
         raise ValueError('fuse comes before pack: this model is packed already')
@@ -61,9 +62,9 @@ def fuse(model, final_norm=False):
 
 
 def pack(model):
-    """Prepares a RepLKNet in eval mode, of any form, for inference with the C++ operator on the CPU; in place.
+    """Packs the weights of a RepLKNet in eval mode for the C++ operator on the CPU, in place.
 
-    The weights of dense convolutions are packed, see `large_kernel.pack_weights`; the model computes what it did.
+    The model may have any form and its outputs stay the same, see `large_kernel.pack_weights`.
 
     Returns:
         The model.
@@ -72,12 +73,12 @@ def pack(model):
 
 
 def is_merged(model):
-    """Whether the small kernels of a RepLKNet are merged into its large ones."""
+    """Whether the small kernels of a RepLKNet are merged into the large ones."""
     return any(getattr(layer, 'merged', False) for layer in model.sublayers())
 
 
 class WithFeatures(nn.Layer):
-    """A classifier as images [N, 3, H, W] -> [N, num_classes + C]: logits, and the features that the head takes."""
+    """Images [N, 3, H, W] -> [N, num_classes + C]: a classifier's logits, and the pooled features its head takes."""
 
     def __init__(self, model):
         super().__init__()
@@ -89,24 +90,24 @@ class WithFeatures(nn.Layer):
 
 
 def in_form(model, form, final_norm=False):
-    """A RepLKNet in eval mode in the form 'fused', 'merged' or 'training': the model itself for the last.
+    """Returns a RepLKNet in eval mode in a form: 'fused', 'merged' or 'training' (the model itself).
 
     Raises:
-        UserError: the training form of merged weights, which cannot be had.
+        UserError: the model is merged already, and `form` is 'training'.
     """
     if form == 'fused':
         return fuse(model, final_norm)
     if form == 'merged':
-        twin = copy.deepcopy(model)
-        twin.structural_reparam()
-        return twin
+        merged = copy.deepcopy(model)
+        merged.structural_reparam()
+        return merged
     if is_merged(model):
-        raise UserError('-form=training: the weights are merged already; take merged or fused')
+        raise UserError('-form=training: the weights are merged already; use merged or fused')
     return model
 
 
 def _fold(conv_bn, before=None):
-    """Folds the norm behind a convolution, and the one before it if it is a 1x1, into its weight and bias."""
+    """Folds the norm after a convolution, and `before`, the norm before a 1x1 one, into its weight and bias."""
     weight = as_float64(conv_bn.conv.weight)
     scale, bias = batch_norm_affine(conv_bn.norm)
     weight = weight * scale[:, None, None, None]
@@ -120,6 +121,7 @@ def _fold(conv_bn, before=None):
 
 
 def _affine_conv(scale, shift):
+    """The 1x1 depthwise convolution that computes scale * x + shift."""
     conv = DepthwiseConv2D(len(scale), 1)
     _set(conv, scale[:, None, None, None], shift)
     return conv

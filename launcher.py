@@ -19,7 +19,7 @@ from dry_run import report
 from dry_run.plan import planned_device
 from errors import REPORTED, UserError, exit_status
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
-from run_folder.writer import choose_folder
+from run_folder.resume import choose_folder
 from training.run import run
 from training.signals import STOP_SECONDS, end_with_parent, stop
 from zoo import settings_file

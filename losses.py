@@ -1,4 +1,4 @@
-"""Training losses; all compute in float32, whatever the dtype of the logits and under automatic mixed precision."""
+"""Training losses; all compute in float32, for logits of any dtype and under automatic mixed precision."""
 import math
 
 import paddle
@@ -7,13 +7,13 @@ from paddle import nn
 
 
 def _log_softmax(logits):
-    # F.log_softmax cuts off at -64
+    # F.log_softmax clips its result at -64
     logits = logits.astype('float32')
     return logits - paddle.logsumexp(logits, axis=-1, keepdim=True)
 
 
 def _distributions(targets, num_classes, smoothing):
-    """Labels [N] as smoothed distributions [N, K]; distributions as they are."""
+    """Converts labels [N] to smoothed distributions [N, K]; distributions are returned unchanged."""
     if targets.ndim == 1:
         return F.one_hot(targets, num_classes) * (1 - smoothing) + smoothing / num_classes
     return targets.astype('float32')
@@ -35,7 +35,7 @@ def _check_focusing(*gammas):
 
 
 class SoftTargetCrossEntropyLoss(nn.Layer):
-    """Cross-entropy with one distribution per sample as target, as `mixup.Mixup` makes them."""
+    """Cross-entropy with a distribution as the target of each sample, as `mixup.Mixup` returns them."""
 
     def forward(self, logits, targets):
         """logits [N, K], targets [N, K] -> mean over the batch, float32 scalar."""
@@ -50,7 +50,7 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
         smoothing: float s in [0, 1).
 
     Raises:
-        ValueError: smoothing is out of its range.
+        ValueError: smoothing is out of range.
     """
 
     def __init__(self, smoothing=0.1):
@@ -78,12 +78,12 @@ class BinaryCrossEntropyLoss(nn.Layer):
     """Binary cross-entropy of each class against the others (as in arXiv 2110.00476).
 
     Args:
-        smoothing: float s in [0, 1), of labels; distributions are taken as they are.
-        threshold: float in [0, 1), above 0 targets become 1 where they are greater and 0 elsewhere, so that a mixed
-            picture counts as all the classes in it.
+        smoothing: float s in [0, 1), smoothing of labels; distributions are used unchanged.
+        threshold: float in [0, 1); if above 0, targets above it become 1 and the others 0, so that a mixed image counts
+            as an example of all its classes.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, smoothing=0.1, threshold=0.0):
@@ -108,12 +108,12 @@ class JsdCrossEntropyLoss(nn.Layer):
     """Cross-entropy of the clean views + alpha x Jensen-Shannon divergence of all views (AugMix, arXiv 1912.02781).
 
     Args:
-        splits: int >= 2, views of each picture.
+        splits: int >= 2, views of each image.
         alpha: weight of the divergence.
-        smoothing: of the labels in the cross-entropy; the publication has 0.
+        smoothing: smoothing of the labels in the cross-entropy; 0 in the publication.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, splits=3, alpha=12.0, smoothing=0.1):
@@ -133,18 +133,18 @@ class JsdCrossEntropyLoss(nn.Layer):
 
 
 class AsymmetricLoss(nn.Layer):
-    """Asymmetric loss for several labels per picture (arXiv 2009.14119).
+    """Asymmetric loss for several labels per image (arXiv 2009.14119).
 
-    Focusing parameters of their own for positive and negative classes, and a probability margin below which
-    negatives do not count. The gradient flows through the focusing weights, as published.
+    It has separate focusing parameters for positive and negative classes, and a probability margin below which
+    negatives do not count. Gradients flow through the focusing weights, as in the publication.
 
     Args:
         gamma_neg, gamma_pos: focusing parameters >= 0.
-        clip: the margin, in [0, 1).
-        smoothing: float s in [0, 1), of labels; the publication has 0.
+        clip: the probability margin, in [0, 1).
+        smoothing: float s in [0, 1), smoothing of labels; 0 in the publication.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, gamma_neg=4.0, gamma_pos=0.0, clip=0.05, smoothing=0.0):
@@ -169,17 +169,17 @@ class AsymmetricLoss(nn.Layer):
 
 
 class AsymmetricSingleLabelLoss(nn.Layer):
-    """Asymmetric loss for one label per picture, after a softmax (authors' code of arXiv 2009.14119).
+    """Asymmetric loss for one label per image, after a softmax (authors' code of arXiv 2009.14119).
 
     With p the softmax, the label's term is (1 - p)^gamma_pos log p and that of every other class p^gamma_neg log p;
-    the terms are weighed by the smoothed label.
+    the terms are weighted by the smoothed label.
 
     Args:
         gamma_neg, gamma_pos: focusing parameters >= 0.
         smoothing: float s in [0, 1); with 0 the other classes have no weight.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, gamma_neg=4.0, gamma_pos=0.0, smoothing=0.1):
@@ -201,9 +201,21 @@ class AsymmetricSingleLabelLoss(nn.Layer):
 
 def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_threshold=0.0, jsd_alpha=12.0,
                gamma_neg=4.0, gamma_pos=0.0, clip=0.05):
-    """The loss of a recipe, by the names of TRAIN.LOSS.
+    """The loss with a name of TRAIN.LOSS.
 
-    'auto' is cross-entropy: with the targets of mixup (which smooths them itself), else with smoothed labels.
+    'auto' is cross-entropy: with the targets of mixup (which smooths them itself) or else with smoothed labels.
+
+    Args:
+        name: name of the loss.
+        mixup: whether the targets come from mixup.
+        smoothing: label smoothing in [0, 1).
+        aug_splits: views of each image, for 'jsd'.
+        bce_threshold: see `BinaryCrossEntropyLoss`.
+        jsd_alpha: see `JsdCrossEntropyLoss`.
+        gamma_neg, gamma_pos, clip: see `AsymmetricLoss`.
+
+    Raises:
+        ValueError: the name is unknown, or an argument is out of range.
     """
     if name == 'auto':
         name = 'soft_target' if mixup else 'label_smoothing'

@@ -1,4 +1,4 @@
-"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) with timm's semantics."""
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) with the semantics of timm."""
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -7,25 +7,25 @@ MODES = ('batch', 'pair', 'elem')
 
 
 class Mixup:
-    """Mixes each sample with its partner, the sample at the mirrored position of the batch.
+    """Mixes each sample with its partner, the sample at the mirrored position in the batch.
 
-    The middle sample of an odd batch is its own partner. Random numbers are drawn in numpy from the given generator;
-    the mixing is a handful of operations on the images' device.
+    The middle sample of a batch of odd size is its own partner. Random numbers are drawn with NumPy from the given
+    generator; the mixing takes a few operations on the device of the images.
 
     Args:
-        mixup_alpha: float, mixup's Beta(alpha, alpha), 0 turns mixup off.
-        cutmix_alpha: float, cutmix's Beta(alpha, alpha), 0 turns cutmix off.
-        cutmix_minmax: (min, max) share of each side of the box, or None; given, it turns cutmix on and replaces the
-            size that follows from cutmix_alpha.
-        prob: probability of mixing at all.
+        mixup_alpha: parameter of mixup's Beta(alpha, alpha); 0 turns mixup off.
+        cutmix_alpha: parameter of cutmix's Beta(alpha, alpha); 0 turns cutmix off.
+        cutmix_minmax: (min, max) share of each side of the box, or None; it turns cutmix on and replaces the size drawn
+            with cutmix_alpha.
+        prob: probability of mixing.
         switch_prob: probability of cutmix where both are on.
-        mode: what shares one draw: the whole 'batch', a 'pair' of partners, or nothing ('elem').
-        correct_lam: weigh the targets by the box's area after clipping at the border.
-        label_smoothing: of the targets, off = s / num_classes, on = 1 - s + off.
+        mode: which samples share a draw: 'batch' (all), 'pair' (two partners) or 'elem' (each has its own).
+        correct_lam: whether to weight the targets by the box's area after clipping at the border.
+        label_smoothing: s of the targets: off = s / num_classes, on = 1 - s + off.
         num_classes: length of a target.
 
     Raises:
-        ValueError: an argument is out of its range, or neither mixup nor cutmix is on.
+        ValueError: an argument is out of range, or neither mixup nor cutmix is on.
     """
 
     def __init__(self, mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, prob=1.0, switch_prob=0.5, mode='batch',
@@ -37,7 +37,7 @@ class Mixup:
                 raise ValueError(f'cutmix minmax must be (min, max) with 0 <= min <= max <= 1, got {cutmix_minmax}')
             cutmix_alpha = cutmix_alpha or 1.0
         if mixup_alpha == 0 and cutmix_alpha == 0:
-            raise ValueError('mixup and cutmix alpha are both 0: use a loss with hard labels in place of Mixup')
+            raise ValueError('mixup and cutmix alpha are both 0: use a loss with hard labels instead of Mixup')
         if not 0 <= prob <= 1 or not 0 <= switch_prob <= 1:
             raise ValueError(f'prob and switch_prob are probabilities, got {prob} and {switch_prob}')
         if mode not in MODES:
@@ -72,11 +72,11 @@ class Mixup:
         return images, targets * lam + paddle.flip(targets, axis=0) * (1 - lam)
 
     def _draw(self, batch, height, width, rng):
-        """Random numbers of one batch.
+        """Draws the random numbers for one batch.
 
         Returns:
             rows [n, 1, H, 1] and columns [n, 1, 1, W], whose product is the partner's weight at each pixel, and
-            lam [n, 1], the sample's own weight in its target; float32, n = 1 in mode 'batch', else N.
+            lam [n, 1], the sample's weight in its own target; float32, n = 1 in mode 'batch', else N.
         """
         count = {'batch': 1, 'pair': (batch + 1) // 2, 'elem': batch}[self.mode]
         use_cutmix = rng.random(count) < self.switch_prob
@@ -90,7 +90,7 @@ class Mixup:
         y, x = np.arange(height), np.arange(width)
         rows = (y >= top[:, None]) & (y < bottom[:, None])
         columns = (x >= left[:, None]) & (x < right[:, None])
-        # mixup is a box over the whole picture with a weight below 1
+        # mixup is a box that covers the whole image with a weight below 1
         rows = np.where(use_cutmix[:, None], rows, (1 - lam)[:, None])
         columns = np.where(use_cutmix[:, None], columns, 1.0)
         if self.correct_lam or self.cutmix_minmax is not None:
@@ -104,7 +104,7 @@ class Mixup:
                 lam[:, None].astype(np.float32))
 
     def _box_side(self, lam, length, rng):
-        """Extent [low, high) of the cutmix box along one side, for each lam; empty where lam is 1."""
+        """Extent [low, high) of the cutmix box along one side for each lam; empty where lam is 1."""
         if self.cutmix_minmax is not None:
             shortest, longest = (int(length * share) for share in self.cutmix_minmax)
             size = rng.integers(shortest, max(shortest + 1, longest), lam.shape)

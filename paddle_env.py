@@ -1,13 +1,13 @@
-"""What must be set before Paddle loads or first multiplies. Every script imports it before paddle.
+"""Environment settings for Paddle on the CPU. Every script imports this module before paddle.
 
-Paddle's x86-64 wheels bundle an MKL of 2019 (libmklml) that sends every processor not made by Intel down a slow path:
-matrix products and 1x1 convolutions run at a third of their speed on an AMD processor with AVX-512. Type 7 selects
-MKL's AVX-512 code. MKL reads the variable at its first call, so it also works if paddle is imported already, as long
-as nothing has been multiplied yet.
+Paddle's x86-64 wheels bundle a 2019 version of MKL (libmklml) that uses slow code on processors not made by Intel: on
+an AMD processor with AVX-512, matrix products and 1x1 convolutions run at a third of their speed. MKL_DEBUG_CPU_TYPE=7
+selects MKL's AVX-512 code. MKL reads the variable at its first call, so this also works after paddle was imported, as
+long as no matrices have been multiplied yet.
 
-Paddle's CPU allocator hands every freed activation back to glibc, which by default returns large blocks to the kernel;
-each layer then pays page faults for the same memory again, more than the layer's own work in batch normalisation or
-ReLU. Here freed memory stays with the process.
+Paddle's CPU allocator returns every freed activation to glibc, which by default returns large blocks to the kernel.
+Each layer then takes page faults for the same memory again, which cost more than the computation of a batch norm or
+ReLU. With the settings here, the process keeps freed memory.
 """
 import ctypes
 import importlib.util
@@ -15,15 +15,15 @@ import os
 import platform
 import sys
 import warnings
-import zlib  # noqa: F401 - Paddle 2.6 exports zlib's symbols; loaded after them, Pillow's PNG codec fails
+import zlib  # noqa: F401 - Paddle 2.6 exports zlib's symbols; if zlib is loaded after it, Pillow's PNG codec fails
 from pathlib import Path
 
 VARIABLE = 'MKL_DEBUG_CPU_TYPE'
-_USER_THREADS = None if 'paddle' in sys.modules else os.environ.get('OMP_NUM_THREADS')  # paddle's import writes 1 there
+_USER_THREADS = None if 'paddle' in sys.modules else os.environ.get('OMP_NUM_THREADS')  # importing paddle sets it to 1
 
 
 def cpu_info(path='/proc/cpuinfo'):
-    """The first processor's fields of /proc/cpuinfo, {} where there is none."""
+    """The first processor's fields in /proc/cpuinfo; {} where that file does not exist."""
     try:
         first = Path(path).read_text().split('\n\n')[0]
     except OSError:
@@ -59,34 +59,34 @@ def _configure_malloc():
     if platform.libc_ver()[0] != 'glibc':
         return 'malloc left alone: not glibc'
     mallopt = ctypes.CDLL(None).mallopt
-    # M_MMAP_MAX: no block of its own mapping, which would end with it; M_TRIM_THRESHOLD: the heap never shrinks.
-    # Another allocator that is preloaded answers 0.
-    done = mallopt(-4, 0) and mallopt(-1, -1)
-    return 'malloc keeps freed memory' if done else 'malloc left alone: it refuses settings'
+    # M_MMAP_MAX 0: no block gets its own mapping, which would be released when it is freed; M_TRIM_THRESHOLD -1: the
+    # heap never shrinks. A preloaded replacement for malloc returns 0.
+    accepted = mallopt(-4, 0) and mallopt(-1, -1)
+    return 'malloc keeps freed memory' if accepted else 'malloc left alone: it does not accept settings'
 
 
 _MESSAGE = f'{_configure_mkl()}; {_configure_malloc()}'
 
-# Paddle's notes about itself, which bury the lines that matter; warnings and errors still show.
+# Paddle's informational messages would bury the lines that matter; warnings and errors are still shown.
 os.environ.setdefault('GLOG_minloglevel', '1')
 for _note in ('No ccache found', 'Your model will be trained under CPUONLY', 'When training, we now always track'):
     warnings.filterwarnings('ignore', message=_note)
 
 
 def describe():
-    """One line for the log: what was set, or why nothing was."""
+    """One line for the log: what was set, or why not."""
     if os.environ.get('OMP_PROC_BIND', 'false').lower() not in ('', 'false') or os.environ.get('OMP_PLACES'):
         return f"{_MESSAGE}; OMP_PROC_BIND or OMP_PLACES leaves Paddle's MKL one thread: bind with KMP_AFFINITY instead"
     return _MESSAGE
 
 
 def set_threads(processes=1, threads=None):
-    """Let Paddle, MKL and the operators of this process use the processor's cores; without it Paddle uses one.
+    """Sets the number of threads of Paddle, MKL and the C++ operators in this process; Paddle's default is one.
 
     Args:
-        processes: how many processes share this machine's cores.
-        threads: threads of this process; None takes OMP_NUM_THREADS where the user has set it before paddle was
-            imported, else an equal share of the cores this process may run on.
+        processes: number of processes that share this machine's cores.
+        threads: number of threads; None for the user's OMP_NUM_THREADS if it was set before paddle was imported, else
+            an equal share of the cores this process may run on.
 
     Returns:
         The number of threads set.

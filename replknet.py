@@ -16,14 +16,14 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import DepthwiseConv2D, as_planes, computed, conv_block, defer
-from large_kernel.conv_norm_act import BLOCK, CONVOLUTIONS, NORMS
+from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, conv_block, map_layout
+from large_kernel.conv_norm_act import NORMS
 
-MIN_SIZE = 32  # pixels a side: the network's total stride
+MIN_SIZE = 32  # pixels per side: the network's total stride
 
 
 def _uniform(fan_in):
-    """Weights uniform in +-1/sqrt(fan_in), as the official code leaves them."""
+    """Initial values uniform in +-1/sqrt(fan_in): PyTorch's default, which the official code uses."""
     bound = fan_in ** -0.5
     return paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
 
@@ -32,6 +32,7 @@ def _batch_norm(channels):
     return nn.BatchNorm2D(channels, momentum=0.9, epsilon=1e-5)
 
 
+@accepts_nchw16c()
 class ConvBN(nn.Layer):
     """Convolution without bias, batch norm and an activation; padded so that stride 1 keeps the size.
 
@@ -59,12 +60,13 @@ class ConvBN(nn.Layer):
 
         Args:
             pre_norm: batch norm to apply to x first.
-            residual: to be added at the end, like the result.
-            to_blocks: the result may stand in blocks of channels, see `conv_block`.
+            residual: map of the result's shape to add at the end.
+            to_blocks: whether the result may be in the NCHW16c layout where x is not, see `conv_block`.
         """
         return conv_block(x, self.conv, self.norm, self.activation, pre_norm, residual, to_blocks)
 
 
+@accepts_nchw16c()
 class DropPath(nn.Layer):
     """Stochastic depth: drops a residual branch for whole samples while training (arXiv 1603.09382)."""
 
@@ -81,13 +83,14 @@ class DropPath(nn.Layer):
         return x * (mask.astype(x.dtype) / keep)
 
 
+@accepts_nchw16c(may_defer=lambda layer: layer.merged)  # else the branches are added in Python
 class ReparamLargeKernelConv(nn.Layer):
-    """Large depthwise convolution with a parallel small one, and a ReLU; the two merge into one (section 3.3).
+    """Large depthwise convolution with a parallel small one, and a ReLU; the two can be merged (section 3.3).
 
     Args:
         channels: input and output channels.
         large_kernel, small_kernel: odd sizes; `small_kernel` 0 for no parallel branch.
-        merged: build the merged form.
+        merged: build the merged form, one convolution with a bias.
     """
 
     def __init__(self, channels, large_kernel, small_kernel, merged=False):
@@ -135,28 +138,30 @@ def _merged_conv(channels, kernel_size):
 
 
 def batch_norm_affine(norm):
-    """(scale, shift) of an eval-mode batch norm, float64 arrays: it computes scale * x + shift."""
+    """(scale, shift), float64 arrays [C], of an eval-mode batch norm, which computes scale * x + shift."""
     gamma, beta, mean, variance = (as_float64(t) for t in (norm.weight, norm.bias, norm._mean, norm._variance))
     scale = gamma / np.sqrt(variance + norm._epsilon)
     return scale, beta - mean * scale
 
 
 def _fold_batch_norm(conv_bn):
-    """Weight and bias, in float64, of the convolution that equals the eval-mode convolution and norm."""
+    """Weight and bias, in float64, of the convolution that equals the eval-mode convolution and batch norm."""
     scale, shift = batch_norm_affine(conv_bn.norm)
     return as_float64(conv_bn.conv.weight) * scale[:, None, None, None], shift
 
 
 def as_float64(tensor):
-    """A parameter of any precision as a float64 array; numpy has no bfloat16."""
+    """A parameter of any precision as a float64 array; NumPy has no bfloat16."""
     return tensor.astype('float32').numpy().astype('float64')
 
 
+@accepts_nchw16c()
 class RepLKBlock(nn.Layer):
     """Residual block: BN, 1x1, large depthwise convolution, 1x1 (figure 2 of the paper).
 
     Args:
-        channels: of input and output; `dw_channels`: of the depthwise convolution.
+        channels: channels of the input and output.
+        dw_channels: channels of the depthwise convolution.
         large_kernel, small_kernel, merged: as in `ReparamLargeKernelConv`.
         drop_path: rate of stochastic depth.
     """
@@ -175,6 +180,7 @@ class RepLKBlock(nn.Layer):
         return x + self.drop_path(self.pw_conv_2(y)) if self.training else self.pw_conv_2(y, residual=x)
 
 
+@accepts_nchw16c()
 class ConvFFN(nn.Layer):
     """Residual block: BN, 1x1 to `hidden_channels`, GELU, 1x1 back."""
 
@@ -191,10 +197,21 @@ class ConvFFN(nn.Layer):
         return x + self.drop_path(self.pw_conv_2(y)) if self.training else self.pw_conv_2(y, residual=x)
 
 
+@accepts_nchw16c()
 class RepLKNetStage(nn.Layer):
-    """A stage: pairs of RepLKBlock and ConvFFN in one flat list, and the optional norm of its feature map."""
+    """A stage: pairs of RepLKBlock and ConvFFN in one flat list, and optionally a norm for its feature map.
 
-    def __init__(self, channels, large_kernel, small_kernel, dw_ratio, ffn_ratio, drop_paths, norm, merged, recompute):
+    Args:
+        channels: channels of the stage.
+        large_kernel, small_kernel, merged: as in `ReparamLargeKernelConv`.
+        dw_ratio, ffn_ratio: widths of the depthwise convolution and of the ConvFFN relative to `channels`.
+        drop_paths: rate of stochastic depth of each pair.
+        norm: whether to build the norm, which the model applies to the feature map it returns.
+        recompute: recompute the blocks' activations in the backward pass.
+    """
+
+    def __init__(self, channels, *, large_kernel, small_kernel, dw_ratio, ffn_ratio, drop_paths, norm, merged,
+                 recompute):
         super().__init__()
         self.recompute = recompute
         self.blocks = nn.LayerList()
@@ -205,31 +222,31 @@ class RepLKNetStage(nn.Layer):
             self.norm = _batch_norm(channels)
 
     def forward(self, x):
-        """[N, channels, H, W] -> the same shape, without the norm."""
+        """[N, channels, H, W] -> the same shape; the norm is not applied."""
         for block in self.blocks:
             x = _recompute(block, x) if self.recompute and self.training else block(x)
         return x
 
 
 def _recompute(block, x):
-    """`block(x)` whose activations are not kept but computed again for the gradients."""
+    """`block(x)`, with activations that are recomputed for the gradients instead of kept."""
     from paddle.distributed.fleet.utils import recompute
 
     passes = itertools.count()
     random_state = paddle.get_rng_state()
 
     def forward(x):
-        with _as_before(block, random_state) if next(passes) else contextlib.nullcontext():
+        with _as_in_first_pass(block, random_state) if next(passes) else contextlib.nullcontext():
             return block(x)
 
-    # The reentrant kind runs a backward pass inside the backward pass, which DataParallel does not bear; and Paddle
+    # The reentrant kind runs a backward pass inside the backward pass, which DataParallel does not support, and Paddle
     # 2.6 cannot preserve the random state on the CPU.
     return recompute(forward, x, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextlib.contextmanager
-def _as_before(layer, random_state):
-    """For a second pass: the random draws of the first, and running statistics that do not move once more."""
+def _as_in_first_pass(layer, random_state):
+    """In a second pass, repeats the random draws of the first and does not update the running statistics again."""
     norms = [m for m in layer.sublayers() if isinstance(m, NORMS)]
     momenta = [norm._momentum for norm in norms]
     current = paddle.get_rng_state()
@@ -245,21 +262,21 @@ def _as_before(layer, random_state):
 
 
 class RepLKNet(nn.Layer):
-    """RepLKNet for classification, or a backbone.
+    """RepLKNet for classification, or as a backbone.
 
     Args:
         large_kernel_sizes, layers, channels: one value per stage; `layers` counts pairs of RepLKBlock and ConvFFN.
         small_kernel: size of the parallel small depthwise kernel; 0 or None for none.
-        dw_ratio, ffn_ratio: widths of the depthwise convolution and of the ConvFFN over the stage's.
+        dw_ratio, ffn_ratio: widths of the depthwise convolution and of the ConvFFN relative to the stage's.
         drop_path: stochastic-depth rate of the last pair; the rates rise linearly from 0.
-        in_channels: of the images.
-        num_classes: outputs of the head; None builds no final norm and no head.
-        out_indices: stages whose feature maps `forward` returns instead of logits, any subset; None for logits.
-        norm_intermediate_features: pass each returned feature map through a norm of its own (XL backbones).
-        merged: build the re-parameterised form, to load merged weights.
-        recompute: recompute the blocks' activations in the backward pass.
+        in_channels: channels of the images.
+        num_classes: outputs of the head; None builds neither the final norm nor the head.
+        out_indices: any subset of the stages, whose feature maps `forward` returns instead of logits; None for logits.
+        norm_intermediate_features: apply a separate norm to each returned feature map (XL backbones).
+        merged: build the re-parameterised form, for merged weights.
+        recompute: recompute the blocks' activations in the backward pass: less memory, more time.
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: the sizes do not fit together.
     """
 
     def __init__(self, large_kernel_sizes, layers, channels, small_kernel=5, dw_ratio=1.0, ffn_ratio=4.0,
@@ -284,10 +301,10 @@ class RepLKNet(nn.Layer):
             ConvBN(width, width, 3, stride=2, depthwise=True, activation='relu')])
         rates = iter(np.linspace(0, drop_path, sum(layers)).tolist())
         self.stages = nn.LayerList([
-            RepLKNetStage(channels[s], large_kernel_sizes[s], small_kernel or 0, dw_ratio, ffn_ratio,
-                          [next(rates) for _ in range(layers[s])],
-                          norm_intermediate_features and out_indices is not None and s in out_indices,
-                          merged, recompute)
+            RepLKNetStage(channels[s], large_kernel=large_kernel_sizes[s], small_kernel=small_kernel or 0,
+                          dw_ratio=dw_ratio, ffn_ratio=ffn_ratio, drop_paths=[next(rates) for _ in range(layers[s])],
+                          norm=norm_intermediate_features and out_indices is not None and s in out_indices,
+                          merged=merged, recompute=recompute)
             for s in range(stages)])
         self.transitions = nn.LayerList([
             nn.LayerList([ConvBN(channels[s], channels[s + 1], 1, activation='relu'),
@@ -300,27 +317,26 @@ class RepLKNet(nn.Layer):
                                   bias_attr=_uniform(channels[-1]))
 
     def forward_features(self, x):
-        """[N, in_channels, H, W] -> the feature maps [N, channels[s], ~H / 2^(s+2), ~W / 2^(s+2)] of all stages.
+        """[N, in_channels, H, W] -> list of the stages' feature maps [N, channels[s], ~H / 2^(s+2), ~W / 2^(s+2)].
 
-        Each is a pair's output as it goes to the next stage; stages beyond the last one in `out_indices` are not
-        computed.
+        They are the maps that the next stage takes, without the norms of `norm_intermediate_features`. Stages after
+        the last one in `out_indices` are not computed.
         """
         return [as_planes(x) for x in self._features(x)]
 
     def _features(self, x):
-        """As `forward_features`; maps may stand in blocks, see `as_planes`."""
+        """As `forward_features`; the maps may be in the NCHW16c layout."""
         self._check_input(x)
-        to_blocks = self._keeps_blocks()
-        later = defer if to_blocks and self._all_merged() else lambda x: x
-        x = later(x)
+        layout = map_layout(self, [self.stem, self.stages, self.transitions])
+        x = layout.begin(x)
         for layer in self.stem:
-            x = layer(x, to_blocks=to_blocks)
+            x = layer(x, to_blocks=layout.nchw16c)
         last = len(self.stages) - 1 if self.out_indices is None else max(self.out_indices, default=-1)
         features = []
         for s in range(last + 1):
             features.append(computed(self.stages[s](x)))
             if s < last:
-                x = later(features[-1])
+                x = layout.begin(features[-1])
                 for layer in self.transitions[s]:
                     x = layer(x)
         return features
@@ -328,9 +344,10 @@ class RepLKNet(nn.Layer):
     def forward(self, x):
         """Images [N, in_channels, H, W] to logits [N, num_classes].
 
-        With `out_indices`: the list of those stages' feature maps, shallowest first. Without a head: the last
-        stage's feature map.
+        With `out_indices` the result is the list of those stages' feature maps, shallowest first; without a head, it
+        is the last stage's feature map.
         """
+        # a model may override `forward_features`; else its conversion to NCHW is skipped for maps that stay inside
         overridden = getattr(self.forward_features, '__func__', None) is not RepLKNet.forward_features
         features = self.forward_features(x) if overridden else self._features(x)
         if self.out_indices is not None:
@@ -340,59 +357,30 @@ class RepLKNet(nn.Layer):
         return last if self.num_classes is None else self.head(self.pool(last))
 
     def pool(self, x):
-        """The last stage's feature map [N, C, H, W] -> what the head takes, [N, C]."""
+        """The last stage's feature map [N, C, H, W] -> the head's input [N, C]."""
         return self.norm(x).mean([2, 3])
 
-    @paddle.jit.not_to_static
-    def _keeps_blocks(self):
-        """Whether inner feature maps may stand in blocks: for inference, if only layers that know them will see them.
-
-        A hook, a layer of another kind or a width that is no multiple of a block speaks against it.
-        """
-        if self.training or (paddle.in_dynamic_mode() and paddle.is_grad_enabled()):
-            return False
-        layers = [self.stem, self.stages, self.transitions]
-        while layers:
-            layer = layers.pop()
-            if type(layer) not in _KNOW_BLOCKS or layer._forward_pre_hooks or layer._forward_post_hooks:
-                return False
-            for inner in layer._sub_layers.values():
-                if type(inner) in CONVOLUTIONS:
-                    if inner._out_channels % BLOCK or inner._forward_pre_hooks or inner._forward_post_hooks:
-                        return False
-                elif inner is not None and type(inner) not in NORMS:  # `conv_block` minds the hooks of norms
-                    layers.append(inner)
-        return True
-
-    @paddle.jit.not_to_static
-    def _all_merged(self):
-        """Whether all large kernels are."""
-        return all(block.large_kernel.merged for stage in self.stages for block in stage.blocks
-                   if type(block) is RepLKBlock)
-
     def num_parameters(self):
-        """Trained parameters; running statistics, which Paddle keeps among the parameters, are not counted."""
+        """Number of trainable parameters; running statistics, which Paddle lists as parameters, are not counted."""
         return sum(p.size for p in self.parameters() if not p.stop_gradient)
 
     def structural_reparam(self):
-        """Merges every small kernel and batch norm into its large kernel, in place; the eval-mode function stays."""
+        """Merges every small kernel and its batch norms into the large kernel, in place; eval-mode outputs stay the
+        same."""
         for layer in self.sublayers():
             if isinstance(layer, ReparamLargeKernelConv):
                 layer.merge()
 
-    @paddle.jit.not_to_static  # traced as it is: translated to a graph, sizes would become tensors
+    @paddle.jit.not_to_static  # translated to a graph, the sizes would become tensors
     def _check_input(self, x):
         channels = self.in_channels
-        # a traced program has -1 for sizes that are free
+        # dynamic sizes are -1 in a traced program
         if x.ndim != 4 or x.shape[1] not in (channels, -1) or any(0 <= side < MIN_SIZE for side in x.shape[2:]):
             raise ValueError(f'input of shape {list(x.shape)}; RepLKNet takes [N, {channels}, H, W] with H and W '
                              f'from {MIN_SIZE} up')
 
 
-_KNOW_BLOCKS = {nn.LayerList, RepLKNetStage, RepLKBlock, ConvFFN, ReparamLargeKernelConv, ConvBN, DropPath}
-
-
-# table 4 and section 4 of the paper; 13B is the kernel-size ablation (table 5)
+# Table 4 and section 4 of the paper; 13B is from the kernel-size ablation (table 5).
 _BASE = {'layers': [2, 2, 18, 2], 'channels': [128, 256, 512, 1024], 'large_kernel_sizes': [31, 29, 27, 13]}
 VARIANTS = {
     'replknet_31b': _BASE,
@@ -428,5 +416,5 @@ def build_replknet(config, merged=False):
     model = config.MODEL
     return RepLKNet(large_kernel_sizes=model.LARGE_KERNEL_SIZES, layers=model.LAYERS, channels=model.CHANNELS,
                     small_kernel=model.SMALL_KERNEL, dw_ratio=model.DW_RATIO, ffn_ratio=model.FFN_RATIO,
-                    drop_path=model.DROPPATH, in_channels=config.DATA.IMAGE_CHANNELS, num_classes=model.NUM_CLASSES,
-                    merged=merged, recompute=model.RECOMPUTE)
+                    drop_path=model.DROPPATH, num_classes=model.NUM_CLASSES, merged=merged,
+                    recompute=model.RECOMPUTE)

@@ -1,15 +1,17 @@
-"""Picture transforms as two presets: `eval_transform` and `train_transform`.
+"""Image transforms as two presets: `eval_transform` and `train_transform`.
 
-Pictures are PIL images in mode RGB, results are float32 arrays [3, H, W] normalised with `mean` and `std` (of values
-in 0..1). Every random draw comes from the `numpy.random.Generator` that is passed in, so one key gives one result
-whichever process computes it.
+Inputs are Pillow images in mode RGB, results are float32 arrays [3, H, W] normalised with `mean` and `std` (of values
+in 0..1). Every random draw comes from the `numpy.random.Generator` passed in, so a result depends on the seed only, not
+on the process that computes it.
 
 The evaluation protocols are those of the RepLKNet code (arXiv 2203.06717). The training recipe is timm's, which that
-code uses: RandomResizedCrop, flips, RandAugment or another policy of auto_augment.py, or colour jitter, normalisation,
-random erasing (arXiv 1708.04896).
+code uses: RandomResizedCrop, flips, RandAugment or another policy of auto_augment.py, or else colour jitter,
+normalisation, random erasing (arXiv 1708.04896).
 """
 import math
+from dataclasses import dataclass
 from functools import partial
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -27,12 +29,12 @@ ERASING_MODES = ('const', 'rand', 'pixel')
 
 def eval_transform(image_size, *, crop_pct=0.875, protocol='crop', interpolation='bicubic',
                    mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Deterministic transform of evaluation and prediction.
+    """The deterministic transform for evaluation and prediction.
 
     Args:
         image_size: int, side of the result in pixels.
-        crop_pct: float in (0, 1], with 'crop' the shorter side is resized to int(image_size / crop_pct).
-        protocol: 'crop' (resize the shorter side, centre crop) or 'warp' (resize the whole picture to a square, the
+        crop_pct: float in (0, 1]; with 'crop', the shorter side is resized to int(image_size / crop_pct).
+        protocol: 'crop' (resize the shorter side, centre crop) or 'warp' (resize the whole image to a square, the
             protocol of the published checkpoints at 384).
         interpolation: 'nearest', 'bilinear', 'bicubic' or 'lanczos', antialiased.
         mean, std: three floats each.
@@ -41,7 +43,7 @@ def eval_transform(image_size, *, crop_pct=0.875, protocol='crop', interpolation
         callable(image) -> float32 array [3, image_size, image_size].
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
     _check_common(image_size, interpolation, mean, std)
     if protocol not in EVAL_PROTOCOLS:
@@ -58,7 +60,7 @@ def _eval_sample(image, *, image_size, crop_pct, protocol, interpolation, mean, 
 
 
 def eval_geometry(image, image_size, *, crop_pct=0.875, protocol='crop', interpolation='bicubic'):
-    """The part of `eval_transform` before normalisation: RGB picture of any size -> square RGB picture."""
+    """The part of `eval_transform` before normalisation: RGB image of any size -> square RGB image."""
     resample = INTERPOLATIONS[interpolation]
     if protocol == 'warp':
         return image.resize((image_size, image_size), resample)
@@ -80,7 +82,7 @@ def _centre_crop(image, width, height):
 
 
 def normalize(image, mean, std):
-    """RGB picture -> float32 array [3, H, W], (value / 255 - mean) / std."""
+    """RGB image -> float32 array [3, H, W], (value / 255 - mean) / std."""
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order='C')
     pixels /= 255
     pixels -= np.asarray(mean, np.float32).reshape(3, 1, 1)
@@ -91,26 +93,26 @@ def normalize(image, mean, std):
 def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.0, color_jitter=0.4,
                     auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel',
                     re_count=1, views=1, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Random transform of training.
+    """The random transform for training.
 
     Args:
         image_size: int, side of the result in pixels.
-        scale, ratio: (low, high) of RandomResizedCrop, share of the picture's area and width / height.
+        scale, ratio: (low, high) of RandomResizedCrop: share of the image's area, and width / height.
         hflip, vflip: probability of a horizontal and of a vertical flip.
         color_jitter: strength of brightness, contrast and saturation jitter; used only without `auto_augment`.
         auto_augment: policy such as 'rand-m9-mstd0.5-inc1', see auto_augment.py; '' for none.
-        interpolation: of the crop and of the policy's geometric operations.
-        re_prob, re_mode, re_count: random erasing, see `random_erasing`.
-        views: above 1 the result is this many views of the same crop, the first one only cropped and flipped (AugMix,
+        interpolation: filter of the crop and of the policy's geometric operations.
+        re_prob, re_mode, re_count: probability, mode and count of `random_erasing`.
+        views: above 1, the result is this many views of the same crop, the first one only cropped and flipped (AugMix,
             arXiv 1912.02781).
         mean, std: three floats each; the policy fills uncovered pixels with the mean.
 
     Returns:
-        callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size], or, with several views,
+        callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size], or with several views
         [views, 3, image_size, image_size].
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
         UserError: `auto_augment` is malformed.
     """
     _check_common(image_size, interpolation, mean, std)
@@ -131,39 +133,57 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
     augment = None
     if auto_augment:
         augment = build_auto_augment(auto_augment, fill=fill, resample=INTERPOLATIONS[interpolation])
-    augment_sample = partial(_augment_sample, color_jitter=color_jitter, augment=augment, re_prob=re_prob,
-                             re_mode=re_mode, re_count=re_count, mean=mean, std=std)
-    return partial(_train_sample, image_size=image_size, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
-                   interpolation=interpolation, augment_sample=augment_sample, views=views, mean=mean, std=std)
+    return _TrainTransform(image_size=image_size, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
+                           color_jitter=color_jitter, augment=augment, interpolation=interpolation, re_prob=re_prob,
+                           re_mode=re_mode, re_count=re_count, views=views, mean=mean, std=std)
 
 
-def _train_sample(image, rng, *, image_size, scale, ratio, hflip, vflip, interpolation, augment_sample, views, mean,
-                  std):
-    image = random_resized_crop(image, image_size, rng, scale=scale, ratio=ratio, interpolation=interpolation)
-    if rng.random() < hflip:
-        image = image.transpose(Image.FLIP_LEFT_RIGHT)
-    if rng.random() < vflip:
-        image = image.transpose(Image.FLIP_TOP_BOTTOM)
-    if views == 1:
-        return augment_sample(image, rng)
-    return np.stack([normalize(image, mean, std)] + [augment_sample(image, rng) for _ in range(views - 1)])
+@dataclass(frozen=True)
+class _TrainTransform:
+    """The result of `train_transform`, which describes the attributes; `augment` is the policy, or None."""
+    image_size: int
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    hflip: float
+    vflip: float
+    color_jitter: float
+    augment: Optional[Callable]
+    interpolation: str
+    re_prob: float
+    re_mode: str
+    re_count: int
+    views: int
+    mean: Sequence[float]
+    std: Sequence[float]
 
+    def __call__(self, image, rng):
+        image = random_resized_crop(image, self.image_size, rng, scale=self.scale, ratio=self.ratio,
+                                    interpolation=self.interpolation)
+        if rng.random() < self.hflip:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        if rng.random() < self.vflip:
+            image = image.transpose(Image.FLIP_TOP_BOTTOM)
+        if self.views == 1:
+            return self._augmented(image, rng)
+        clean = normalize(image, self.mean, self.std)
+        return np.stack([clean] + [self._augmented(image, rng) for _ in range(self.views - 1)])
 
-def _augment_sample(image, rng, *, color_jitter, augment, re_prob, re_mode, re_count, mean, std):
-    if augment is not None:
-        image = augment(image, rng)
-    elif color_jitter:
-        image = jitter_color(image, rng, color_jitter)
-    pixels = normalize(image, mean, std)
-    if rng.random() < re_prob:
-        random_erasing(pixels, rng, mode=re_mode, count=re_count)
-    return pixels
+    def _augmented(self, image, rng):
+        if self.augment is not None:
+            image = self.augment(image, rng)
+        elif self.color_jitter:
+            image = jitter_color(image, rng, self.color_jitter)
+        pixels = normalize(image, self.mean, self.std)
+        if rng.random() < self.re_prob:
+            random_erasing(pixels, rng, mode=self.re_mode, count=self.re_count)
+        return pixels
 
 
 def random_resized_crop(image, image_size, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation='bicubic'):
-    """Crops a random box, `scale` of the area and `ratio` (log-uniform) width / height, and resizes it to a square.
+    """Crops a random box and resizes it to a square.
 
-    After ten boxes that do not fit, the largest centred box within `ratio` is taken, as in torchvision.
+    The box has a share in `scale` of the image's area and width / height in `ratio` (log-uniform). After ten boxes that
+    do not fit, the largest centred box within `ratio` is used, as in torchvision.
     """
     resample = INTERPOLATIONS[interpolation]
     for _ in range(10):
@@ -194,8 +214,8 @@ def random_erasing(pixels, rng, *, mode='pixel', count=1, area=(0.02, 1 / 3), as
     """Overwrites `count` random boxes of the normalised array [3, H, W], in place.
 
     Args:
-        mode: 'const' (zeros, that is the mean), 'rand' (one normal draw per channel) or 'pixel' (a draw per value).
-        area: (low, high) share of the picture, divided by `count`.
+        mode: 'const' (zeros, the mean), 'rand' (one normal draw per channel) or 'pixel' (one draw per value).
+        area: (low, high) of all boxes' share of the image; each box gets 1 / `count` of it.
         aspect: (low, high) of height / width, log-uniform.
     """
     channels, height, width = pixels.shape

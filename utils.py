@@ -1,4 +1,4 @@
-"""What every floor above needs: devices, process groups, seeds, the log of a run."""
+"""Shared helpers: devices, process groups, random seeds, logging."""
 import contextlib
 import itertools
 import json
@@ -15,13 +15,13 @@ from paddle.base.core import create_or_get_global_tcp_store
 from errors import UserError
 
 logger = logging.getLogger('replknet')
-_SOURCES = (logger, logging.getLogger('large_kernel'))  # the latter reports which implementation it chose
+_LOGGERS = (logger, logging.getLogger('large_kernel'))  # the latter reports which implementation it chose
 
 
 # ---- devices and processes
 
 def device_count(kind):
-    """Devices of a kind ('gpu', 'xpu', 'npu') that this Paddle can use here; 1 for 'cpu'."""
+    """Number of devices of a kind ('gpu', 'xpu', 'npu') that this Paddle can use on this machine; 1 for 'cpu'."""
     if kind == 'gpu':
         return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if kind == 'xpu':
@@ -32,10 +32,10 @@ def device_count(kind):
 
 
 def resolve_device(name):
-    """The kind of device to use for the setting `name`; 'auto' takes GPUs when there are any.
+    """The kind of device for the setting DEVICE; 'auto' is 'gpu' if there is one, else 'cpu'.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == 'auto':
         return 'gpu' if device_count('gpu') else 'cpu'
@@ -46,7 +46,7 @@ def resolve_device(name):
 
 
 def rank():
-    """Index of this process among all of the run."""
+    """Index of this process among all processes of the run."""
     return dist.get_rank()
 
 
@@ -61,7 +61,7 @@ def is_main():
 
 
 def all_reduce_sum(values):
-    """Sums a list of numbers over all processes, in float64; returns floats."""
+    """Sums each number of a list over all processes, in float64; returns floats."""
     if world_size() == 1:
         return [float(v) for v in values]
     tensor = paddle.to_tensor([float(v) for v in values], dtype='float64')
@@ -70,14 +70,14 @@ def all_reduce_sum(values):
 
 
 def all_gather_values(value):
-    """The number each process holds, in the order of their ranks."""
+    """The numbers passed by all processes, in the order of their ranks."""
     mine = [0.0] * world_size()
     mine[rank()] = value
     return all_reduce_sum(mine)
 
 
-def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the calls of this process
-    """Waits until every process has got here, however long that takes; gloo's collectives give up after 30 s."""
+def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the calls in this process
+    """Waits for all processes without a time limit; collectives of gloo time out after 30 s."""
     if world_size() == 1:
         return
     store, key = create_or_get_global_tcp_store(), f'replknet/barrier/{next(_calls)}'
@@ -89,52 +89,58 @@ def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the ca
 # ---- seeds
 
 def random_generator(*key):
-    """A numpy Generator drawn from whole numbers such as (seed, epoch, sample), and from nothing else."""
+    """A NumPy Generator that depends only on the given integers, such as (seed, epoch, sample)."""
     return np.random.default_rng(key)
 
 
 def seed_paddle(*key):
-    """Seeds Paddle's own draws (drop path) from whole numbers such as (seed, step, rank)."""
+    """Seeds Paddle's random draws (drop path) with integers such as (seed, step, rank)."""
     paddle.seed(int(random_generator(*key).integers(2**31)))
 
 
-# ---- the log of a run
+# ---- metrics and logs
+
+def accuracy_line(metrics):
+    """The line that every evaluation prints last, from a dict with acc1 and acc5 (percent), loss and images."""
+    return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
+            f"images {metrics['images']}")
+
 
 def setup_logging(verbose):
-    """Lines to standard output, kept for `log.txt` until `log_to_file`; processes that are not verbose only warn."""
+    """Logs to standard output, and keeps the lines for `log_to_file`; without `verbose`, only warnings are logged."""
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%m-%d %H:%M:%S'))
     kept = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
-    for source in _SOURCES:
+    for source in _LOGGERS:
         source.handlers[:] = [console, kept]
         source.propagate = False
         source.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def log_to_file(path):
-    """Appends the lines so far, and all that follow, to `path`; a disk that is full loses lines, not the run."""
+    """Appends all log lines, also the earlier ones, to a file; a full disk loses lines but does not stop the run."""
     file = logging.FileHandler(path, encoding='utf-8')
     file.handleError = lambda record: None
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     console, kept = logger.handlers
     kept.setTarget(file)
-    kept.close()  # hands over what it has
-    for source in _SOURCES:
+    kept.close()  # writes what it has kept to the file
+    for source in _LOGGERS:
         source.handlers[:] = [console, file]
 
 
-def log_once(message, _seen=set()):  # noqa: B006 - the default is the memory
-    """Logs a line the first time it comes up in this process."""
+def log_once(message, _seen=set()):  # noqa: B006 - the default keeps the messages of this process
+    """Logs a message only the first time this process passes it."""
     if message not in _seen:
         _seen.add(message)
         logger.info(message)
 
 
 def append_json_line(path, record):
-    """Adds one JSON object as a line, flushed to disk; numbers that JSON lacks become null.
+    """Appends a JSON object as a line and flushes it to disk; NaN and infinity become null.
 
     Raises:
-        OSError: nothing was added.
+        OSError: nothing was appended.
     """
     clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
     with open(path, 'ab', buffering=0) as file:
@@ -150,13 +156,7 @@ def append_json_line(path, record):
 
 
 def truncate_lines(path, size):
-    """Cuts a file of lines down to `size` bytes, and off what is no whole line at its end."""
+    """Truncates a text file to `size` bytes, and then to the end of its last whole line."""
     with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as file:
         kept = file.read(size)
         file.truncate(kept.rfind(b'\n') + 1)
-
-
-def accuracy_line(metrics):
-    """The line that every evaluation ends with on standard output."""
-    return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
-            f"images {metrics['images']}")

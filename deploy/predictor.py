@@ -31,7 +31,8 @@ from deploy.runtimes import load_paddle_program, save_paddle_program
 from errors import UserError
 from fuse import WithFeatures, fuse, pack
 from large_kernel import build, operator_serves
-from run_folder.layout import CONFIG, best_checkpoint, find_classes
+from run_folder.layout import CONFIG, find_classes
+from run_folder.metrics import best_checkpoint
 from zoo import ZOO, build_model, pretrained_weights, settings_file
 
 IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')

@@ -1,1 +1,1 @@
-"""What `-dry_run` prints: the run that the settings would start, its cost and its likely mistakes."""
+"""What `-dry_run` prints: the run that the settings would start, its cost, and likely mistakes in it."""

@@ -1,4 +1,4 @@
-"""What a RepLKNet costs: parameters, multiply-accumulates and memory, counted from its layers without computing.
+"""The cost of a RepLKNet: parameters, multiply-accumulates and memory, counted from its layers without running it.
 
     cost = model_cost(config)
     memory = training_memory(config, cost)
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import paddle
 
+from deploy.equivalence import multiply_accumulates
 from replknet import RepLKBlock, build_replknet
 
 # float32 values that an optimizer keeps for each parameter
@@ -16,7 +17,15 @@ OPTIMIZER_STATES = {'adamw': 2, 'nadam': 2, 'lamb': 2, 'lion': 1, 'momentum': 1,
 
 @dataclass(frozen=True)
 class Cost:
-    """Per image, in numbers of values; see `model_cost`."""
+    """Numbers of values and operations, those of one image where they depend on images.
+
+    Attributes:
+        parameters, merged_parameters: trained parameters in training form, and with the small kernels merged.
+        statistics: running statistics of batch norm.
+        macs, merged_macs: multiply-accumulates of the convolutions and the head, in both forms.
+        activations: values that a forward pass keeps for the backward pass.
+        recompute_activations: the same with MODEL.RECOMPUTE.
+    """
     parameters: int
     merged_parameters: int
     statistics: int
@@ -27,35 +36,28 @@ class Cost:
 
 
 def lazy_model(config, merged=False):
-    """The model of the settings with parameters that have shapes but no values: no time and no memory."""
+    """The model with parameters that have shapes but no values: takes hardly any time and memory."""
     with paddle.LazyGuard():
         return build_replknet(config, merged)
 
 
 def model_cost(config):
-    """Counts for one image of DATA.IMAGE_SIZE.
-
-    Returns:
-        Cost: trained parameters and multiply-accumulates of convolutions and head, in training form and merged;
-        running statistics of batch norm; values that a forward pass keeps for the gradients, without and with
-        recomputation.
-    """
+    """The `Cost` of the model with images of DATA.IMAGE_SIZE."""
     size = config.DATA.IMAGE_SIZE
     model, merged = lazy_model(config), lazy_model(config, merged=True)
-    macs, kept, recomputed = _walk(model, size)
     parameters = model.num_parameters()
-    return Cost(parameters, merged.num_parameters(), sum(p.size for p in model.parameters()) - parameters, macs,
-                _walk(merged, size)[0], kept, recomputed)
+    kept, recomputed = _activations(model, size)
+    return Cost(parameters, merged.num_parameters(), sum(p.size for p in model.parameters()) - parameters,
+                multiply_accumulates(model, size, size), multiply_accumulates(merged, size, size), kept, recomputed)
 
 
-def _walk(model, size):
-    """Multiply-accumulates, and values held for the gradients without and with recomputation."""
-    macs = kept = inside = recomputed = 0
+def _activations(model, size):
+    """Values kept for the backward pass of one image, without and with recomputation."""
+    kept = inside = recomputed = 0  # inside: those of blocks, which recomputation does not keep
 
     def conv_bn_relu(layer, size):
-        nonlocal macs, kept
+        nonlocal kept
         size = math.ceil(size / layer.conv._stride[0])
-        macs += layer.conv.weight.size * size ** 2
         # batch norm keeps its input, the ReLU after it its output
         kept += 2 * layer.conv.weight.shape[0] * size ** 2
         return size
@@ -64,22 +66,20 @@ def _walk(model, size):
         size = conv_bn_relu(layer, size)
     for s, stage in enumerate(model.stages):
         for block in stage.blocks:
-            macs += sum(p.size for p in block.parameters() if p.ndim == 4) * size ** 2
             values, output, working = _kept_by_block(block, size)
             kept, inside = kept + values + output, inside + values
-            # when a block is computed again, what later blocks kept is gone
+            # when a block is recomputed, the values kept by later blocks are already freed
             recomputed = max(recomputed, kept - inside + values + working)
         if s < len(model.transitions):
             for layer in model.transitions[s]:
                 size = conv_bn_relu(layer, size)
-    macs += model.head.weight.size
-    return macs, kept, max(recomputed, kept - inside)
+    return kept, max(recomputed, kept - inside)
 
 
 def _kept_by_block(block, size):
-    """Values kept inside a block and by its output, and the gradients at hand when its backward pass begins.
+    """Values kept inside a block, by its output, and as gradients when its backward pass begins.
 
-    Convolution, batch norm, GELU and drop path keep their input, ReLU its output; a sum keeps nothing.
+    A convolution, a batch norm, a GELU and a drop path keep their input, a ReLU its output, and a sum nothing.
     """
     channels = block.pw_conv_2.norm.weight.shape[0]
     width = block.pw_conv_1.norm.weight.shape[0]
@@ -93,16 +93,17 @@ def _kept_by_block(block, size):
 
 
 def training_memory(config, cost, recompute=False, half=False, processes=1):
-    """Bytes of tensors that one process holds when it holds most, in a backward pass: see docs/dry_run.md.
+    """Peak memory of the tensors of one process, which is reached in a backward pass: see docs/dry_run.md.
 
     Args:
         config: settings.
-        cost: of `model_cost`.
-        recompute: as MODEL.RECOMPUTE; `half`: mixed precision.
-        processes: of the run.
+        cost: result of `model_cost`.
+        recompute: whether blocks are recomputed, as with MODEL.RECOMPUTE.
+        half: whether the run computes in half precision.
+        processes: number of processes of the run.
     Returns:
-        {what: bytes}: weights, gradients, exchange (DataParallel's copy of the gradients), optimizer, EMA, activations
-        (of a micro-batch, its images among them).
+        {part: bytes} for weights, gradients, exchange (DataParallel's copy of the gradients), optimizer, EMA and
+        activations (of one micro-batch, including its images).
     """
     weights = cost.parameters + cost.statistics
     masters = half and config.AMP_LEVEL == 'O2'
@@ -112,7 +113,7 @@ def training_memory(config, cost, recompute=False, half=False, processes=1):
     pixels = 3 * config.DATA.IMAGE_SIZE ** 2
     gradients = (2 if masters else 4) * cost.parameters
     return {
-        # under O1 autocast keeps a half copy of each weight, under O2 the optimizer a single one
+        # with O1 autocast keeps a half-precision copy of each weight; with O2 the optimizer keeps a float32 one
         'weights': 4 * weights + (2 * cost.parameters if half else 0),
         'gradients': gradients,
         'exchange': gradients if processes > 1 else 0,

@@ -1,4 +1,4 @@
-"""What in a run's settings and data is likely a mistake: one line each, for `doctor.report`."""
+"""Warnings of a dry run: what in the settings, the data or the weights is likely a mistake, one line each."""
 import os
 
 import numpy as np
@@ -12,38 +12,110 @@ from errors import UserError
 from replknet import VARIANTS
 from zoo import ZOO, settings_file
 
+# keys of config.MODEL that determine the shapes of all weights but those of the head
 ARCHITECTURE = ('LAYERS', 'CHANNELS', 'LARGE_KERNEL_SIZES', 'SMALL_KERNEL', 'DW_RATIO', 'FFN_RATIO')
 
 
 def warnings(plan):
-    """Yields the warnings of a `doctor.Plan`."""
+    """Yields one line of text for each likely mistake in a `plan.Plan`."""
     if not plan.elsewhere and not utils.device_count(plan.device):
         yield f'-device={plan.device}: there is none on this machine'
     yield from plan.problems.values()
     yield from _classes(plan)
     yield from _evaluation(plan)
-    yield from _start(plan)
+    yield from _variant(plan)
+    yield from _weights(plan)
     if not plan.config.EVAL:
         yield from _rate(plan)
         yield from _training(plan)
+        yield from _memory(plan)
+
+
+def _classes(plan):
+    """The classes of the lists against those of the head."""
+    head = plan.config.MODEL.NUM_CLASSES
+    for mode, labels in plan.labels.items():
+        beyond = labels[labels >= head]
+        if len(beyond):
+            yield (f'{mode}_list.txt has {len(np.unique(beyond)):,} classes for which the head of {head:,} classes has '
+                   f'no output, such as {beyond.min()}: set MODEL.NUM_CLASSES to {labels.max() + 1}')
+        absent = np.setdiff1d(np.arange(head), labels)
+        if len(absent):
+            names = ', '.join(map(str, absent[:5])) + (', ...' if len(absent) > 5 else '')
+            yield f'{mode}_list.txt has no image of {len(absent):,} of the {head:,} classes of the head: {names}'
+    if len(plan.labels) == 2 and plan.steps_per_epoch and len(plan.labels['train']) < len(plan.labels['val']):
+        yield 'there are fewer images for training than for evaluation: are the lists swapped?'
+
+
+def _evaluation(plan):
+    """The evaluation against that of the published accuracies."""
+    config, size = plan.config, plan.config.DATA.IMAGE_SIZE
+    if size >= 384 and eval_protocol(config) == 'crop':
+        yield (f'evaluation crops at {size} pixels, but the published accuracies at 384 are with the whole image '
+               "warped to a square; cropping costs about 0.2 points: set DATA.EVAL_PROTOCOL to 'auto'")
+    if size < 384 and eval_protocol(config) == 'warp':
+        yield (f'evaluation warps at {size} pixels, but the published accuracies below 384 are with a centre crop: set '
+               "DATA.EVAL_PROTOCOL to 'auto'")
+    if config.DATA.INTERPOLATION != 'bicubic':
+        yield f'DATA.INTERPOLATION is {config.DATA.INTERPOLATION}; the published accuracies are with bicubic'
+
+
+def _variant(plan):
+    """The model against the published one of the same name."""
+    model = plan.config.MODEL
+    for key, value in VARIANTS.get(model.NAME, {}).items():
+        if model[key.upper()] != value:
+            yield f'MODEL.{key.upper()} is {model[key.upper()]}; in the published {model.NAME} it is {value}'
+
+
+def _weights(plan):
+    """The weights to start from or to evaluate: their presence, and the settings they were trained with."""
+    config = plan.config
+    start = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if not start:
+        if config.EVAL:
+            yield '-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists'
+        return
+    if start not in ZOO and not os.path.exists(start):
+        yield f'{start}: no such file, and no name that `python zoo.py` lists'
+    settings = settings_file(start)
+    if not settings:
+        return
+    try:
+        origin = get_config(settings)
+    except UserError as error:
+        yield str(error)
+        return
+    fixed = (*ARCHITECTURE, 'NUM_CLASSES') if config.EVAL else ARCHITECTURE  # training may replace the head
+    wrong = [key for key in fixed if config.MODEL[key] != origin.MODEL[key]]
+    if wrong:
+        yield (f'the weights of {start} do not fit: MODEL.{wrong[0]} is {config.MODEL[wrong[0]]}, but they have '
+               f'{origin.MODEL[wrong[0]]}')
+    theirs, ours = origin.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE
+    if ours < theirs or ours != theirs and config.EVAL:
+        yield f'DATA.IMAGE_SIZE is {ours}; the weights of {start} were trained at {theirs}'
+    for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
+        if config.DATA[key] != origin.DATA[key]:
+            yield f'DATA.{key} is {config.DATA[key]}; the weights of {start} were trained with {origin.DATA[key]}'
 
 
 def _rate(plan):
-    """The learning rate and the batch it is for."""
+    """The learning rate for the global batch, its warm-up, and the decay of the moving average."""
     train, schedule = plan.config.TRAIN, plan.schedule
     batch, recipe_batch, scaled = plan.global_batch, train.RECIPE_BATCH_SIZE, train.LINEAR_SCALED_LR
     recipe = RECIPES.get(train.RECIPE)
     recipe_lr = recipe and recipe.settings['TRAIN.BASE_LR']
     if scaled and recipe_batch and scaled != recipe_batch:
-        yield (f'the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is for a global batch of '
-               f'{recipe_batch} already, TRAIN.LINEAR_SCALED_LR {scaled} makes it {schedule.base_lr:.4g}; set that to '
-               f'{recipe_batch}, or to 0 with a global batch of {recipe_batch}')
+        yield (f'the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is already for a global batch of '
+               f'{recipe_batch}, and TRAIN.LINEAR_SCALED_LR {scaled} changes it to {schedule.base_lr:.4g}; set '
+               f'TRAIN.LINEAR_SCALED_LR to {recipe_batch}, or to 0 with a global batch of {recipe_batch}')
     elif scaled and recipe_lr and batch != recipe_batch and train.BASE_LR != recipe_lr and \
             0.8 < train.BASE_LR / (recipe_lr * batch / recipe_batch) < 1.25:
-        yield (f"the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is the recipe's {recipe_lr:g} for "
-               f'this global batch of {batch}, TRAIN.LINEAR_SCALED_LR makes it {schedule.base_lr:.4g}; set one back')
+        yield (f"the learning rate is scaled twice: TRAIN.BASE_LR {train.BASE_LR:g} is already the recipe's "
+               f'{recipe_lr:g} scaled to this global batch of {batch}, and TRAIN.LINEAR_SCALED_LR changes it to '
+               f'{schedule.base_lr:.4g}; set TRAIN.BASE_LR to {recipe_lr:g}, or TRAIN.LINEAR_SCALED_LR to 0')
     elif recipe_batch and not scaled and batch != recipe_batch:
-        yield (f'the global batch is {batch}, TRAIN.BASE_LR {train.BASE_LR:g} is for {recipe_batch}: change '
+        yield (f'the global batch is {batch}, but TRAIN.BASE_LR {train.BASE_LR:g} is for {recipe_batch}: change '
                f'-batch_size or -accum_iter, or scale the rate with -opts TRAIN.LINEAR_SCALED_LR {recipe_batch}')
     if schedule.warmup_steps > schedule.total_steps / 3:
         yield (f'the warm-up takes {train.WARMUP_EPOCHS:g} of {train.NUM_EPOCHS} epochs; '
@@ -53,11 +125,12 @@ def _rate(plan):
     left = train.MODEL_EMA_DECAY ** schedule.total_steps
     if train.MODEL_EMA and plan.steps_per_epoch and left > 0.05:
         yield (f'TRAIN.MODEL_EMA_DECAY {train.MODEL_EMA_DECAY:g} is too slow for {schedule.total_steps:,} steps: '
-               f'{100 * left:.0f} % of the average would still be the weights from the start; '
-               f'about {max(0.0, 1 - 10 / schedule.total_steps):.4g} fits')
+               f'{100 * left:.0f} % of the average would still come from the initial weights; '
+               f'about {max(0.0, 1 - 10 / schedule.total_steps):.4g} would fit')
 
 
 def _training(plan):
+    """Settings of the training that do not go together, or not with the device."""
     config, train = plan.config, plan.config.TRAIN
     recipe, fine_tuning = RECIPES.get(train.RECIPE), train.LAYER_DECAY < 1
     if fine_tuning and not config.MODEL.PRETRAINED and not config.MODEL.RESUME:
@@ -68,22 +141,27 @@ def _training(plan):
         yield f'mixup is on (TRAIN.MIXUP_PROB {train.MIXUP_PROB:g}); the published fine-tuning runs train without it'
     synced = train.SYNC_BN and plan.device == 'gpu' and plan.processes > 1
     if config.DATA.BATCH_SIZE < 8 and not synced:
-        yield (f'batch norm takes its statistics over {config.DATA.BATCH_SIZE} images; a larger -batch_size with a '
-               'smaller -accum_iter, or TRAIN.SYNC_BN on GPUs, makes them steadier')
+        yield (f'batch norm computes its statistics over only {config.DATA.BATCH_SIZE} images; a larger -batch_size '
+               'with a smaller -accum_iter, or TRAIN.SYNC_BN on GPUs, makes them more stable')
     if config.AMP and not plan.half:
-        yield '-amp changes nothing on the CPU: it computes in float32'
+        yield '-amp has no effect on the CPU, which computes in float32'
     if not config.VALIDATE_FREQ and not (recipe and recipe.settings.get('VALIDATE_FREQ') == 0):
-        yield 'VALIDATE_FREQ 0: no accuracy is measured while training, and no best checkpoint is kept'
+        yield 'VALIDATE_FREQ is 0: the run measures no accuracy and keeps no best checkpoint'
+
+
+def _memory(plan):
+    """The estimated memory against that of this machine."""
     here = _memory_here(plan)
-    if here is not None:
-        held = sum(plan.memory(config.MODEL.RECOMPUTE).values()) * plan.processes
-        if held > here:
-            yield (f'all processes would hold about {held / 2**30:.1f} GiB, the devices here have '
-                   f'{here / 2**30:.1f}: lower -batch_size with a higher -accum_iter, or set MODEL.RECOMPUTE True')
+    if here is None:
+        return
+    needed = sum(plan.memory(plan.config.MODEL.RECOMPUTE).values()) * plan.processes
+    if needed > here:
+        yield (f'all processes together need about {needed / 2**30:.1f} GiB, but the devices here have only '
+               f'{here / 2**30:.1f}: lower -batch_size and raise -accum_iter, or set MODEL.RECOMPUTE True')
 
 
 def _memory_here(plan):
-    """Bytes of memory of this machine's devices of the plan's kind, None where the plan is for others."""
+    """Memory in bytes of the planned devices of this machine, or None if it is unknown or they are elsewhere."""
     if plan.elsewhere:
         return None
     if plan.device == 'cpu' and hasattr(os, 'sysconf'):
@@ -91,66 +169,3 @@ def _memory_here(plan):
     if plan.device == 'gpu' and utils.device_count('gpu'):
         return plan.processes * paddle.device.cuda.get_device_properties(0).total_memory
     return None
-
-
-def _classes(plan):
-    head = plan.config.MODEL.NUM_CLASSES
-    for mode, labels in plan.labels.items():
-        beyond = labels[labels >= head]
-        if len(beyond):
-            yield (f'{mode}_list.txt has {len(np.unique(beyond)):,} classes that the head of {head:,} has no output '
-                   f'for, such as {beyond.min()}: set MODEL.NUM_CLASSES to {labels.max() + 1}')
-        absent = np.setdiff1d(np.arange(head), labels)
-        if len(absent):
-            names = ', '.join(map(str, absent[:5])) + (', ...' if len(absent) > 5 else '')
-            yield f'{mode}_list.txt has no picture of {len(absent):,} of the {head:,} classes of the head: {names}'
-    if len(plan.labels) == 2 and plan.steps_per_epoch and len(plan.labels['train']) < len(plan.labels['val']):
-        yield 'there are fewer pictures to train on than to evaluate: are the lists swapped?'
-
-
-def _evaluation(plan):
-    config, size = plan.config, plan.config.DATA.IMAGE_SIZE
-    if size >= 384 and eval_protocol(config) == 'crop':
-        yield (f'evaluation crops at {size} pixels; the published accuracies at 384 warp the whole image, a crop '
-               "costs about 0.2 points: set DATA.EVAL_PROTOCOL to 'auto'")
-    if size < 384 and eval_protocol(config) == 'warp':
-        yield (f'evaluation warps at {size} pixels; the published accuracies below 384 crop the centre: set '
-               "DATA.EVAL_PROTOCOL to 'auto'")
-    if config.DATA.INTERPOLATION != 'bicubic':
-        yield f'DATA.INTERPOLATION {config.DATA.INTERPOLATION}: the published accuracies are with bicubic'
-
-
-def _start(plan):
-    """The weights to start from or evaluate, against the settings."""
-    config = plan.config
-    name = config.MODEL.NAME
-    if name in VARIANTS:
-        for key, value in VARIANTS[name].items():
-            if config.MODEL[key.upper()] != value:
-                yield f'MODEL.{key.upper()} is {config.MODEL[key.upper()]}, in the published {name} {value}'
-    start = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    if not start:
-        if config.EVAL:
-            yield '-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists'
-        return
-    cfg = settings_file(start)
-    if start not in ZOO and not os.path.exists(start):
-        yield f'{start}: no such file, and no name that `python zoo.py` lists'
-    if not cfg:
-        return
-    try:
-        origin = get_config(cfg)
-    except UserError as error:
-        yield str(error)
-        return
-    fixed = (*ARCHITECTURE, 'NUM_CLASSES') if config.EVAL else ARCHITECTURE  # training may take another head
-    wrong = [key for key in fixed if config.MODEL[key] != origin.MODEL[key]]
-    if wrong:
-        yield (f'the weights of {start} will not fit: MODEL.{wrong[0]} is {config.MODEL[wrong[0]]}, theirs '
-               f'{origin.MODEL[wrong[0]]}')
-    theirs, ours = origin.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE
-    if ours < theirs or ours != theirs and config.EVAL:
-        yield f'DATA.IMAGE_SIZE is {ours}; the weights of {start} were trained at {theirs}'
-    for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
-        if config.DATA[key] != origin.DATA[key]:
-            yield f'DATA.{key} is {config.DATA[key]}; the weights of {start} were trained with {origin.DATA[key]}'

@@ -1,4 +1,4 @@
-"""A run that has not started: what its settings mean on these devices with these data."""
+"""The run that the settings would start on these or planned devices: processes, batches, steps and memory."""
 import math
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dry_run.cost import model_cost, training_memory
 from errors import UserError
 from training.schedules import Schedule, build_schedule
 
-IMAGENET_IMAGES = {1000: 1_281_167, 21841: 14_197_122}  # classes: training images, where no data is here
+IMAGENET_IMAGES = {1000: 1_281_167, 21841: 14_197_122}  # {classes: training images}, assumed without data
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,14 @@ class Plan:
     """A run that has not started.
 
     Attributes:
-        config: settings, those of a planned cluster among them; `device`: kind of device; `nodes`, `processes`: counts.
-        labels: {'train' or 'val': labels int64 [images]} of the lists that are there.
-        problems: {what: the line that says why it cannot be had}.
-        images: training images, of ImageNet where no list is there, None where not even that is known.
-        steps_per_epoch: optimizer steps, None where unknown; `schedule`: its steps count 1000 an epoch then.
+        config: settings, with the batch size and accumulation that fit a planned cluster.
+        device: kind of device, such as 'gpu'.
+        nodes, processes: numbers of machines, and of processes on all of them.
+        labels: {'train' or 'val': labels int64 [images]} of the lists that could be read.
+        problems: {'data', 'train', 'val' or 'batch': one line about what is wrong with it}.
+        images: number of training images; that of ImageNet if the list could not be read, None if it is unknown too.
+        steps_per_epoch: optimizer steps, or None if unknown.
+        schedule: of the learning rate; it assumes 1000 steps per epoch if they are unknown.
     """
     config: object
     device: str
@@ -47,28 +50,28 @@ class Plan:
 
     @property
     def elsewhere(self):
-        """Whether it is for a cluster that is not here."""
+        """Whether the run is planned for other machines."""
         return bool(self.config.PLAN.NODES or self.config.PLAN.GPUS_PER_NODE)
 
     @property
     def half(self):
-        """Whether it computes in half precision."""
+        """Whether the run computes in half precision."""
         return self.config.AMP and self.device != 'cpu'
 
     def memory(self, recompute):
-        """Of one process, see `cost.training_memory`."""
+        """Memory of one process, {part: bytes}: see `cost.training_memory`."""
         return training_memory(self.config, self.cost, recompute, self.half, self.processes)
 
 
 def planned_device(config):
-    """The kind of device that a dry run speaks of: that of the settings, whether it is here or not."""
+    """The kind of device that a dry run assumes: that of the settings, whether this machine has it or not."""
     if config.DEVICE != 'auto':
         return config.DEVICE
     return 'gpu' if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE or utils.device_count('gpu') else 'cpu'
 
 
 def make_plan(config, device, processes):
-    """The run that these settings start as `processes` processes here, or on the cluster of `config.PLAN`."""
+    """The `Plan` of a run with `processes` processes on this machine, or on the cluster described by `config.PLAN`."""
     nodes = max(1, config.PLAN.NODES)
     if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE:
         processes = nodes * (config.PLAN.GPUS_PER_NODE or processes)
@@ -87,7 +90,7 @@ def make_plan(config, device, processes):
 
 
 def _keep_global_batch(config, processes):
-    """The settings with the batch size and accumulation that give the recipe's global batch, where any do."""
+    """The settings with a batch size and accumulation that give the recipe's global batch, if there are any."""
     target = config.TRAIN.RECIPE_BATCH_SIZE
     if not target or config.TRAIN.LINEAR_SCALED_LR:
         return config
@@ -104,7 +107,7 @@ def _keep_global_batch(config, processes):
 
 
 def _read_lists(config):
-    """Labels of the lists that can be read, also those that the head has no output for, and why others cannot."""
+    """Labels of the image lists, including labels beyond the classes of the head, and problems with lists."""
     any_label = config.clone()
     any_label.defrost()
     any_label.MODEL.NUM_CLASSES = 2**31

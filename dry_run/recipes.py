@@ -1,6 +1,6 @@
-"""The published recipes as data; `-dry_run` lists how the settings of a run differ from theirs.
+"""The published training recipes as data. `-dry_run` lists where the settings of a run differ from its recipe.
 
-Sources: the paper (arXiv 2203.06717, appendix A) with its official code, and MindSpore's model zoo.
+Sources: the paper (arXiv 2203.06717, appendix A), its official code, and MindSpore's model zoo.
 """
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
@@ -12,9 +12,9 @@ class Recipe:
 
     Attributes:
         title: model, data and image size.
-        global_batch: images per optimizer step that the learning rate is for.
-        start: what the run starts from, None for random weights.
-        settings: {key of config.py: value}; what is not listed was not published.
+        global_batch: images per optimizer step, for which the learning rate is meant.
+        start: name in zoo.py of the weights that the run starts from, or None for random weights.
+        settings: {key of config.py: value}; a key that is not listed was not published.
     """
     title: str
     global_batch: int

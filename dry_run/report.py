@@ -1,9 +1,9 @@
-"""The recipe doctor: what a run would do, how that differs from the published recipe, and what is likely a mistake.
+"""The report of a dry run: what a run would do, where it differs from the published recipe, and likely mistakes.
 
     python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet -dry_run
     python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -dry_run -nodes 2 -gpus_per_node 8 -images_per_s 100
 
-Nothing is trained or written; neither a GPU nor the data needs to be there.
+Nothing is trained or written. Neither a GPU nor the data is needed.
 """
 import math
 
@@ -17,7 +17,8 @@ from dry_run.likely_mistakes import warnings
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from errors import UserError
-from run_folder.metrics import METRICS, read_metrics
+from run_folder.layout import METRICS
+from run_folder.metrics import read_metrics
 from training.optim import parameter_groups
 
 GPU_MEMORY = (16, 24, 40, 80)  # GiB
@@ -25,13 +26,14 @@ BAR = 40  # characters of the longest bar
 
 
 def report(config, device, processes):
-    """What the run would do, as text.
+    """The report as text of several lines.
 
     Args:
         config: settings.
-        device: of `planned_device`; `processes`: that would start here.
+        device: result of `planned_device`.
+        processes: number of processes that would start on this machine.
     Raises:
-        UserError: settings that no run could start with.
+        UserError: no run could start with these settings.
     """
     plan = make_plan(config, device, processes)
     sections = [('run', _run(plan))]
@@ -59,7 +61,7 @@ def _run(plan):
         rows.append(('global batch', f'{plan.global_batch} = {config.DATA.BATCH_SIZE} images x {plan.processes} '
                                      f'process{"es" * (plan.processes > 1)} x {train.ACCUM_ITER} accumulated'))
         if plan.elsewhere:
-            rows.append(('flags for it', f'-batch_size={config.DATA.BATCH_SIZE} -accum_iter={train.ACCUM_ITER}'))
+            rows.append(('flags for this', f'-batch_size={config.DATA.BATCH_SIZE} -accum_iter={train.ACCUM_ITER}'))
     rows.append(('run folder', config.SAVE or 'none'))
     return rows
 
@@ -70,10 +72,10 @@ def _schedule(plan):
     scales = sorted(group['learning_rate'] for group in groups)
     decay = f'weight decay {train.WEIGHT_DECAY:g}'
     if train.LAYER_DECAY < 1:
-        decay += f', layer decay {train.LAYER_DECAY:g}: rates times {scales[0]:.2g} to {scales[-1]:g}'
+        decay += f', layer decay {train.LAYER_DECAY:g}: rates multiplied by {scales[0]:.2g} to {scales[-1]:g}'
     rows = [('optimizer', f'{train.OPTIMIZER.NAME}, {decay}')]
     steps = plan.steps_per_epoch
-    known = f'{steps:,} an epoch, {schedule.total_steps:,} in all' if steps else 'unknown without the data'
+    known = f'{steps:,} per epoch, {schedule.total_steps:,} in total' if steps else 'unknown without the data'
     scaled = f' x batch / {train.LINEAR_SCALED_LR}' if train.LINEAR_SCALED_LR else ''
     rows += [('optimizer steps', f'{known} ({train.NUM_EPOCHS} epochs)'),
              ('learning rate', train.LR_SCHEDULER.NAME + scaled)]
@@ -88,17 +90,17 @@ def _speed(plan):
     if not plan.config.PLAN.IMAGES_PER_S:
         return []
     speed = _images_per_s(plan.config.PLAN.IMAGES_PER_S)
-    rows = [('images/s', f'{speed:,.1f} a process, {speed * plan.processes:,.1f} in all')]
+    rows = [('images/s', f'{speed:,.1f} per process, {speed * plan.processes:,.1f} in total')]
     if plan.steps_per_epoch:
         epoch = plan.images / (speed * plan.processes)
         run = epoch * plan.config.TRAIN.NUM_EPOCHS
-        rows += [('an epoch', f'{_duration(epoch)}, {86400 / epoch:.1f} epochs a day'),
-                 ('the run', f'{_duration(run)}, without evaluation')]
+        rows += [('one epoch', f'{_duration(epoch)}, {86400 / epoch:.1f} epochs per day'),
+                 ('whole run', f'{_duration(run)}, without evaluation')]
     return rows
 
 
 def _images_per_s(text):
-    """Images per second of one process: a number, or the median over the epochs of a run folder."""
+    """Images per second of one process, from a number or as the median over the epochs of a run folder."""
     try:
         speed = float(text)
     except ValueError:
@@ -108,10 +110,10 @@ def _images_per_s(text):
             raise UserError(f'-images_per_s={text}: neither a number nor a run folder with {METRICS}') from None
         speeds = [r['images_per_s'] / r['processes'] for r in records if r['event'] == 'train']
         if not speeds:
-            raise UserError(f'-images_per_s={text}: the run has not trained an epoch yet') from None
+            raise UserError(f'-images_per_s={text}: the run has not completed an epoch yet') from None
         speed = float(np.median(speeds))
     if not 0 < speed < math.inf:
-        raise UserError(f'-images_per_s={text}: must be above 0')
+        raise UserError(f'-images_per_s={text}: must be greater than 0')
     return speed
 
 
@@ -119,7 +121,7 @@ def _model(plan):
     cost, size = plan.cost, plan.config.DATA.IMAGE_SIZE
     return [('', f'{"training form":>16}{"merged":>16}'),
             ('parameters', f'{cost.parameters:>16,}{cost.merged_parameters:>16,}'),
-            ('GMACs an image', f'{cost.macs / 1e9:>16.3f}{cost.merged_macs / 1e9:>16.3f}    at {size}x{size} pixels'),
+            ('GMACs per image', f'{cost.macs / 1e9:>16.3f}{cost.merged_macs / 1e9:>16.3f}    at {size}x{size} pixels'),
             ('classes', f'{plan.config.MODEL.NUM_CLASSES:>16,}')]
 
 
@@ -128,18 +130,18 @@ def _data(plan):
     protocol = f'crop of {config.DATA.CROP_PCT:g}' if eval_protocol(config) == 'crop' else 'warp to a square'
     rows = [('folder', config.DATA.DATA_PATH or 'none')]
     if 'train' not in plan.labels and plan.images and not config.EVAL:
-        rows.append(('train', f'not read; {plan.images:,} images assumed, as ImageNet has'))
+        rows.append(('train', f'not read; {plan.images:,} images assumed, as in ImageNet'))
     for mode, labels in plan.labels.items():
         rows += _class_rows(mode, labels, config.MODEL.NUM_CLASSES)
     return rows + [('evaluation', f'{config.DATA.IMAGE_SIZE} pixels, {protocol}, {config.DATA.INTERPOLATION}')]
 
 
 def _class_rows(mode, labels, classes):
-    """Images per class, with a bar for each class or for each range of counts."""
+    """Rows about the images per class, with a bar for each class, or with many classes for each range of counts."""
     found, counts = np.unique(labels, return_counts=True)
-    rows = [(mode, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the head '
-                   f'empty; images per class: min {counts.min():,}, median {np.median(counts):,.0f}, max '
-                   f'{counts.max():,}')]
+    rows = [(mode, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the '
+                   f"head's classes without images; images per class: min {counts.min():,}, median "
+                   f'{np.median(counts):,.0f}, max {counts.max():,}')]
     low, high = counts.min(), counts.max() + 1
     if mode == 'val' or classes > 12 and high - low == 1:
         return rows
@@ -168,11 +170,11 @@ def _memory(plan):
         fixed = total - parts['activations']
         fits = ', '.join(f'{max(0, int((gib * 0.9 * 2**30 - fixed) / image))} in {gib} GiB' for gib in GPU_MEMORY)
         rows.append(('images that fit', f'{fits} (a tenth left free)'))
-    return rows + [('', "tensors alone: the libraries' own memory comes on top")]
+    return rows + [('', 'tensors only; the libraries need more memory')]
 
 
 def differences(plan):
-    """[(key, value here, value of the published recipe)] where they differ; [] where there is no recipe."""
+    """[(key, value here, value in the published recipe)] where they differ; [] without a recipe."""
     if not plan.config.TRAIN.RECIPE:
         return []
     recipe = RECIPES[plan.config.TRAIN.RECIPE]
@@ -187,7 +189,7 @@ def _recipe(plan):
     recipe, found = RECIPES[plan.config.TRAIN.RECIPE], differences(plan)
     width = max((len(key) for key, _, _ in found), default=0)
     return [('published', f'{recipe.title}; starts from {recipe.start or "random weights"}'),
-            ('differences', f'{len(found)}, here and published' if found else 'none')] + [
+            ('differences', f'{len(found)} (here, published)' if found else 'none')] + [
         ('', f'{key:<{width}}  {_text(here):<24}{_text(there)}') for key, here, there in found]
 
 

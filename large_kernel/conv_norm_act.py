@@ -3,6 +3,8 @@
 In inference one fused operator computes all of it; in training a second operator fuses each batch norm with its
 activation. Where neither operator applies, the layers run one by one.
 """
+import contextlib
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -13,6 +15,30 @@ from large_kernel.sequence import BLOCK, Deferred, computed
 
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
+
+
+_around = None  # the function given to `each_convolution` while it is active
+
+
+@contextlib.contextmanager
+def each_convolution(around):
+    """While active, models compute their convolutions one at a time, each inside `around(conv, fused)`.
+
+    Args:
+        around: function of a convolution layer, and whether the C++ operator computes it with what belongs to it, that
+            returns a context manager.
+    """
+    global _around
+    previous, _around = _around, around
+    try:
+        yield
+    finally:
+        _around = previous
+
+
+def is_watched():
+    """Whether `each_convolution` is active."""
+    return _around is not None
 
 
 @paddle.jit.not_to_static  # trace the Python code as is
@@ -33,6 +59,9 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         [N, C_out, H_out, W_out] in x's dtype; NCHW16c if x is, or see `to_blocks`; deferred if x is deferred and the
         operator runs.
     """
+    if _around is not None:
+        with _around(conv, can_fuse(x, conv, norm, pre_norm, residual)), each_convolution(None):
+            return conv_block(x, conv, norm, activation, pre_norm, residual, to_blocks)
     blocked = len(x.shape) == 5
     if can_fuse(x, conv, norm, pre_norm, residual):
         run, dtype = operators.run_fused, x.dtype

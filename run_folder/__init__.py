@@ -1,1 +1,1 @@
-"""The folder of a run: the names in it, its checkpoints, metrics and curves."""
+"""The folder that a training run writes: its layout, settings, checkpoints, metrics and curves."""

@@ -1,11 +1,12 @@
-"""Checkpoints of a run: written atomically, read without executing anything, loaded strictly.
+"""Checkpoints of a run: atomic writes, safe reads, and the optimizer's state under the names of the model.
 
-A checkpoint is one file, a pickle of plain values and numpy arrays under structured names, that `paddle.load` reads
-as well, followed by a SHA-256 that `safe_load.read_checkpoint` compares. `run.RunState` says what is in it;
-`weights_key` names the entry that stands for the file where one set of weights is wanted.
+A checkpoint is a pickle of a dict with the keys of `SCHEMA`, followed by its SHA-256 (see atomic_file.py).
+`paddle.load` can read it too. The best weights are saved in the same format, without the keys that only resuming needs.
+Reading never executes code from the file: see port_weights/safe_load.py.
 """
 import pickle
 import re
+from typing import NamedTuple
 
 import paddle
 
@@ -16,8 +17,46 @@ from port_weights.safe_load import read_checkpoint
 FORMAT = 2
 
 
+class Entry(NamedTuple):
+    """A key of a run checkpoint.
+
+    Attributes:
+        type: of the value.
+        required: `read_run_checkpoint` refuses files without it. Files that have all of the required keys have the
+            others too, except that model_ema and scaler depend on the settings and the device.
+        meaning: of the value.
+    """
+    type: type
+    required: bool
+    meaning: str
+
+
+SCHEMA = {
+    # written by save_checkpoint
+    'format': Entry(int, True, 'version of this schema: FORMAT'),
+    # written by RunState.capture
+    'model': Entry(dict, True, 'weights and buffers, {structured name: array}: see model_arrays'),
+    'model_ema': Entry(dict, False, 'the same of the moving average of the weights, with TRAIN.MODEL_EMA'),
+    'optimizer': Entry(dict, True, 'see optimizer_arrays'),
+    'scaler': Entry(dict, False, 'state of the loss scaler, in float16 runs on devices that compute in it'),
+    'statistics': Entry(dict, False, "{'model', 'model_ema': {buffer: array [processes, ...]}}, the batch norm "
+                                     'statistics of each process; {} between epochs, when all have the same'),
+    'epoch': Entry(int, True, 'completed epochs, evaluation included'),
+    'step': Entry(int, True, 'completed optimizer steps of all epochs'),
+    'sums': Entry(dict, False, 'steps and running sums of the current epoch: see training.progress.epoch_sums'),
+    'best': Entry(dict, True, "{'model', 'model_ema': metrics of the best evaluation, and its epoch}"),
+    'numbered': Entry(dict, False, "{file: {'epoch', 'acc1' in percent or None, 'weights'}} of numbered checkpoints"),
+    'config': Entry(str, True, 'settings as YAML: see config.config_text'),
+    'global_batch': Entry(int, False, 'images per optimizer step, of all processes'),
+    'processes': Entry(int, False, 'number of processes'),
+    # written by RunFolder
+    'weights_key': Entry(str, True, "'model' or 'model_ema': the weights to use where one set is needed"),
+    'metrics_bytes': Entry(int, False, 'size of metrics.jsonl; a resumed run discards the lines after it'),
+}
+
+
 def save_checkpoint(path, state, keep_old_as=None):
-    """Writes `state` so that a crash leaves the old file whole; see `files.atomic_file`."""
+    """Writes `state`, a dict with keys of `SCHEMA`, atomically; see `atomic_file` for `keep_old_as` and errors."""
     with atomic_file(path, keep_old_as) as file:
         writer = DigestWriter(file)
         pickle.dump({'format': FORMAT, **state}, writer, protocol=4)
@@ -25,34 +64,38 @@ def save_checkpoint(path, state, keep_old_as=None):
 
 
 def read_run_checkpoint(path):
-    """The state of a run that `save_checkpoint` wrote.
+    """Reads a checkpoint that a run can be resumed from: a dict with the keys of `SCHEMA`.
 
     Raises:
-        CheckpointError: the file is damaged.
-        UserError: it is not a checkpoint of a run.
+        CheckpointError: the file is damaged or not a checkpoint.
+        UserError: the checkpoint lacks a required key or has another format.
     """
     state = read_checkpoint(path)
-    missing = [key for key in ('format', 'model', 'optimizer', 'epoch', 'step', 'best', 'config', 'weights_key')
-               if not isinstance(state, dict) or key not in state]
+    missing = [key for key, entry in SCHEMA.items()
+               if entry.required and not (isinstance(state, dict) and key in state)]
     if missing:
-        raise UserError(f'{path}: holds no run to resume (no {", ".join(missing)}); '
+        raise UserError(f'{path}: cannot be resumed (it has no {", ".join(missing)}); '
                         'resume from a run folder, or start from weights with -pretrained')
     if state['format'] != FORMAT:
-        raise UserError(f'{path}: checkpoint format {state["format"]}; this version reads {FORMAT}; its weights can be '
-                        'taken with -pretrained')
+        raise UserError(f'{path}: checkpoint format {state["format"]}; this version reads {FORMAT}; its weights can '
+                        'still be loaded with -pretrained')
     return state
 
 
 def model_arrays(model):
-    """Weights and buffers by structured name as numpy arrays; bfloat16, which numpy lacks, as float32."""
+    """Weights and buffers as {structured name: numpy array}; bfloat16, which NumPy lacks, becomes float32."""
     return {name: _as_array(tensor) for name, tensor in model.state_dict().items()}
 
 
 def optimizer_arrays(optimizer, model):
-    """The optimizer's state by the structured names of the model's parameters.
+    """The optimizer's state under the structured names of the model's parameters.
 
-    Paddle's own names (`conv2d_316.w_0_moment1_0`) count every layer the process has built, so they would not fit
-    another process.
+    Paddle's own names, such as `conv2d_316.w_0_moment1_0`, contain a count of all layers built in the process, so they
+    differ from process to process.
+
+    Returns:
+        dict: name (class of the optimizer), accumulators {parameter: {kind: array}}, and master_weights
+        {parameter: float32 array} (AMP level O2).
     """
     structured = {parameter.name: name for name, parameter in model.named_parameters()}
     state = optimizer.state_dict()
@@ -60,9 +103,9 @@ def optimizer_arrays(optimizer, model):
     accumulators = {}
     for key, tensor in state.items():
         if isinstance(tensor, paddle.Tensor):
-            # the longest name that fits: one parameter's name may be the beginning of another's
+            # the longest match, because one parameter's name may be a prefix of another's
             name = max((n for n in structured if key.startswith(n + '_')), key=len)
-            # under O2 the moments belong to a float32 master copy of the weight
+            # with O2 the key names the float32 master copy of the weight
             kind = re.sub(r'^fp32_master_\d+_|_\d+$', '', key[len(name) + 1:])
             accumulators.setdefault(structured[name], {})[kind] = _as_array(tensor)
     return {'name': type(optimizer).__name__, 'accumulators': accumulators,
@@ -70,23 +113,26 @@ def optimizer_arrays(optimizer, model):
 
 
 def load_optimizer_arrays(optimizer, model, state, origin):
-    """Gives a fresh optimizer the state of `optimizer_arrays`.
+    """Loads the result of `optimizer_arrays` into a new optimizer.
 
+    Args:
+        state: result of `optimizer_arrays`.
+        origin: where it comes from, for messages.
     Raises:
-        UserError: it is of another model or another kind of optimizer.
+        UserError: it belongs to another model or another kind of optimizer.
     """
     if state['name'] != type(optimizer).__name__:
-        raise UserError(f"{origin}: trained with {state['name']}, TRAIN.OPTIMIZER.NAME asks for "
-                        f'{type(optimizer).__name__}; to change it start from the weights with -pretrained')
+        raise UserError(f"{origin}: trained with {state['name']}, but TRAIN.OPTIMIZER.NAME selects "
+                        f'{type(optimizer).__name__}; to change it, start from the weights with -pretrained')
     parameters = dict(model.named_parameters())
     unknown = [name for name in (*state['accumulators'], *state['master_weights']) if name not in parameters]
     if unknown:
-        raise UserError(f'{origin}: the optimizer state has parameters that the model has not: '
+        raise UserError(f'{origin}: the optimizer state has parameters that the model does not have: '
                         f'{", ".join(unknown[:8])}')
     flat, masters = {}, {}
     for name, parameter in parameters.items():
         owner = parameter.name
-        if not parameter.stop_gradient and parameter.dtype in (paddle.float16, paddle.bfloat16):  # O2: see above
+        if not parameter.stop_gradient and parameter.dtype in (paddle.float16, paddle.bfloat16):  # O2, as above
             owner += '_fp32_master_0'
             masters[parameter.name] = paddle.to_tensor(state['master_weights'].get(name, parameter.astype('float32')))
             masters[parameter.name].name = owner

@@ -1,48 +1,42 @@
-"""Names of the files in a run folder, and what can be found there without Paddle."""
+"""Names of the files in a run folder, and how to find them. Needs neither Paddle nor the code that writes them."""
+import glob
 import os
 
-from errors import UserError
-from run_folder.metrics import METRICS, read_metrics
-
-LAST, PREVIOUS = 'last.pdparams', 'previous.pdparams'
-BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # weights only, of the best accuracy
-NUMBERED = 'epoch_{:04d}.pdparams'
-CONFIG, LOG = 'config.yaml', 'log.txt'
-CLASSES = 'classes.txt'  # the data folder's, where it has one
+OUTPUT = 'output'  # parent of the run folders that get a name of NAME-TIME
+CONFIG = 'config.yaml'  # settings of the run, a file for -cfg
+LOG = 'log.txt'  # log lines; the process that trains holds a lock on this file
+METRICS = 'metrics.jsonl'  # see run_folder/metrics.py
+SCALARS = 'visualdl'  # folder with the same numbers for VisualDL
+CURVES = 'curves.png'  # see run_folder/curves.py
+CLASSES = 'classes.txt'  # names of the classes, copied from the data folder if it has them
+LAST, PREVIOUS = 'last.pdparams', 'previous.pdparams'  # the newest checkpoint to resume from, and the one before it
+NUMBERED, NUMBERED_GLOB = 'epoch_{:04d}.pdparams', 'epoch_*.pdparams'  # checkpoints of epochs, also to resume from
+BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # only the weights, with the best accuracy
 
 
 def run_of(path):
-    """The run folder that `-resume=path` continues in place, or None: the folder itself, or its last checkpoint."""
+    """The run folder that `-resume=path` continues in place: `path` itself, or the folder of a last checkpoint.
+
+    Returns None for other checkpoints, whose run continues in a new folder.
+    """
     if os.path.isdir(path):
         return path
     return (os.path.dirname(path) or '.') if os.path.basename(path) == LAST else None
 
 
+def resumable_checkpoints(folder):
+    """Iterates over the existing checkpoints that a run can be resumed from, newest first."""
+    numbered = sorted(glob.glob(os.path.join(glob.escape(folder), NUMBERED_GLOB)), reverse=True)
+    return filter(os.path.exists, (os.path.join(folder, LAST), os.path.join(folder, PREVIOUS), *numbered))
+
+
 def config_beside(path):
-    """The settings file that lies beside a checkpoint of a run, or None."""
+    """The settings file of the run folder `path`, or of the folder that contains the checkpoint `path`; or None."""
     found = os.path.join(run_of(path) or os.path.dirname(path), CONFIG)
     return found if os.path.isfile(found) else None
 
 
-def best_checkpoint(folder):
-    """The checkpoint of a run folder whose evaluation was the best, its last one where there was none.
-
-    Raises:
-        UserError: the folder holds no checkpoint.
-    """
-    accuracy = {}
-    if os.path.isfile(os.path.join(folder, METRICS)):
-        for record in read_metrics(folder):
-            if record['event'] == 'eval' and record.get('weights') in BEST:
-                name = BEST[record['weights']]
-                accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
-    for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
-        if os.path.isfile(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    raise UserError(f'{folder}: no checkpoint; a run folder holds {", ".join([*BEST.values(), LAST])}')
-
-
 def find_classes(*folders):
-    """The first file with the names of the classes that there is in the folders, or None."""
+    """The file with the names of the classes in the first of the folders that has one, or None."""
     found = (os.path.join(folder, CLASSES) for folder in folders if folder)
     return next(filter(os.path.isfile, found), None)

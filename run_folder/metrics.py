@@ -1,8 +1,12 @@
-"""What can be watched of a run: metrics.jsonl, VisualDL scalars, and a picture of the curves.
+"""Metrics of a run: reads metrics.jsonl, finds the best checkpoint by it, and writes VisualDL scalars.
 
-metrics.jsonl has one JSON object per line, with `event`, `time`, `epoch` and `step` (optimizer steps done):
-'step' every REPORT_FREQ steps (loss, lr, grad_norm, loss_scale, images_per_s; its epoch is a fraction), 'train' after
-each epoch, and 'eval' after each evaluation (`weights` 'model' or 'model_ema', acc1, acc5, loss).
+Each line of metrics.jsonl is a JSON object with `event`, `time` (Unix time in seconds), `epoch` and `step` (optimizer
+steps done so far). The other keys depend on the event:
+
+    step    every REPORT_FREQ steps, `epoch` being a fraction: loss, lr, grad_norm, images_per_s, loss_scale (with AMP)
+    train   after each epoch: processes, and what `training.engine.train_one_epoch` returns
+    eval    after each evaluation: weights ('model' or 'model_ema'), acc1, acc5, loss, images;
+            after -eval without weights, epoch and step
 """
 import importlib.util
 import json
@@ -10,23 +14,22 @@ import math
 import os
 
 from errors import UserError
-
-METRICS = 'metrics.jsonl'
-SCALARS = 'visualdl'
+from run_folder.layout import BEST, LAST, METRICS, SCALARS
 
 
 def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, a list of dicts; a last line that was cut off is left out.
+    """The records of a run folder's metrics.jsonl as a list of dicts; an incomplete last line is ignored.
 
     Raises:
-        FileNotFoundError, UserError: there is no such file, or it is something else.
+        FileNotFoundError: the folder has no metrics.jsonl.
+        UserError: the file cannot be read, or a line is not JSON.
     """
     path = os.path.join(folder, METRICS)
     try:
         with open(path, encoding='utf-8') as file:
             lines = file.read().split('\n')
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file; name the folder of a run') from None
+        raise FileNotFoundError(f'{path}: no such file; give the folder of a run') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {error}') from None
     records = []
@@ -38,11 +41,29 @@ def read_metrics(folder):
     return records
 
 
-class VisualDL:
-    """Writes the records of a run as VisualDL scalars, `event/value` over optimizer steps, into FOLDER/visualdl.
+def best_checkpoint(folder):
+    """The checkpoint of a run folder with the best evaluated accuracy, or its last one if nothing was evaluated.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the folder has no checkpoint.
+    """
+    accuracy = {}
+    if os.path.isfile(os.path.join(folder, METRICS)):
+        for record in read_metrics(folder):
+            if record['event'] == 'eval' and record.get('weights') in BEST:
+                name = BEST[record['weights']]
+                accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
+    for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise UserError(f'{folder}: no checkpoint; a run folder has {", ".join([*BEST.values(), LAST])}')
+
+
+class VisualDL:
+    """Writes the records of a run to FOLDER/visualdl, as scalars named `event/value` over optimizer steps.
+
+    Raises:
+        UserError: the package visualdl is not installed.
     """
 
     def __init__(self, folder):
@@ -52,12 +73,12 @@ class VisualDL:
 
     @staticmethod
     def check():
-        """Raises UserError where the package is not installed."""
+        """Raises UserError if the package visualdl is not installed."""
         if importlib.util.find_spec('visualdl') is None:
             raise UserError('VISUALDL True: visualdl is not installed; pip install visualdl, or set VISUALDL False')
 
     def add(self, record):
-        """Adds a record of metrics.jsonl; values that are not finite are left out."""
+        """Adds the finite numbers of a metrics.jsonl record."""
         event = '_'.join(filter(None, (record['event'], record.get('weights'))))
         for name, value in record.items():
             if name not in ('time', 'step') and isinstance(value, (int, float)) and math.isfinite(value):

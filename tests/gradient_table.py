@@ -1,4 +1,4 @@
-"""Run by test_gradients.py: the steps of every combination of features against bare forward and backward passes.
+"""Run by test_gradients.py: the steps of every combination of features against plain forward and backward passes.
 
 Prints a JSON line per combination and rank: the largest deviation of a gradient and of a running statistic, relative to
 the largest element of its tensor, or to 1/1000 of the largest of all where a tensor is zero but for rounding.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there; their digest."""
+"""Atomic file writes and the digest at the end of a file."""
 import errno
 import os
 
@@ -12,7 +12,7 @@ def write(path, data, **kwargs):
         file.write(data)
 
 
-def test_the_old_file_is_replaced_or_kept_under_its_other_name(tmp_path):
+def test_the_old_file_is_replaced_or_kept_under_another_name(tmp_path):
     path = tmp_path / 'last'
     for data in (b'1', b'2', b'3'):
         write(path, data, keep_old_as='previous')
@@ -23,7 +23,7 @@ def test_the_old_file_is_replaced_or_kept_under_its_other_name(tmp_path):
 
 
 @pytest.mark.parametrize('operation', ['fsync', 'replace'])
-def test_an_error_of_the_disk_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch, operation):
+def test_a_disk_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, operation):
     path = tmp_path / 'last'
     write(path, b'old')
 
@@ -36,7 +36,7 @@ def test_an_error_of_the_disk_leaves_the_old_file_and_no_debris(tmp_path, monkey
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['last']
 
 
-def test_a_disk_that_takes_less_than_was_written_is_an_error(tmp_path):
+def test_a_file_shorter_than_the_data_written_is_an_error(tmp_path):
     path = tmp_path / 'last'
     write(path, b'old')
     with pytest.raises(OSError, match='took less'), atomic_file(path) as file:
@@ -49,14 +49,14 @@ def test_a_disk_that_takes_less_than_was_written_is_an_error(tmp_path):
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['last']
 
 
-def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_processes_are_deleted(tmp_path):
     for name in ('.last.pdparams.12ab34cd.tmp', 'mine.tmp', '.hidden'):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ['.hidden', 'mine.tmp']
 
 
-def test_a_digest_sees_every_bit_and_is_not_asked_of_files_without_one(tmp_path):
+def test_the_digest_detects_any_changed_bit_and_is_optional(tmp_path):
     path = tmp_path / 'file'
     with atomic_file(path) as file:
         writer = DigestWriter(file)

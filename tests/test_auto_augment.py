@@ -65,7 +65,7 @@ def test_magnitudes_are_the_published_ones(name, level, expected):
 
 @pytest.fixture
 def draws(monkeypatch):
-    """draws(spec, count): what the policy draws for each of `count` pictures, a tuple of (operation, level)."""
+    """draws(spec, count): what the policy draws for each of `count` images, a tuple of (operation, level)."""
     def record(name):
         def argument(level, generator):
             drawn[-1].append((name, level))
@@ -160,7 +160,7 @@ CODE_NAMES = {('original', 'Posterize'): 'PosterizeOriginal', ('v0', 'TranslateY
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_auto_augment_draws_the_published_sub_policies(draws, name):
-    """Every outcome, that is the operations applied to one picture with their magnitudes, has its probability."""
+    """Every outcome, that is the operations applied to one image with their magnitudes, has its probability."""
     expected = Counter()
     for sub_policy in PUBLISHED[name].split(';'):
         words = sub_policy.split()
@@ -197,7 +197,7 @@ def test_augmix_draws_chains_of_operations_as_published(draws):
 
 @pytest.mark.parametrize('alpha', [1, 2])
 def test_augmix_mixes_with_beta_and_dirichlet_weights(monkeypatch, alpha):
-    """A black picture whose three chains make it red, green and blue shows the weights."""
+    """A black image whose three chains make it red, green and blue shows the weights."""
     colours = itertools.cycle([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
     paint = auto_augment.Op(lambda level, rng: None, lambda image, *_: Image.new('RGB', image.size, next(colours)))
     monkeypatch.setattr(auto_augment, 'OPS', dict.fromkeys(AUGMIX, paint))
@@ -209,7 +209,7 @@ def test_augmix_mixes_with_beta_and_dirichlet_weights(monkeypatch, alpha):
         assert_distributed(channel, stats.beta(alpha, 2 * alpha))
 
 
-def test_augmix_keeps_a_picture_that_no_operation_changes(monkeypatch, picture):
+def test_augmix_keeps_an_image_that_no_operation_changes(monkeypatch, picture):
     monkeypatch.setattr(auto_augment, 'OPS', dict.fromkeys(AUGMIX, auto_augment.Op(lambda *_: None, lambda x, *_: x)))
     assert np.array_equal(np.asarray(build_auto_augment('augmix')(picture, rng())), np.asarray(picture))
 
@@ -226,7 +226,7 @@ def test_policies_depend_on_the_generator_only_and_keep_the_size(picture, spec):
 
 
 @pytest.mark.parametrize('name', sorted(auto_augment.OPS))
-def test_operations_change_the_picture_and_keep_its_form(picture, name):
+def test_operations_change_the_image_and_keep_its_form(picture, name):
     op = auto_augment.OPS[name]
     picture = picture.point(lambda value: 80 + value * 2 // 3)  # leaves AutoContrast something to do
     result = op.apply(picture, op.argument(0.9, rng()), (1, 2, 3), Image.BICUBIC)

@@ -1,5 +1,7 @@
-"""Checkpoints: whole or not at all, strict, and independent of how many layers the process has built."""
+"""Checkpoints: atomic, strict, and independent of how many layers the process has built before."""
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -9,6 +11,9 @@ from errors import UserError
 from port_weights.load import load_weights
 from replknet import RepLKNet
 from run_folder import checkpoint
+from run_folder.writer import RunFolder
+from tests.test_run_state import build as build_run_state
+from training.amp import LossScaler
 from training.ema import ModelEMA
 from training.optim import build_optimizer, parameter_groups
 
@@ -35,7 +40,7 @@ OPTIMIZERS = ['adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb']
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_optimizer_state_goes_over_to_a_model_built_later(name):
+def test_optimizer_state_loads_into_a_model_built_later(name):
     def build(model):
         betas = (0.98, 0.92, 0.99) if name == 'adan' else (0.9, 0.999)
         return build_optimizer(name, parameter_groups(model, 0.05, 0.9), betas=betas)
@@ -49,7 +54,7 @@ def test_optimizer_state_goes_over_to_a_model_built_later(name):
     assert set(state['accumulators']) == (trained if name != 'sgd' else set())
     train(model, optimizer, 2, seed=1)
 
-    paddle.nn.Conv2D(3, 3, 3)  # shifts Paddle's own counters of parameter names
+    paddle.nn.Conv2D(3, 3, 3)  # shifts the counters in Paddle's own parameter names
     later = small()
     load_weights(later, weights, 'checkpoint')
     later_optimizer = build(later)
@@ -60,7 +65,7 @@ def test_optimizer_state_goes_over_to_a_model_built_later(name):
 
 
 @pytest.mark.parametrize('name', ['sgd', 'nadam', 'lion'])  # those with half-precision kernels on the CPU
-def test_a_run_with_master_weights_goes_on_as_if_never_stopped(name):
+def test_a_run_with_master_weights_continues_as_if_it_had_not_stopped(name):
     def build():
         model = paddle.nn.Linear(4, 3)
         model.to(dtype='bfloat16')
@@ -69,7 +74,7 @@ def test_a_run_with_master_weights_goes_on_as_if_never_stopped(name):
         return model, optimizer
 
     def step(model, optimizer):
-        optimizer.set_lr(1e-4)  # steps too small for bfloat16 to show one by one
+        optimizer.set_lr(1e-4)  # single steps are too small to change bfloat16 weights
         for parameter in model.parameters():
             parameter.grad = paddle.ones_like(parameter)
         optimizer.step()
@@ -97,16 +102,16 @@ def test_optimizer_state_of_another_model_is_refused():
         checkpoint.load_optimizer_arrays(adamw(model), model, state, 'file.pdparams')
 
 
-def test_the_state_of_another_kind_of_optimizer_is_refused():
+def test_optimizer_state_of_another_kind_of_optimizer_is_refused():
     model = small()
     state = checkpoint.optimizer_arrays(build_optimizer('sgd', parameter_groups(model, 0.0)), model)
-    with pytest.raises(UserError, match='trained with SGD, TRAIN.OPTIMIZER.NAME asks for AdamW'):
+    with pytest.raises(UserError, match='trained with SGD, but TRAIN.OPTIMIZER.NAME selects AdamW'):
         checkpoint.load_optimizer_arrays(adamw(model), model, state, 'file.pdparams')
 
 
 @pytest.mark.skipif(paddle.__version__.startswith('2.'), reason='Paddle 2.6 has no half-precision AdamW on the CPU')
-def test_master_weights_of_half_precision_go_over_to_a_model_built_later():
-    """What O2 leaves behind, made by hand: autocast does nothing on the CPU."""
+def test_master_weights_load_into_a_model_built_later():
+    """Creates the optimizer state of O2 by hand, because autocast has no effect on the CPU."""
 
     def build():
         model = small()
@@ -150,7 +155,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(change, words):
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_only_the_head_of_another_class_count_is_dropped_and_only_when_asked():
+def test_only_a_head_with_another_class_count_is_dropped_and_only_with_drop_head():
     weights = {name: array + 1 for name, array in checkpoint.model_arrays(small(5)).items()}
     model = small(3)
     with pytest.raises(UserError, match='head.weight'):
@@ -161,7 +166,7 @@ def test_only_the_head_of_another_class_count_is_dropped_and_only_when_asked():
     np.testing.assert_array_equal(model.norm.bias.numpy(), weights['norm.bias'])
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path):
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / 'last.pdparams'
     checkpoint.save_checkpoint(path, {'epoch': 1})
     old = path.read_bytes()
@@ -171,7 +176,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path):
     assert os.listdir(tmp_path) == ['last.pdparams']
 
 
-def test_a_checkpoint_reads_with_paddle_load_too(tmp_path):
+def test_paddle_load_reads_a_checkpoint_too(tmp_path):
     path = tmp_path / 'last.pdparams'
     model = small()
     checkpoint.save_checkpoint(path, {'model': checkpoint.model_arrays(model), 'epoch': 3})
@@ -180,11 +185,29 @@ def test_a_checkpoint_reads_with_paddle_load_too(tmp_path):
     np.testing.assert_array_equal(np.asarray(state['model']['norm.weight']), model.norm.weight.numpy())
 
 
+def test_a_checkpoint_of_a_run_has_the_keys_and_types_of_the_schema(tmp_path):
+    run_state = build_run_state(opts=['SAVE', str(tmp_path)])
+    run_state.scaler = LossScaler()
+    folder = RunFolder(run_state.config)
+    folder.save_last(run_state.capture())
+    state = checkpoint.read_run_checkpoint(tmp_path / 'last.pdparams')
+    assert {key: type(value) for key, value in state.items()} == {
+        key: entry.type for key, entry in checkpoint.SCHEMA.items()}
+
+
+def test_the_documentation_lists_the_keys_of_the_schema():
+    text = (Path(__file__).parents[1] / 'docs' / 'training.md').read_text()
+    table = text.split('### Keys of a checkpoint')[1].split('\n## ')[0]
+    cells = [line.split('|')[1] for line in table.splitlines() if line.startswith('| `')]
+    keys = [key for cell in cells for key in re.findall('`(.+?)`', cell)]
+    assert sorted(keys) == sorted(checkpoint.SCHEMA)
+
+
 @pytest.mark.parametrize('state', [{'model': {}}, {'weights': np.zeros(3)}])
-def test_weights_alone_are_no_run_to_resume(tmp_path, state):
+def test_weights_alone_cannot_be_resumed(tmp_path, state):
     path = tmp_path / 'weights.pdparams'
     paddle.save(state, str(path))
-    with pytest.raises(UserError, match='holds no run to resume'):
+    with pytest.raises(UserError, match='cannot be resumed'):
         checkpoint.read_run_checkpoint(path)
 
 

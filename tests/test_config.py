@@ -1,11 +1,15 @@
-"""Settings: where they come from, which wins, and what is refused."""
+"""Settings: their declaration, where values come from, which source wins, and what is refused."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from auto_augment import build_auto_augment
-from config import ConfigError, config_text, get_arguments, get_config
+from config import KEYS, RETIRED_KEYS, ConfigError, config_changes, config_text, get_arguments, get_config, setting
+from dry_run.recipes import RECIPES
 from losses import build_loss
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -82,22 +86,54 @@ def test_written_settings_are_read_back(tmp_path):
     assert again.MODEL == config.MODEL and again.TRAIN == config.TRAIN and again.DATA == config.DATA
 
 
+def test_settings_of_earlier_versions_are_read_and_runs_resumed(tmp_path):
+    config = get_config(CONFIGS / 'replknet_31b.yaml')
+    saved = yaml.safe_load(config_text(config))
+    saved['DATA']['IMAGE_CHANNELS'], saved['MODEL']['TYPE'] = RETIRED_KEYS.values()
+    text = yaml.safe_dump(saved)
+    assert get_config(write(tmp_path, 'config.yaml', text), ['MODEL.TYPE', 'RepLKNet']) == config
+    assert config_changes(text, config) == ([], [])
+    assert config_changes(text.replace('IMAGE_CHANNELS: 3', 'IMAGE_CHANNELS: 1'), config)[0]
+
+
+def test_what_may_change_when_a_run_is_resumed():
+    text = config_text(get_config())
+    changed = get_config(None, ['SEED', '1', 'DATA.NUM_WORKERS', '1', 'SAVE', 'x', 'MODEL.RESUME', 'x'])
+    assert config_changes(text, changed) == (['SEED 42 -> 1'], ['DATA.NUM_WORKERS 4 -> 1'])
+
+
+def test_the_declaration_is_all_there_is(capsys):
+    assert KEYS['TRAIN.RECIPE'].choices == ('', *RECIPES)
+    assert all(setting(get_config(), key) == declared.default for key, declared in KEYS.items())
+    assert all(declared.default or declared.elements for declared in KEYS.values() if type(declared.default) is list)
+    with pytest.raises(SystemExit):
+        get_arguments('', ['-h'])
+    text = ' '.join(capsys.readouterr().out.split())
+    for key, declared in KEYS.items():
+        assert not declared.flag or f'--{declared.flag}' in text and f'{declared.help} ({key})' in text
+
+
+def test_it_is_imported_without_paddle():
+    code = "import sys; sys.modules['paddle'] = None; import config"
+    subprocess.run([sys.executable, '-c', code], cwd=CONFIGS.parent, check=True)
+
+
 @pytest.mark.parametrize(('text', 'words'), [
     ('TRAIN: {BASE_LRR: 1.0}', 'unknown key TRAIN.BASE_LRR; did you mean TRAIN.BASE_LR'),
     ('MODEL: {LARGE_KERNEL_SIZES: [31, 28, 27, 13]}', 'MODEL.LARGE_KERNEL_SIZES has the even kernel 28'),
     ('MODEL: {LARGE_KERNEL_SIZES: [31, 29, 27]}', 'MODEL.LARGE_KERNEL_SIZES has 3 stages'),
     ('MODEL: {SMALL_KERNEL: 15}', 'MODEL.SMALL_KERNEL is 15, larger than'),
-    ('MODEL: {SMALL_KERNEL: 4}', 'MODEL.SMALL_KERNEL is 4; it is odd'),
+    ('MODEL: {SMALL_KERNEL: 4}', 'MODEL.SMALL_KERNEL is 4; it must be odd'),
     ('TRAIN: {MIXUP_ALPHA: 0, CUTMIX_ALPHA: 0}', 'set TRAIN.MIXUP_PROB to 0'),
     ('TRAIN: {LOSS: focal}', 'choose from auto, soft_target, label_smoothing, bce, jsd, asymmetric'),
     ('TRAIN: {LOSS: soft_target, MIXUP_PROB: 0}', 'TRAIN.LOSS is soft_target, for the targets of mixup'),
-    ('TRAIN: {LOSS: asymmetric_single}', 'for one label per picture; set TRAIN.MIXUP_PROB to 0'),
-    ('TRAIN: {LOSS: jsd, AUG_SPLITS: 3}', 'for one label per picture; set TRAIN.MIXUP_PROB to 0'),
+    ('TRAIN: {LOSS: asymmetric_single}', 'for one label per image; set TRAIN.MIXUP_PROB to 0'),
+    ('TRAIN: {LOSS: jsd, AUG_SPLITS: 3}', 'for one label per image; set TRAIN.MIXUP_PROB to 0'),
     ('TRAIN: {LOSS: jsd, MIXUP_PROB: 0}', 'set TRAIN.AUG_SPLITS to 3, it is 0'),
     ('TRAIN: {LOSS: jsd, MIXUP_PROB: 0, AUG_SPLITS: 1}', 'set TRAIN.AUG_SPLITS to 3, it is 1'),
     ('TRAIN: {AUG_SPLITS: 3}', 'TRAIN.AUG_SPLITS is 3, for TRAIN.LOSS jsd; with auto use TRAIN.REPEATED_AUG'),
     ('TRAIN: {LOSS: jsd, MIXUP_PROB: 0, AUG_SPLITS: 3, AUTO_AUGMENT: "", COLOR_JITTER: 0, RANDOM_ERASE_PROB: 0}',
-     'TRAIN.AUG_SPLITS asks for augmented views'),
+     'TRAIN.AUG_SPLITS is 3, for augmented views'),
     ('TRAIN: {BCE_THRESHOLD: 1.0}', 'TRAIN.BCE_THRESHOLD is 1.0'),
     ('TRAIN: {REPEATED_AUG: -1}', 'TRAIN.REPEATED_AUG is -1'),
     ('SEED: ten', "SEED takes a whole number, not 'ten'"),
@@ -119,6 +155,8 @@ def test_written_settings_are_read_back(tmp_path):
     ('TRAIN: {OPTIMIZER: {EPS: -1}}', 'TRAIN.OPTIMIZER.EPS is -1.0'),
     ('MODEL: {DW_RATIO: 0.01, CHANNELS: [64, 64, 64, 64]}', 'MODEL.DW_RATIO is 0.01'),
     ('MODEL: {LARGE_KERNEL_SIZES: [65, 29, 27, 13]}', 'the largest is 63'),
+    ('DATA: {IMAGE_CHANNELS: 4}', 'DATA.IMAGE_CHANNELS is 4; only 3 is supported, so leave it out'),
+    ('MODEL: {TYPE: ViT}', "MODEL.TYPE is 'ViT'; only 'RepLKNet' is supported, so leave it out"),
 ])
 def test_mistakes_are_refused_in_one_line_with_file_and_key(tmp_path, text, words):
     path = write(tmp_path, 'bad.yaml', text)

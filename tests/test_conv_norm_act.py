@@ -1,4 +1,5 @@
 """A convolution with the norms, activation and residual around it in one operator, against plain layers and float64."""
+import contextlib
 import copy
 import math
 
@@ -7,8 +8,19 @@ import pytest
 
 import replknet
 from fuse import fuse, pack
-from large_kernel import DepthwiseConv2D, as_planes, build, computed, conv_block, defer, operators, pack_weights
+from large_kernel import (
+    DepthwiseConv2D,
+    as_planes,
+    build,
+    computed,
+    conv_block,
+    defer,
+    each_convolution,
+    operators,
+    pack_weights,
+)
 from large_kernel.conv_norm_act import PackedConv2D, can_fuse
+from large_kernel.layout import MapLayout
 from replknet import ConvBN, RepLKNet
 
 import paddle  # isort: skip
@@ -303,7 +315,7 @@ def test_network_computes_the_same_with_and_without(merged, monkeypatch, tmp_pat
     calls = []
     real = operators.run_fused
     monkeypatch.setattr(operators, 'run_fused', lambda *a: calls.append(1) or real(*a))
-    monkeypatch.setattr(replknet, 'defer', lambda x: x)
+    monkeypatch.setattr('large_kernel.layout.defer', lambda x: x)
     fused = model(x).numpy()
     assert len(calls) == 2 * 5 + 2 * 5 + (5 if merged else 10) + 4 + 6
     with paddle.enable_grad():
@@ -429,7 +441,7 @@ def test_inner_maps_stand_in_blocks_and_logits_stay(network, merged, monkeypatch
     found = layouts(network, x, monkeypatch)
     assert set(found) == {5}
     logits = network(x).numpy()
-    monkeypatch.setattr(RepLKNet, '_keeps_blocks', lambda self: False)
+    monkeypatch.setattr(replknet, 'map_layout', lambda model, layers: MapLayout(False, False))
     assert set(layouts(network, x, monkeypatch)) == {4}
     want = network(x).numpy()
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
@@ -448,7 +460,7 @@ def test_a_hook_anywhere_sees_planes(network, place, packed, monkeypatch):
     assert set(found) == ({5} if place.endswith('norm') else {4})  # a norm is called with planes by `conv_block`
     assert place == 'stages' or set(seen) == {4}  # a list is not called
     logits = network(x).numpy()
-    monkeypatch.setattr(RepLKNet, '_keeps_blocks', lambda self: False)
+    monkeypatch.setattr(replknet, 'map_layout', lambda model, layers: MapLayout(False, False))
     np.testing.assert_allclose(logits, network(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -498,7 +510,7 @@ def test_a_network_as_sequences_is_the_network(network, form, sequences, monkeyp
     x = paddle.randn([2, 3, 64, 52])
     found = network._features(x)
     assert sequences == [4 + 5, 2 + 5, 2 + 10, 2 + 5]
-    monkeypatch.setattr(replknet, 'defer', lambda x: x)
+    monkeypatch.setattr('large_kernel.layout.defer', lambda x: x)
     for a, b in zip(found, network._features(x)):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
@@ -522,6 +534,27 @@ def test_what_a_sequence_cannot_hold_is_called(network, sequences, monkeypatch):
     assert len(sequences) == 4
 
 
+def test_convolutions_are_watched_one_at_a_time(network, sequences):
+    network.structural_reparam()
+    x, seen, depth = paddle.randn([1, 3, 64, 64]), [], []
+
+    @contextlib.contextmanager
+    def around(conv, fused):
+        depth.append(conv)
+        assert len(depth) == 1 and fused
+        seen.append(conv._kernel_size[0])
+        yield
+        depth.pop()
+
+    with each_convolution(around):
+        watched = network(x)
+    assert seen == [3, 3, 1, 3] + [1, 9, 1, 1, 1] + [1, 3] + [1, 7, 1, 1, 1] + [1, 3] + 2 * [1, 5, 1, 1, 1] + [
+        1, 3] + [1, 5, 1, 1, 1]
+    assert not sequences
+    np.testing.assert_allclose(network(x).numpy(), watched.numpy(), rtol=1e-5, atol=1e-6)
+    assert len(seen) == 35 and len(sequences) == 4  # it ends with the block
+
+
 @pytest.mark.parametrize('place', ['stages.2.blocks.0.pw_conv_2.norm', 'stages.2.blocks.2.pre_large_kernel_bn',
                                    'stem.0.norm'])
 def test_a_norm_in_training_mode_amid_a_sequence(network, place, monkeypatch):
@@ -529,7 +562,7 @@ def test_a_norm_in_training_mode_amid_a_sequence(network, place, monkeypatch):
     dict(network.named_sublayers())[place].train()
     other, x = copy.deepcopy(network), paddle.randn([2, 3, 64, 64])
     got = network(x).numpy()
-    monkeypatch.setattr(replknet, 'defer', lambda x: x)
+    monkeypatch.setattr('large_kernel.layout.defer', lambda x: x)
     np.testing.assert_allclose(got, other(x).numpy(), rtol=1e-5, atol=1e-6)
     for a, b in zip(network.parameters(), other.parameters()):
         np.testing.assert_array_equal(a.numpy(), b.numpy())

@@ -26,7 +26,7 @@ from errors import UserError
 
 
 def write_lists(root, train=13, val=7):
-    """A data folder of 9x8 pictures whose red value is the picture's number, labels going round three classes."""
+    """A data folder of 9x8 images whose red value is the image's number, with labels of three classes in turn."""
     for mode, count in (('train', train), ('val', val)):
         folder = root / mode / 'a class'
         folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def config(root):
 
 
 def numbers(images):
-    """The number of each picture of an evaluation batch."""
+    """The numbers of the images in an evaluation batch."""
     return [int(round(value)) for value in images.numpy()[:, 0, 16, 16] * 255]
 
 
@@ -76,7 +76,7 @@ def test_file_names_that_are_not_ascii(tmp_path):
     ('7', 'expected'), ('train/a class/0.png 1.0', 'expected'), ('train/a class/0.png one', 'expected'),
     ('train/a class/0.png 3', 'label 3 is out of range, must be 0 to 2 for 3 classes'),
     ('train/a class/0.png -1', 'label -1 is out of range'),
-    ('train/a class/x.png 1', 'x.png: no such picture'), ('train/a class 1', 'a class: no such picture'),
+    ('train/a class/x.png 1', 'x.png: no such image'), ('train/a class 1', 'a class: no such image'),
 ])
 def test_errors_name_list_and_line(root, line, words):
     (root / 'train_list.txt').write_text(f'train/a class/0.png 0\n{line}\ntrain/a class/1.png 1\n')
@@ -94,23 +94,23 @@ def test_missing_and_empty_lists(root):
         ImageNet2012Dataset(root, 'train_list.txt', np.asarray)
 
 
-def test_long_lists_report_a_missing_picture_when_it_is_read(root, monkeypatch):
+def test_long_lists_report_a_missing_image_when_it_is_read(root, monkeypatch):
     monkeypatch.setattr(datasets, 'CHECK_FILES_UP_TO', 12)
     os.remove(root / 'train/a class/11.png')
     dataset = ImageNet2012Dataset(root, 'train_list.txt', np.asarray)
-    with pytest.raises(DataError, match=r'train_list.txt:12: .*11.png: no such picture'):
+    with pytest.raises(DataError, match=r'train_list.txt:12: .*11.png: no such image'):
         dataset[11]
 
 
 @pytest.mark.parametrize('content', [b'', b'no picture', 'truncated', 'broken'])
-def test_corrupt_pictures_name_list_line_and_picture(root, golden, content):
+def test_corrupt_images_name_list_line_and_image(root, golden, content):
     rocket = (golden / 'preprocess/rocket.jpg').read_bytes()
     png = (root / 'train/a class/0.png').read_bytes()
     damaged = {'truncated': rocket[:len(rocket) // 2], 'broken': png[:45] + b'\xff' * 9 + png[54:]}
     content = damaged.get(content, content)
     (root / 'train/a class/3.png').write_bytes(content)
     dataset = ImageNet2012Dataset(root, 'train_list.txt', np.asarray)
-    with pytest.raises(DataError, match=r'train_list.txt:4: .*a class/3.png: cannot read the picture: ') as error:
+    with pytest.raises(DataError, match=r'train_list.txt:4: .*a class/3.png: cannot read the image: ') as error:
         dataset[3]
     assert '\n' not in str(error.value)
 
@@ -172,7 +172,7 @@ def test_evaluation_counts_every_image_once(size, batch, world):
 
 @pytest.mark.parametrize('world', [1, 2, 3])
 @pytest.mark.parametrize('size', [12, 29, 100])
-def test_training_deals_each_image_at_most_once_and_equally(size, world):
+def test_training_uses_each_image_at_most_once_and_equally(size, world):
     batch = 12 // world
     samplers = [TrainBatchSampler(size, batch, rank, world, seed=5) for rank in range(world)]
     orders = []
@@ -209,7 +209,7 @@ def test_training_resumes_inside_an_epoch():
 @pytest.mark.parametrize('world', [1, 2, 3])
 @pytest.mark.parametrize('repeats', [2, 3, 5])
 @pytest.mark.parametrize('size', [12, 29, 100])
-def test_repeated_augmentation_deals_the_copies_of_an_image_to_different_processes(size, repeats, world):
+def test_repeated_augmentation_distributes_the_copies_of_an_image_to_different_processes(size, repeats, world):
     batch = 12 // world
     samplers = [TrainBatchSampler(size, batch, rank, world, seed=5, repeats=repeats) for rank in range(world)]
     alone = TrainBatchSampler(size, 12, seed=5, repeats=repeats)
@@ -296,7 +296,7 @@ def test_training_batches_depend_on_seed_epoch_and_image_only(config):
 
 
 def images_by_key(config, epoch):
-    """The pixels of each key over the loaders of one and two processes, the latter with workers."""
+    """The pixels of each key from the loaders of one and two processes, the latter with workers."""
     dataset = get_dataset(config, 'train')
     images = {}
     for world in (1, 2):
@@ -322,7 +322,7 @@ def test_copies_of_an_image_differ_and_depend_on_seed_epoch_image_and_copy_only(
     config.TRAIN.REPEATED_AUG, config.TRAIN.RANDOM_ERASE_PROB = 3, 1.0
     images, other = images_by_key(config, 1), images_by_key(config, 2)
     assert len(images) == 12 and all(len(variants) == 1 for variants in images.values())
-    assert len(set.union(*images.values(), *other.values())) == 24, 'each copy in each epoch is another picture'
+    assert len(set.union(*images.values(), *other.values())) == 24, 'each copy in each epoch is another image'
 
 
 def test_views_are_laid_out_one_after_the_other(config):
@@ -363,7 +363,7 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
-def test_a_corrupt_picture_in_a_worker_reaches_the_user_as_one_line(root, workers):
+def test_a_corrupt_image_in_a_worker_reaches_the_user_as_one_line(root, workers):
     (root / 'val/a class/4.png').write_bytes(b'no picture')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(root), workers], capture_output=True,
                           text=True, timeout=120, cwd=Path(__file__).parent.parent)
@@ -396,10 +396,9 @@ def test_protocol_and_transform_follow_the_config(config):
     assert datasets.eval_protocol(config) == 'crop'
     keywords = datasets.get_transform(config, 'val').keywords
     assert keywords['protocol'] == 'crop' and keywords['crop_pct'] == 0.875
-    keywords = datasets.get_transform(config, 'train').keywords
-    assert keywords['image_size'] == 384 and keywords['views'] == 1
-    keywords = keywords['augment_sample'].keywords
-    assert keywords['augment'].magnitude == 9 and keywords['re_mode'] == 'pixel'
+    train = datasets.get_transform(config, 'train')
+    assert train.image_size == 384 and train.views == 1
+    assert train.augment.magnitude == 9 and train.re_mode == 'pixel'
 
 
 def test_unknown_dataset_and_mode(config):

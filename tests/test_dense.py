@@ -72,7 +72,7 @@ def test_a_pyramid_head_learns_and_gradients_reach_the_stem(kind):
     assert np.mean(losses[-3:]) < 0.6 * losses[0], losses
 
 
-def test_shapes_are_those_that_heads_and_necks_are_told():
+def test_shapes_are_those_that_heads_and_necks_read():
     backbone = dense.RepLKNetDet(variant_args=TINY, out_indices=(1, 3))
     maps = backbone({'image': paddle.zeros([1, 3, 64, 96])})
     assert backbone.feat_channels == [12, 20] == [x.shape[1] for x in maps]
@@ -80,7 +80,7 @@ def test_shapes_are_those_that_heads_and_necks_are_told():
     assert [x.shape[2:] for x in maps] == [[64 // s.stride, 96 // s.stride] for s in backbone.out_shape]
 
 
-def test_a_classifier_s_weights_become_the_backbone_s(tmp_path):
+def test_weights_of_a_classifier_load_into_a_backbone(tmp_path):
     model = RepLKNet(**TINY, num_classes=5)
     paddle.save({name: paddle.to_tensor(array) for name, array in model_arrays(model).items()},
                 str(tmp_path / 'w.pdparams'))
@@ -98,7 +98,7 @@ def test_mistakes(run_script):
 
 
 def packages(folder):
-    """What dense.py uses of the two packages, with their interface."""
+    """Stand-ins for the parts of the two packages that dense.py uses."""
     for name, text in {
             'paddleseg/__init__.py': '', 'paddleseg/cvlibs/__init__.py': '', 'ppdet/__init__.py': '',
             'ppdet/core/__init__.py': '',

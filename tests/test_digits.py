@@ -1,4 +1,4 @@
-"""The handwritten digits as a list dataset."""
+"""tools/prepare_digits.py: the handwritten digits as an ImageNet-style dataset."""
 import os
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from datasets import get_dataset
 from errors import UserError
 from tools import prepare_digits
 
-pytest.importorskip('sklearn', reason='it has the pictures')
+pytest.importorskip('sklearn', reason='needs scikit-learn')
 REPOSITORY = Path(prepare_digits.__file__).parents[1]
 
 
@@ -22,7 +22,7 @@ def command(output):
 
 
 def run(output):
-    return subprocess.run(command(output), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(output), capture_output=True, text=True, timeout=120, cwd=Path(output).parent)
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +32,7 @@ def digits(tmp_path_factory):
     return output
 
 
-def test_lists_and_pictures_are_those_of_scikit_learn(digits):
+def test_lists_and_images_are_those_of_scikit_learn(digits):
     from sklearn.datasets import load_digits
     source = load_digits()
     seen = set()
@@ -43,9 +43,9 @@ def test_lists_and_pictures_are_those_of_scikit_learn(digits):
             path, label = line.rsplit(' ', 1)
             index = int(Path(path).stem)
             seen.add(index)
-            with Image.open(digits / path) as picture:
-                assert picture.mode == 'L' and picture.size == (8, 8)
-                assert np.array_equal(np.rint(np.asarray(picture) / 255 * 16), source.images[index])
+            with Image.open(digits / path) as image:
+                assert image.mode == 'L' and image.size == (8, 8)
+                assert np.array_equal(np.rint(np.asarray(image) / 255 * 16), source.images[index])
             assert int(label) == source.target[index]
     assert seen == set(range(1797))
 
@@ -59,24 +59,24 @@ def test_split_is_stratified_and_fixed(digits):
     assert lines[:3] == ['val/0/0000.png 0', 'val/2/0002.png 2', 'val/4/0004.png 4']
 
 
-def test_a_second_run_keeps_what_is_there(digits):
+def test_a_second_run_keeps_the_existing_dataset(digits):
     before = {path: path.stat().st_mtime_ns for path in digits.rglob('*')}
     done = run(digits)
-    assert done.returncode == 0 and 'is there already, 1437 training and 360 validation pictures' in done.stdout
+    assert done.returncode == 0 and 'exists already, 1437 training and 360 validation images' in done.stdout
     assert {path: path.stat().st_mtime_ns for path in digits.rglob('*')} == before
 
 
-def test_two_runs_at_once_both_succeed(tmp_path):
+def test_two_runs_at_the_same_time_both_succeed(tmp_path):
     output = tmp_path / 'digits'
     processes = [subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                  for _ in range(2)]
     texts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     prepare_digits.check_dataset(output)
-    assert os.listdir(tmp_path) == ['digits'], 'nothing is left behind'
+    assert os.listdir(tmp_path) == ['digits'], 'leftovers of a temporary folder'
 
 
-def test_a_race_lost_at_the_last_moment_uses_the_winner(tmp_path, monkeypatch):
+def test_a_dataset_that_appears_during_the_run_is_kept(tmp_path, monkeypatch):
     output = tmp_path / 'digits'
     write = prepare_digits.write_dataset
 
@@ -106,10 +106,10 @@ def test_an_empty_folder_is_filled_and_an_interrupted_run_leaves_nothing(tmp_pat
     assert prepare_digits.prepare_digits(output)
 
 
-@pytest.mark.parametrize('damage', ['picture', 'list', 'short list', 'other folder', 'file'])
+@pytest.mark.parametrize('damage', ['image', 'list', 'short list', 'other folder', 'file'])
 def test_damaged_or_foreign_folders_are_refused_and_left_alone(tmp_path, damage):
     output = tmp_path / 'digits'
-    words = 'is not the whole digits dataset'
+    words = 'is not the complete digits dataset'
     if damage == 'other folder':
         output.mkdir()
         (output / 'thesis.txt').write_text('important')
@@ -117,7 +117,7 @@ def test_damaged_or_foreign_folders_are_refused_and_left_alone(tmp_path, damage)
         output.write_text('important')
     else:
         prepare_digits.prepare_digits(output)
-        if damage == 'picture':
+        if damage == 'image':
             (output / 'val/4/0004.png').unlink()
             words = 'val/4/0004.png is missing'
         elif damage == 'list':
@@ -131,7 +131,7 @@ def test_damaged_or_foreign_folders_are_refused_and_left_alone(tmp_path, damage)
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_without_scikit_learn_the_message_says_what_to_install(tmp_path, monkeypatch):
+def test_without_scikit_learn_the_message_tells_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     with pytest.raises(UserError, match='pip install scikit-learn'):
         prepare_digits.prepare_digits(tmp_path / 'digits')

@@ -1,5 +1,6 @@
-"""The recipe doctor: what it counts is what a run does, and each likely mistake gets its line."""
+"""Dry runs: costs and schedules are those of a real run, and each likely mistake gets one line."""
 import gc
+import inspect
 import json
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from paddle.base import core
 
 from config import get_config
 from dry_run.cost import model_cost, training_memory
-from dry_run.likely_mistakes import warnings
+from dry_run.likely_mistakes import ARCHITECTURE, warnings
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from dry_run.report import differences, report
 from large_kernel import build
-from replknet import build_replknet
+from replknet import RepLKNet, build_replknet
 from training.ema import ModelEMA
 from training.optim import build_optimizer, parameter_groups
 
@@ -55,14 +56,14 @@ def test_parameters_and_multiply_accumulates_are_the_published_ones(name, parame
 @pytest.mark.skipif(not hasattr(core, 'host_memory_stat_reset_peak_value'), reason='Paddle 2.6 cannot reset the peak')
 @pytest.mark.parametrize('implementation', ['native', 'auto'])
 def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts, implementation, monkeypatch):
-    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)  # native: Paddle's layers, as on a GPU
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)  # native: Paddle's layers, which a GPU uses
     config = get_config(CONFIGS / f'replknet_{name}.yaml', opts)
     gc.collect()  # models of other tests
     before = core.host_memory_stat_current_value('Allocated', 0)
     model = build_replknet(config)
     ema = ModelEMA(model, 0.9) if config.TRAIN.MODEL_EMA else None
     optimizer = build_optimizer(config.TRAIN.OPTIMIZER.NAME, parameter_groups(model, 0.05))
-    for _ in range(2):  # the second step finds the gradients and the optimizer's state of the first
+    for _ in range(2):  # only the second step starts with gradients and optimizer state allocated
         core.host_memory_stat_reset_peak_value('Allocated', 0)
         images = paddle.rand([config.DATA.BATCH_SIZE, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE])
         model(images).sum().backward()
@@ -73,7 +74,7 @@ def test_estimated_memory_is_the_peak_that_paddle_counts(name, opts, implementat
     print(f'{implementation}: peak {peak / 1e6:.1f} MB, estimate {sum(estimate.values()) / 1e6:.1f} MB')
     if implementation == 'native' or build.reason_unavailable():
         assert sum(estimate.values()) == pytest.approx(peak, rel=0.03)
-    else:  # the operator of norms does not keep GELU's inputs
+    else:  # the batch norm operator does not keep the input of GELU
         assert 0.85 * sum(estimate.values()) < peak < 1.03 * sum(estimate.values())
     assert (estimate['EMA'] == 0) == (ema is None)
 
@@ -109,7 +110,7 @@ def test_differences_from_the_recipe_are_listed_with_both_values():
 
 @pytest.mark.parametrize(('nodes', 'gpus', 'batch', 'flags'), [
     (1, 8, 64, (64, 4)), (2, 8, 64, (64, 2)), (4, 8, 64, (64, 1)), (16, 8, 64, (16, 1)), (1, 8, 48, (32, 8)),
-    (3, 8, 64, (64, 1)), (512, 8, 64, (64, 1))])  # the last two cannot have 2048
+    (3, 8, 64, (64, 1)), (512, 8, 64, (64, 1))])  # 2048 is impossible for the last two
 def test_accumulation_keeps_the_global_batch_of_the_recipe(nodes, gpus, batch, flags):
     plan = planned('replknet_31b', nodes=nodes, gpus=gpus, batch_size=batch)
     assert (plan.config.DATA.BATCH_SIZE, plan.config.TRAIN.ACCUM_ITER) == flags
@@ -123,7 +124,7 @@ def test_speed_comes_from_a_number_or_a_run_folder(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in [*records, {'event': 'eval'}]))
     for speed in ('100', str(tmp_path)):
         text = report(planned('replknet_31b', images_per_s=speed).config, 'gpu', 1)
-        assert '100.0 a process, 800.0 in all' in text and '26.7 minutes, 54.0 epochs a day' in text
+        assert '100.0 per process, 800.0 in total' in text and '26.7 minutes, 54.0 epochs per day' in text
         assert '5.6 days' in text  # 300 x 1281167 / 800 s
     for wrong in ('fast', '-1', 'nan', str(tmp_path / 'none')):
         with pytest.raises(ValueError, match='-images_per_s='):
@@ -138,15 +139,15 @@ def test_a_plan_without_a_dry_run_is_refused():
 # ---- warnings
 
 @pytest.mark.parametrize(('name', 'opts', 'words'), [
-    ('replknet_31b', ['TRAIN.LINEAR_SCALED_LR', 256], 'scaled twice: TRAIN.BASE_LR 0.004 is for a global'),
+    ('replknet_31b', ['TRAIN.LINEAR_SCALED_LR', 256], 'scaled twice: TRAIN.BASE_LR 0.004 is already for a global'),
     ('replknet_31b', ['TRAIN.LINEAR_SCALED_LR', 2048, 'TRAIN.ACCUM_ITER', 1, 'TRAIN.BASE_LR', 1e-3], 'scaled twice'),
-    ('replknet_31b', ['MODEL.CHANNELS', [96, 192, 384, 768]], 'in the published replknet_31b [128, 256, 512, 1024]'),
+    ('replknet_31b', ['MODEL.CHANNELS', [96, 192, 384, 768]], 'in the published replknet_31b it is [128, 256,'),
     ('replknet_31b', ['DATA.INTERPOLATION', 'bilinear'], 'with bicubic'),
     ('replknet_31b', ['DATA.EVAL_PROTOCOL', 'warp'], 'evaluation warps at 224'),
     ('replknet_31b', ['TRAIN.WARMUP_EPOCHS', 150], 'the warm-up takes 150 of 300 epochs'),
     ('replknet_31b', ['TRAIN.WARMUP_EPOCHS', 1e-5], 'less than one optimizer step'),
-    ('replknet_31b', ['TRAIN.NUM_EPOCHS', 10, 'TRAIN.WARMUP_EPOCHS', 1], 'about 0.9984 fits'),
-    ('replknet_31b', ['DATA.BATCH_SIZE', 4, 'TRAIN.SYNC_BN', False], 'statistics over 4 images'),
+    ('replknet_31b', ['TRAIN.NUM_EPOCHS', 10, 'TRAIN.WARMUP_EPOCHS', 1], 'about 0.9984 would fit'),
+    ('replknet_31b', ['DATA.BATCH_SIZE', 4, 'TRAIN.SYNC_BN', False], 'statistics over only 4 images'),
     ('replknet_31b_22k_to_1k_384', ['DATA.EVAL_PROTOCOL', 'crop'], 'evaluation crops at 384'),
     ('replknet_31b_22k_to_1k_384', ['TRAIN.MIXUP_PROB', 1.0, 'TRAIN.MIXUP_ALPHA', 0.8], 'mixup is on'),
     ('replknet_31b_22k_to_1k_384', [], 'give -pretrained=replknet_31b_22k or'),
@@ -154,40 +155,45 @@ def test_a_plan_without_a_dry_run_is_refused():
     ('replknet_31b_1k_384', ['MODEL.PRETRAINED', 'nothing.pdparams'], 'nothing.pdparams: no such file'),
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_31b_1k_384'], 'is 224; the weights of replknet_31b_1k_384'),
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_xl_73m1k_320'], 'IMAGENET_STD is [0.229, 0.224, 0.225]; the'),
-    ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_31l_22k'], 'will not fit: MODEL.CHANNELS'),
-    ('replknet_31b_1k_224', ['EVAL', True, 'MODEL.PRETRAINED', 'replknet_31b_22k'], 'NUM_CLASSES is 1000, theirs'),
-    ('replknet_31b', ['VALIDATE_FREQ', 0], 'no accuracy is measured')])
+    ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_31l_22k'], 'do not fit: MODEL.CHANNELS'),
+    ('replknet_31b_1k_224', ['EVAL', True, 'MODEL.PRETRAINED', 'replknet_31b_22k'], 'NUM_CLASSES is 1000, but they'),
+    ('replknet_31b', ['VALIDATE_FREQ', 0], 'measures no accuracy')])
 def test_a_likely_mistake_gets_its_line(name, opts, words):
     found = [warning for warning in warnings(planned(name, *opts)) if words in warning]
     assert len(found) == 1 and '\n' not in found[0]
 
 
-def test_weights_of_a_run_are_held_against_the_settings_beside_them(tmp_path):
+def test_the_architecture_is_what_the_model_takes_from_the_settings():
+    arguments = {name.upper() for name in inspect.signature(RepLKNet).parameters}
+    assert arguments & set(get_config().MODEL) == {*ARCHITECTURE, 'NUM_CLASSES', 'RECOMPUTE'}
+
+
+def test_weights_of_a_run_are_compared_with_the_settings_beside_them(tmp_path):
     (tmp_path / 'config.yaml').write_text('DATA: {IMAGE_SIZE: 384}\n')
     (tmp_path / 'best.pdparams').touch()
     found = list(warnings(planned('replknet_31b', pretrained=str(tmp_path / 'best.pdparams'))))
     assert any('IMAGE_SIZE is 224' in warning and 'trained at 384' in warning for warning in found)
 
 
-def test_what_this_machine_cannot_do_is_said(monkeypatch):
+def test_limits_of_this_machine_are_reported(monkeypatch):
     config = get_config(CONFIGS / 'replknet_31b.yaml', ['DATA.BATCH_SIZE', 4096, 'AMP', True], {'dry_run': True})
     found = '\n'.join(warnings(make_plan(config, 'cpu', 2)))
-    assert '-amp changes nothing on the CPU' in found and 'all processes would hold about' in found
+    assert '-amp has no effect on the CPU' in found and 'all processes together need about' in found
     monkeypatch.setattr('utils.device_count', lambda kind: 0)
     assert any('-device=xpu: there is none' in warning for warning in warnings(make_plan(config, 'xpu', 1)))
 
 
 # ---- data
 
-def test_classes_of_the_lists_are_held_against_the_head(tmp_path):
+def test_classes_of_the_lists_are_compared_with_the_head(tmp_path):
     write_list(tmp_path, 'train', [0, 0, 1, 5, 6])
     write_list(tmp_path, 'val', [0, 1, 2, 3, 4, 5, 6])
     plan = planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 5, data_path=str(tmp_path), batch_size=8, gpus=1)
     found = '\n'.join(warnings(plan))
-    assert 'train_list.txt has 2 classes that the head of 5 has no output for, such as 5: set MODEL.NUM_CLASSES to 7' \
-        in found
-    assert 'train_list.txt has no picture of 3 of the 5 classes of the head: 2, 3, 4' in found
-    assert 'lower -batch_size' in found and plan.steps_per_epoch is None  # 5 images are less than a batch
+    assert ('train_list.txt has 2 classes for which the head of 5 classes has no output, such as 5: '
+            'set MODEL.NUM_CLASSES to 7') in found
+    assert 'train_list.txt has no image of 3 of the 5 classes of the head: 2, 3, 4' in found
+    assert 'lower -batch_size' in found and plan.steps_per_epoch is None  # 5 images are fewer than a batch
     assert 'swapped' not in found
 
 
@@ -195,18 +201,20 @@ def test_the_class_histogram_has_a_bar_for_each_class_or_range(tmp_path):
     write_list(tmp_path, 'train', [0] * 20 + [2] * 10)
     write_list(tmp_path, 'val', [0])
     text = report(planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 3, data_path=str(tmp_path)).config, 'gpu', 1)
-    assert '30 images, 2 classes, 1 of the head empty; images per class: min 10, median 15, max 20' in text
+    assert ("30 images, 2 classes, 1 of the head's classes without images; images per class: min 10, median 15, max 20"
+            in text)
     assert [line.split()[2:] for line in text.splitlines() if line.strip().startswith('class ')] == [
         ['#' * 40, '20', 'images'], ['0', 'images'], ['#' * 20, '10', 'images']]
     labels = np.repeat(np.arange(100), np.arange(1, 101))
     write_list(tmp_path, 'train', [*labels, 2**31 - 1])
     text = report(planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 100, data_path=str(tmp_path)).config, 'gpu', 1)
     totals = [int(line.split()[-2]) for line in text.splitlines() if line.endswith(' classes') and '#' in line]
-    assert len(totals) == 8 and sum(totals) == 101  # the class beyond the head too
-    assert '101 classes, 0 of the head empty' in text and '    1 to 13   ' in text and '    89 to 100 ' in text
+    assert len(totals) == 8 and sum(totals) == 101  # including the class beyond the head
+    assert "101 classes, 0 of the head's classes without images" in text
+    assert '    1 to 13   ' in text and '    89 to 100 ' in text
 
 
-def test_a_broken_list_is_one_line_and_the_rest_goes_on(tmp_path):
+def test_a_broken_list_is_one_line_and_the_report_continues(tmp_path):
     (tmp_path / 'train_list.txt').write_text('p\n')
     write_list(tmp_path, 'val', [0])
     text = report(planned('replknet_31b', data_path=str(tmp_path)).config, 'gpu', 1)
@@ -216,15 +224,15 @@ def test_a_broken_list_is_one_line_and_the_rest_goes_on(tmp_path):
 # ---- as a user runs it
 
 @pytest.mark.parametrize('script', ['main_single_gpu.py', 'main_multi_gpu.py'])
-def test_a_dry_run_writes_nothing_and_ends_well(run_script, list_dataset, tiny_yaml, tmp_path, script):
+def test_a_dry_run_writes_nothing_and_succeeds(run_script, list_dataset, tiny_yaml, tmp_path, script):
     done = run_script(script, f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu', '-dry_run',
                       f'-output={tmp_path}/run', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     processes = 1 if script == 'main_single_gpu.py' else 2
     assert f'global batch        {2 * processes} = 2 images x {processes} process' in done.stdout
     steps = 13 // (2 * processes)  # the run of test_runs.py
-    assert f'{steps} an epoch, {2 * steps} in all (2 epochs)' in done.stdout
-    assert '13 images, 4 classes, 0 of the head empty' in done.stdout
+    assert f'{steps} per epoch, {2 * steps} in total (2 epochs)' in done.stdout
+    assert "13 images, 4 classes, 0 of the head's classes without images" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

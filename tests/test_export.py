@@ -261,7 +261,7 @@ def test_images_from_a_folder(settings, tmp_path):
     Image.fromarray(np.zeros((40, 50), np.uint8)).save(folder / 'grey.png')
     assert '1 images (' in export(settings(), tmp_path / 'out', pictures=folder)['compared_on']
     (folder / 'a.png').write_text('text')
-    with pytest.raises(UserError, match='a.png: cannot read the picture'):
+    with pytest.raises(UserError, match='a.png: cannot read the image'):
         export(settings(), tmp_path / 'other', pictures=folder)
 
 

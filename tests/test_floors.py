@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; inference is below training, so it never imports any of it
     {'errors', 'paddle_env', 'atomic_file'},
-    {'config', 'utils'},
     {'large_kernel'},
+    {'config', 'utils'},
     {'replknet', 'auto_augment', 'transforms', 'datasets', 'mixup', 'losses'},
     {'port_weights'},
     {'run_folder'},

@@ -1,4 +1,4 @@
-"""The fused twin computes what the training form computes, whatever the norms and the precision of the weights."""
+"""The fused form computes what the training form computes, for any norms and any precision of the weights."""
 import copy
 
 import numpy as np
@@ -19,7 +19,7 @@ TINY_XL = {**TINY, 'large_kernel_sizes': [27, 27, 27, 13], 'layers': [1, 1, 1, 1
 
 
 def randomise_norms(model, size=128):
-    """Random weights and biases for every norm, and the statistics of random pictures, so that no signal fades."""
+    """Random weights and biases for every norm, and the statistics of random images, so that no signal fades."""
     rng = np.random.default_rng(0)
     layers = [layer for layer in model.sublayers() if isinstance(layer, nn.BatchNorm2D)]
     for layer in layers:
@@ -38,7 +38,7 @@ def norms(model):
 
 
 def difference(model, twin, size):
-    """Largest difference of the logits, and their largest magnitude; refuses logits that ignore the picture."""
+    """Largest difference of the logits, and their largest magnitude; refuses logits that do not depend on the image."""
     assert not norms(twin) and not twin.training
     images = paddle.to_tensor(np.random.default_rng(1).standard_normal((2, 3, size, size), 'float32'))
     with paddle.no_grad():
@@ -48,7 +48,7 @@ def difference(model, twin, size):
 
 
 @pytest.mark.parametrize('file', ['tiny', 'tiny_merged', 'tiny_xl', 'tiny_legacy'])
-def test_fused_twin_has_the_official_logits(golden, file):
+def test_the_fused_form_has_the_official_logits(golden, file):
     model = RepLKNet(merged='merged' in file, **(TINY_XL if 'xl' in file else TINY))
     load_weights(model, to_paddle_names(find_weights(read_checkpoint(golden / f'{file}.pth'))[0]), file)
     before = {name: t.numpy() for name, t in model.state_dict().items()}
@@ -57,7 +57,7 @@ def test_fused_twin_has_the_official_logits(golden, file):
     logits = twin(paddle.to_tensor(np.load(golden / 'input.npy'))).numpy()
     np.testing.assert_allclose(logits, np.load(golden / 'expected_outputs.npz')[file], atol=1e-4)
     assert model.training
-    for name, tensor in model.state_dict().items():  # the original stays
+    for name, tensor in model.state_dict().items():  # the original is unchanged
         np.testing.assert_array_equal(tensor.numpy(), before[name])
 
 

@@ -1,11 +1,11 @@
-"""Recomputation, accumulation, loss scaling and several processes change no gradient and no statistic."""
+"""Recomputation, accumulation, loss scaling and several processes change neither gradients nor statistics."""
 import json
 import re
 
 import paddle
 from conftest import ROOT
 
-from replknet import RepLKNet, _as_before
+from replknet import RepLKNet, _as_in_first_pass
 
 
 def test_every_combination_gives_the_gradients_of_the_plain_run(run_script):
@@ -17,10 +17,10 @@ def test_every_combination_gives_the_gradients_of_the_plain_run(run_script):
 
 
 def test_a_second_pass_leaves_the_statistics_of_sync_batch_norm_alone():
-    """Its kernel is for GPUs only; what recomputation sets for the second pass can be seen anywhere."""
+    """Its kernel is for GPUs only; what recomputation sets for the second pass can be tested anywhere."""
     model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(RepLKNet([9], [1], [4]))
     norms = [layer for layer in model.sublayers() if isinstance(layer, paddle.nn.SyncBatchNorm)]
     before = [norm._momentum for norm in norms]
-    with _as_before(model, paddle.get_rng_state()):
+    with _as_in_first_pass(model, paddle.get_rng_state()):
         assert norms and all(norm._momentum == 1 for norm in norms)
     assert [norm._momentum for norm in norms] == before

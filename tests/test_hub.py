@@ -51,7 +51,7 @@ def test_weights_load_into_any_head(weights):
     other = load(num_classes=7)
     assert other(x).shape == [2, 7] and np.array_equal(other.forward_features(x)[-1], features[-1])
     backbone = load(num_classes=None, out_indices=(0, 2), norm_intermediate_features=True)
-    norm = backbone.stages[2].norm  # starts afresh
+    norm = backbone.stages[2].norm  # newly initialised
     assert np.array_equal(backbone(x)[1], norm(features[2])) and float(norm.weight.sum()) == 8
 
 

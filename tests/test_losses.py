@@ -67,7 +67,7 @@ def test_large_logits_stay_finite():
     assert float(SoftTargetCrossEntropyLoss()(logits, soft)) == pytest.approx(2e4, rel=1e-4)
 
 
-# The published formulas in float64, without care for large logits: one_hot [N, K] or distributions y.
+# The published formulas in float64, without precautions for large logits: one_hot [N, K] or distributions y.
 
 def bce(x, y):
     p = 1 / (1 + np.exp(-x))
@@ -75,7 +75,7 @@ def bce(x, y):
 
 
 def jsd(x, y, splits, alpha):
-    """Mean over the clean pictures of cross-entropy + alpha / splits x sum of KL(p_i || mean p)."""
+    """Mean over the clean images of cross-entropy + alpha / splits x sum of KL(p_i || mean p)."""
     p = np.exp(log_softmax(x)).reshape(splits, -1, x.shape[1])
     mixture = p.mean(0)
     divergence = sum((view * np.log(view / mixture)).sum(1).mean() for view in p) / splits
@@ -104,7 +104,7 @@ def smooth(labels, classes, smoothing):
 
 LABELS = np.array([2, 0, 4, 1, 1, 3])
 SOFT = np.random.default_rng(3).dirichlet(np.ones(5), 6)
-MANY = (SOFT > 0.2).astype(float)  # several labels per picture
+MANY = (SOFT > 0.2).astype(float)  # several labels per image
 PUBLISHED = {
     'bce': (BinaryCrossEntropyLoss(0.0), LABELS, lambda x: bce(x, smooth(LABELS, 5, 0))),
     'bce smoothed': (BinaryCrossEntropyLoss(0.1), LABELS, lambda x: bce(x, smooth(LABELS, 5, 0.1))),

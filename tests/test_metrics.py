@@ -1,4 +1,4 @@
-"""What can be watched of a run: step lines, VisualDL scalars, curves."""
+"""Metrics of a run: step records, metrics.jsonl, curves and VisualDL scalars."""
 import importlib.util
 import json
 import sys
@@ -32,27 +32,27 @@ def write_metrics(folder, loss=2.0, epochs=3, ema=True):
 
 
 def colours(path):
-    """Colours that a curve may have in a picture, with how many pixels have them."""
+    """The saturated colours of an image, as those of curves are, with their numbers of pixels."""
     pixels = np.asarray(Image.open(path).convert('RGB')).reshape(-1, 3)
     found, counts = np.unique(pixels[np.ptp(pixels.astype(int), axis=1) > 60], axis=0, return_counts=True)
     return {tuple(map(int, colour)): count for colour, count in zip(found, counts)}
 
 
-# ---- step lines
+# ---- step records
 
 @pytest.mark.parametrize(('report_freq', 'steps'), [(1, [8, 9, 10, 11, 12]), (2, [9, 11, 12]), (9, [12])])
-def test_steps_are_reported_periodically_and_the_last_one_always(report_freq, steps):
+def test_steps_are_reported_periodically_and_the_last_step_always(report_freq, steps):
     reports = []
     train(linear(), batches([2] * 10), accum_iter=2, first_step=7, epoch=3, lr_at=lambda step: step * 0.01,
           report_freq=report_freq, on_report=lambda **values: reports.append(values))
-    assert [r['step'] for r in reports] == steps  # counted as done
+    assert [r['step'] for r in reports] == steps  # completed steps
     assert [r['epoch'] for r in reports] == pytest.approx([2 + (step - 7) / 5 for step in steps])
     assert [r['lr'] for r in reports] == pytest.approx([(step - 1) * 0.01 for step in steps])
     assert all('loss_scale' not in r and r['images_per_s'] > 0 for r in reports)
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 1e-3])
-def test_the_reported_gradient_norm_is_that_of_the_step_before_clipping(grad_clip):
+def test_the_reported_gradient_norm_is_before_clipping(grad_clip):
     (images, labels), = batches([4])
     model = linear()
     paddle.nn.functional.cross_entropy(model(images), labels).backward()
@@ -74,7 +74,7 @@ def test_the_loss_scale_is_reported_and_gradients_are_unscaled():
 
 # ---- metrics.jsonl
 
-def test_metrics_of_a_run_that_was_cut_off_are_read_up_to_there(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     folder = write_metrics(tmp_path / 'run')
     whole = read_metrics(folder)
     assert len(whole) == 12
@@ -85,7 +85,7 @@ def test_metrics_of_a_run_that_was_cut_off_are_read_up_to_there(tmp_path):
         file.write('\n')
     with pytest.raises(ValueError, match='metrics.jsonl:13: is not'):
         read_metrics(folder)
-    with pytest.raises(FileNotFoundError, match='name the folder of a run'):
+    with pytest.raises(FileNotFoundError, match='give the folder of a run'):
         read_metrics(tmp_path)
 
 
@@ -96,18 +96,18 @@ def test_curves_of_several_runs_share_their_panels(tmp_path, run_script):
     runs = [write_metrics(tmp_path / name, loss, ema=ema) for name, loss, ema in (('a', 2.0, True), ('b', 3.0, False))]
     for number in (1, 2):
         output = [f'-output={tmp_path}/both.png'] if number == 2 else []
-        done = run_script('tools/plot_run.py', *runs[:number], *output)
+        done = run_script('tools/plot_run.py', *runs[:number], *output, cwd=tmp_path)
         path = done.stdout.strip()
         assert done.returncode == 0 and path == str(tmp_path / ('a/curves.png', 'both.png')[number - 1]), done.stderr
-        blue, orange = (31, 119, 180), (255, 127, 14)  # matplotlib's first two
+        blue, orange = (31, 119, 180), (255, 127, 14)  # the first two of matplotlib
         found = colours(path)
         assert found[blue] > 500 and (found.get(orange, 0) > 500) == (number == 2)
 
 
 @NEEDS_MATPLOTLIB
 @pytest.mark.parametrize(('every', 'evaluated'), [(0, []), (2, [2, 3])])
-def test_a_run_evaluates_every_so_often_and_draws_its_curves(run_script, list_dataset, tiny_yaml, tmp_path, every,
-                                                             evaluated):
+def test_a_run_evaluates_when_due_and_draws_its_curves(run_script, list_dataset, tiny_yaml, tmp_path, every,
+                                                       evaluated):
     done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu',
                       f'-output={tmp_path}/run', '-opts', 'CURVES', 'True', 'VALIDATE_FREQ', every,
                       'TRAIN.NUM_EPOCHS', '3', 'TRAIN.MODEL_EMA', 'False')
@@ -116,7 +116,7 @@ def test_a_run_evaluates_every_so_often_and_draws_its_curves(run_script, list_da
     assert f'curves in {tmp_path}/run/curves.png' in done.stdout and colours(tmp_path / 'run/curves.png')
 
 
-def test_without_matplotlib_a_run_says_so_in_its_log_and_the_tool_in_one_line(tmp_path, monkeypatch):
+def test_without_matplotlib_the_log_and_the_tool_have_a_line_about_it(tmp_path, monkeypatch):
     folder = write_metrics(tmp_path / 'run')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
@@ -130,7 +130,7 @@ def test_without_matplotlib_a_run_says_so_in_its_log_and_the_tool_in_one_line(tm
 def test_a_run_without_steps_has_no_curves(tmp_path, run_script):
     (tmp_path / 'metrics.jsonl').write_text('{"event": "eval", "acc1": 1.0}\n')
     done = run_script('tools/plot_run.py', tmp_path)
-    assert done.returncode == 2 and 'has no steps of training to draw' in done.stderr and done.stderr.count('\n') == 1
+    assert done.returncode == 2 and 'has no training steps to draw' in done.stderr and done.stderr.count('\n') == 1
 
 
 # ---- VisualDL
@@ -153,7 +153,7 @@ def test_visualdl_gets_the_numbers_of_metrics_jsonl(run_script, list_dataset, ti
             assert [(r.id, r.value) for r in got] == [(step, pytest.approx(value)) for step, value in expected]
 
 
-def test_visualdl_that_is_asked_for_and_not_there_is_one_line(run_script, list_dataset, tiny_yaml, tmp_path):
+def test_missing_visualdl_is_reported_in_one_line(run_script, list_dataset, tiny_yaml, tmp_path):
     (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.modules["visualdl"] = None\n')
     done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu',
                       f'-output={tmp_path}/run', '-opts', 'VISUALDL', 'True', PYTHONPATH=tmp_path)
@@ -161,7 +161,7 @@ def test_visualdl_that_is_asked_for_and_not_there_is_one_line(run_script, list_d
     assert not (tmp_path / 'run').exists()
 
 
-def test_scalars_that_are_not_finite_are_left_out(monkeypatch):
+def test_scalars_that_are_not_finite_are_omitted(monkeypatch):
     added = []
     scalars = object.__new__(VisualDL)
     scalars._writer = type('Writer', (), {'add_scalar': lambda self, **values: added.append(values)})()

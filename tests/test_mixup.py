@@ -54,7 +54,7 @@ def test_mixup_is_a_convex_combination_with_the_mirrored_partner(mode, n, smooth
 @pytest.mark.parametrize('n', [1, 4, 7])
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('minmax', [None, (0.2, 0.8)])
-def test_cutmix_pastes_a_box_of_the_partner_and_weighs_targets_by_area(mode, n, minmax):
+def test_cutmix_pastes_a_box_of_the_partner_and_weights_targets_by_area(mode, n, minmax):
     images, labels = batch_of(n, 5, height=16, width=24)
     smooth = smooth_targets(labels, 5, 0.1)
     boxes = set()
@@ -67,7 +67,7 @@ def test_cutmix_pastes_a_box_of_the_partner_and_weighs_targets_by_area(mode, n, 
                 np.testing.assert_allclose(targets[i], smooth[i], atol=1e-6)
                 continue
             pasted = (mixed[i] == images[j]).all(0)
-            assert np.array_equal(mixed[i], np.where(pasted, images[j], images[i])), 'each pixel is of one picture'
+            assert np.array_equal(mixed[i], np.where(pasted, images[j], images[i])), 'each pixel is from one image'
             rows, columns = pasted.any(1), pasted.any(0)
             assert (pasted == rows[:, None] & columns).all(), 'a box'
             assert np.ptp(np.flatnonzero(rows)) + 1 == rows.sum() if rows.any() else True
@@ -108,7 +108,7 @@ def test_weights_follow_their_beta_distribution(kind, alpha):
 
 
 def test_cutmix_boxes_have_the_drawn_area_and_a_uniform_centre():
-    """arXiv 1905.04899: the box has the share 1 - lam of the picture, its centre is uniform, the border clips it."""
+    """arXiv 1905.04899: the box has the share 1 - lam of the image, its centre is uniform, the border clips it."""
     n, size = 3000, 200
     _, columns, lam = Mixup(0, 1.0, mode='elem', correct_lam=False)._draw(n, size, size, np.random.default_rng(0))
     columns = columns[:, 0, 0].astype(bool)
@@ -139,7 +139,7 @@ def test_probabilities_of_mixing_and_of_switching(mode):
 
 
 @pytest.mark.parametrize('mode', MODES)
-def test_prob_zero_leaves_the_pictures_and_smooths_the_targets(mode):
+def test_prob_zero_leaves_the_images_and_smooths_the_targets(mode):
     images, labels = batch_of(3, 6)
     for minmax in (None, (0.2, 0.8)):
         mixed, targets = mix(Mixup(prob=0, cutmix_minmax=minmax, mode=mode, num_classes=6), images, labels)
@@ -155,7 +155,7 @@ def test_the_same_generator_state_gives_the_same_batch():
     assert not np.array_equal(first[0], other[0])
 
 
-def test_one_pixel_pictures_one_class_and_many_classes():
+def test_one_pixel_images_one_class_and_many_classes():
     for minmax in (None, (0.2, 0.8), (0, 0), (1, 1)):
         for seed in range(10):
             mixed, targets = mix(Mixup(0.8, 1.0, minmax, mode='elem', num_classes=1),

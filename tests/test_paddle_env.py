@@ -1,4 +1,4 @@
-"""The environment set before Paddle: where it is right, and only there."""
+"""The environment is set before Paddle where it helps, and only there."""
 import os
 import subprocess
 import sys
@@ -93,10 +93,10 @@ def test_threads(user, arguments, expected):
     assert int(out[0]) == (int(out[1]) if expected == 'cores' else expected)
 
 
-@pytest.mark.parametrize('name, value, said', [
+@pytest.mark.parametrize('name, value, mentioned', [
     ('OMP_PROC_BIND', 'true', True), ('OMP_PROC_BIND', 'false', False), ('OMP_PLACES', 'cores', True)])
-def test_binding_that_stops_mkls_threads_is_pointed_out(monkeypatch, name, value, said):
+def test_binding_that_stops_mkls_threads_is_pointed_out(monkeypatch, name, value, mentioned):
     for variable in ('OMP_PROC_BIND', 'OMP_PLACES'):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(name, value)
-    assert ('KMP_AFFINITY' in paddle_env.describe()) == said
+    assert ('KMP_AFFINITY' in paddle_env.describe()) == mentioned

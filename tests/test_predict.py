@@ -20,7 +20,7 @@ from large_kernel import build
 from predict import Prediction, Predictor
 from replknet import build_replknet
 from run_folder.checkpoint import model_arrays, save_checkpoint
-from run_folder.layout import best_checkpoint
+from run_folder.metrics import best_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -162,7 +162,7 @@ def test_unreadable_images_are_listed_at_the_end(run, data_dir, tmp_path, monkey
     status, out, err = call(monkeypatch, capsys, tmp_path / 'list.txt', f'-model={run}', f'-output={tmp_path}/o.jsonl',
                             '-features', '-batch_size=1', f'-save_images={tmp_path}/sheets', '-device=cpu')
     assert status == 1
-    assert re.search(r'2.png: cannot read .*\n.*none.png: no such picture\n2 of 4 images could not be read\n$', err)
+    assert re.search(r'2.png: cannot read .*\n.*none.png: no such image\n2 of 4 images could not be read\n$', err)
     assert re.fullmatch(r'Acc@1 \S+ Acc@5 100.000 loss \S+ images 1\n', out)
     records = [json.loads(line) for line in (tmp_path / 'o.jsonl').read_text().splitlines()]
     assert [r['picture'][-5:] for r in records] == ['1.png', '2.png', '3.png', 'e.png']
@@ -242,7 +242,7 @@ def test_contact_sheets_mark_right_and_wrong(data_dir, tmp_path):
         sheets.add(predicted(1), 1, 'bee')
         sheets.add(predicted(1), 2, 'cow')
         sheets.add(predicted(1))
-        sheets.add(Prediction(f'{data_dir}/no\udce9.png', error='no such picture'), 1, 'bee')
+        sheets.add(Prediction(f'{data_dir}/no\udce9.png', error='no such image'), 1, 'bee')
         for _ in range(27):
             sheets.add(predicted(1), 1, 'bee')
     assert sorted(path.name for path in (tmp_path / 'sheets').iterdir()) == ['sheet_0001.png', 'sheet_0002.png']

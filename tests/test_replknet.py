@@ -1,4 +1,4 @@
-"""The model against the reference data of the official code, and what its options promise."""
+"""The model against the reference data of the official code, and the effects of its options."""
 import itertools
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_backbone_has_no_head_and_gives_the_last_map(golden, images, expected)
     np.testing.assert_allclose(model(images).numpy(), expected['tiny_stage3'], atol=1e-4)
 
 
-def test_intermediate_norms_belong_to_the_stages_asked_for(images):
+def test_intermediate_norms_belong_to_the_returned_stages(images):
     model = RepLKNet(**{**TINY_XL, 'num_classes': None}, out_indices=(1, 3), norm_intermediate_features=True)
     assert [name for name, _ in model.named_sublayers() if name.startswith('stages.') and name.count('.') == 2
             and name.endswith('.norm')] == ['stages.1.norm', 'stages.3.norm']
@@ -94,7 +94,7 @@ def test_intermediate_norms_belong_to_the_stages_asked_for(images):
 
 
 @pytest.mark.parametrize('indices', [(4,), (-1,), (1, 1)])
-def test_out_indices_that_are_no_subset_are_refused(indices):
+def test_out_indices_that_are_not_a_subset_are_refused(indices):
     with pytest.raises(ValueError, match='out_indices'):
         RepLKNet(**TINY, out_indices=indices)
 

@@ -1,4 +1,4 @@
-"""What a run keeps of its checkpoints, and what it may find in its folder."""
+"""Run folders: which checkpoints are kept, failed saves, and folders that already contain something."""
 import os
 
 import numpy as np
@@ -7,7 +7,8 @@ import pytest
 from config import config_changes, config_text, get_config
 from errors import UserError
 from port_weights.safe_load import read_checkpoint
-from run_folder.writer import RunFolder, choose_folder, numbered_to_keep, read_resumed
+from run_folder.resume import choose_folder, read_resumed
+from run_folder.writer import RunFolder, numbered_to_keep
 from utils import append_json_line, truncate_lines
 
 ACCURACIES = {1: 10.0, 2: None, 3: 30.0, 4: 20.0, 5: 30.0, 6: None}
@@ -17,7 +18,7 @@ NUMBERED = {f'e{epoch}': {'epoch': epoch, 'acc1': acc1} for epoch, acc1 in ACCUR
 @pytest.mark.parametrize(('rule', 'kept'), [
     ({}, ''), ({'every': 2}, '4 6 2'), ({'latest': 2}, '5 6'), ({'top': 2}, '5 3'), ({'top': 9}, '5 3 4 1'),
     ({'every': 4, 'latest': 1, 'top': 1}, '5 4 6')])
-def test_numbered_checkpoints_that_stay_the_most_accurate_first(rule, kept):
+def test_numbered_checkpoints_to_keep_most_accurate_first(rule, kept):
     assert numbered_to_keep(NUMBERED, **rule) == [f'e{epoch}' for epoch in kept.split()]
     assert numbered_to_keep({}, **rule) == []
 
@@ -47,7 +48,7 @@ def evaluate(folder, accuracies):
     return numbered
 
 
-def test_top_and_latest_are_kept_listed_and_the_others_deleted(tmp_path):
+def test_top_and_latest_checkpoints_are_kept_and_the_others_deleted(tmp_path):
     folder = RunFolder(settings(tmp_path / 'run', 'SAVE_TOP_K', 1, 'SAVE_LATEST_K', 1))
     folder.claim()
     numbered = evaluate(folder, ACCURACIES)
@@ -57,7 +58,7 @@ def test_top_and_latest_are_kept_listed_and_the_others_deleted(tmp_path):
     assert read_checkpoint(f'{folder.path}/best.pdparams')['model']['w'][0] == 1
 
 
-def test_the_limit_of_size_takes_the_least_accurate(tmp_path):
+def test_the_size_limit_deletes_the_least_accurate(tmp_path):
     folder = RunFolder(settings(tmp_path / 'run', 'SAVE_FREQ', 1, 'SAVE_MAX_GB', 0.00055))  # 5 files of 0.1 MB
     folder.claim()
     numbered = evaluate(folder, ACCURACIES)
@@ -65,7 +66,7 @@ def test_the_limit_of_size_takes_the_least_accurate(tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / 'run').glob('*.pdparams')) < 0.55e6
 
 
-def test_a_disk_that_is_full_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
     folder = RunFolder(settings(tmp_path / 'run'))
     folder.claim()
     folder.save_last(state(folder, 1))
@@ -84,7 +85,7 @@ def test_a_disk_that_is_full_is_said_and_the_last_checkpoint_stays(tmp_path, mon
     assert folder.unsaved == '' and read_resumed(folder.path)[1]['epoch'] == 3
 
 
-def test_what_could_not_be_saved_is_saved_later_and_an_evaluation_is_not_over_before(tmp_path, monkeypatch):
+def test_a_failed_save_is_retried_and_the_evaluation_counts_only_after_it(tmp_path, monkeypatch):
     folder = RunFolder(settings(tmp_path / 'run', 'SAVE_FREQ', 1))
     folder.claim()
     folder.save_last(state(folder, 0))
@@ -97,36 +98,36 @@ def test_what_could_not_be_saved_is_saved_later_and_an_evaluation_is_not_over_be
         patch.setattr(os, 'replace', fail)
         folder.save_evaluated(evaluated, {'model': 10.0}, ['model'])
     assert 'No space left' in folder.unsaved and set(evaluated['numbered']) == {'epoch_0001.pdparams'}
-    assert read_resumed(folder.path)[1]['epoch'] == 0  # so it would be evaluated again
+    assert read_resumed(folder.path)[1]['epoch'] == 0  # so a resumed run would evaluate again
     folder.save_last(state(folder, 1))
     assert folder.unsaved == ''
     assert read_checkpoint(f'{folder.path}/best.pdparams')['epoch'] == 1
     assert read_checkpoint(f'{folder.path}/epoch_0001.pdparams')['epoch'] == 1
 
 
-def test_a_folder_whose_run_saved_nothing_begins_anew_for_the_same_settings_only(tmp_path):
+def test_a_run_that_saved_nothing_starts_again_only_with_the_same_settings(tmp_path):
     folder = RunFolder(settings(tmp_path / 'run'))
     folder.claim()
     folder.record(event='train', epoch=1)
     again = RunFolder(settings(tmp_path / 'run'))
     again.claim()
     assert not os.path.getsize(f'{again.path}/metrics.jsonl')
-    with pytest.raises(UserError, match='holds a run already'):
+    with pytest.raises(UserError, match='already contains a run'):
         settings(tmp_path / 'run', 'SEED', 7)
     again.record(event='eval', acc1=1.0)  # as -eval leaves it
-    with pytest.raises(UserError, match='holds a run already'):
+    with pytest.raises(UserError, match='already contains a run'):
         settings(tmp_path / 'run')
 
 
-def test_changes_of_settings_are_told_apart():
+def test_changed_settings_are_refused_or_allowed():
     config = get_config(None, ['TRAIN.BASE_LR', 0.5, 'MODEL.CHANNELS', [8] * 4, 'DATA.NUM_WORKERS', 1, 'SAVE', 'x'])
     refused, allowed = config_changes(config_text(get_config()), config)
     assert refused == ['MODEL.CHANNELS [128, 256, 512, 1024] -> [8, 8, 8, 8]', 'TRAIN.BASE_LR 0.004 -> 0.5']
     assert allowed == ['DATA.NUM_WORKERS 4 -> 1']
-    assert config_changes('SEED: 42', get_config()) == ([], [])  # keys that a run is older than
+    assert config_changes('SEED: 42', get_config()) == ([], [])  # a run from before most keys existed
 
 
-def test_lines_are_cut_where_the_checkpoint_was(tmp_path):
+def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     truncate_lines(path, 5)  # no file yet
     append_json_line(path, {'step': 1, 'loss': float('nan')})

@@ -326,7 +326,7 @@ def test_an_older_checkpoint_or_an_evaluation_never_writes_into_the_run(trained,
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     for flags in ([f'-resume={folder}/epoch_0001.pdparams'], ['-eval', f'-resume={folder}']):
         done = run_script('main_single_gpu.py', *flags, f'-output={folder}', f'-data_path={list_dataset}')
-        assert done.returncode == 2 and 'holds a run already' in done.stderr
+        assert done.returncode == 2 and 'already contains a run' in done.stderr
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 

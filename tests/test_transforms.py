@@ -1,4 +1,4 @@
-"""Evaluation transforms against the golden pictures, training transforms against their published definitions."""
+"""Evaluation transforms against the golden images, training transforms against their published definitions."""
 import pickle
 
 import numpy as np
@@ -19,7 +19,7 @@ def rng(seed=0):
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 @pytest.mark.parametrize('name', ['rocket.jpg', 'coffee.png', 'camera_gray.png'])
-def test_eval_equals_golden_pictures_bit_for_bit(golden, name, protocol):
+def test_eval_equals_golden_images_bit_for_bit(golden, name, protocol):
     size, mode = PROTOCOLS[protocol]
     image = Image.open(golden / 'preprocess' / name).convert('RGB')
     expected = np.asarray(Image.open(golden / 'preprocess' / f'{name.split(".")[0]}_{protocol}.png').convert('RGB'))
@@ -33,7 +33,7 @@ def test_eval_equals_golden_pictures_bit_for_bit(golden, name, protocol):
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (31, 33), (500, 20), (224, 224)])
 @pytest.mark.parametrize('protocol', ['crop', 'warp'])
-def test_eval_takes_pictures_of_any_size(size, protocol):
+def test_eval_takes_images_of_any_size(size, protocol):
     image = Image.new('RGB', size, (255, 0, 127))
     result = eval_transform(32, protocol=protocol, mean=(0, 0, 0), std=(1, 1, 1))(image)
     assert result.shape == (3, 32, 32)
@@ -74,7 +74,7 @@ def test_train_depends_on_the_generator_only(picture):
     assert len({result.tobytes() for result in results}) == 20
 
 
-def test_train_with_all_off_is_the_evaluation_of_the_whole_picture(picture):
+def test_train_with_all_off_is_the_evaluation_of_the_whole_image(picture):
     transform = train_transform(40, scale=(1, 1), ratio=(4 / 3, 4 / 3), hflip=0, color_jitter=0, auto_augment='',
                                 re_prob=0)
     assert np.array_equal(transform(picture, rng()), eval_transform(40, protocol='warp')(picture))
@@ -106,7 +106,7 @@ def test_colour_jitter_factors_stay_in_range():
 
 
 class Recorded:
-    """Stands for a picture and notes the box that is cropped out of it."""
+    """Replaces an image and records the box that is cropped out of it."""
     width, height = 2400, 2000
 
     def crop(self, box):
@@ -126,7 +126,7 @@ def fitting_area(low, high, limit, shape):
     """Distribution function of a uniform area when boxes (log-uniform aspect) that do not fit are drawn again.
 
     A box of share s and aspect a, in terms of its first side over the second, fits where s * a and s / a are at most
-    the picture's own aspect `shape` and its inverse.
+    the image's own aspect `shape` and its inverse.
     """
     area = np.linspace(low, high, 10_001)
     longest, shortest = np.minimum(np.log(shape / area), limit), np.maximum(np.log(area * shape), -limit)
@@ -148,7 +148,7 @@ def test_random_resized_crop_draws_area_and_aspect_as_published():
     assert kolmogorov_smirnov(top[small] / (2000 - height[small]), stats.uniform.cdf) < 2.2
 
 
-def test_random_resized_crop_of_a_thin_picture_is_the_largest_centred_box():
+def test_random_resized_crop_of_a_thin_image_is_the_largest_centred_box():
     image = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 4, 3)))
     crop = np.asarray(transforms.random_resized_crop(image, 5, rng(), scale=(0.9, 1.0), interpolation='nearest'))
     assert crop[..., 0].min() >= 97 and crop[..., 0].max() <= 102  # 4 wide, so 4 / (3/4) = 5 high
@@ -178,7 +178,7 @@ def test_random_erasing_modes(mode):
 
 
 class Canvas:
-    """Stands for an array of pixels and notes the boxes that are overwritten."""
+    """Replaces an array of pixels and records the boxes that are overwritten."""
     shape = 3, 2000, 2400
 
     def __init__(self):
@@ -191,7 +191,7 @@ class Canvas:
 
 @pytest.mark.parametrize('count', [1, 3])
 def test_random_erasing_draws_area_and_aspect_as_published(count):
-    """arXiv 1708.04896: area uniform in 0.02 to 1/3 of the picture, aspect 0.3 to 1/0.3, position uniform."""
+    """arXiv 1708.04896: area uniform in 0.02 to 1/3 of the image, aspect 0.3 to 1/0.3, position uniform."""
     canvas = Canvas()
     for seed in range(3000 // count):
         transforms.random_erasing(canvas, rng(seed), mode='const', count=count)
@@ -223,7 +223,7 @@ def test_random_erasing_probability_and_count(picture):
 
 def test_rand_augment_fills_with_the_mean(picture):
     transform = train_transform(40, mean=(0.5, 0.25, 1.0), auto_augment='rand')
-    assert transform.keywords['augment_sample'].keywords['augment'].fill == (128, 64, 255)
+    assert transform.augment.fill == (128, 64, 255)
 
 
 @pytest.mark.parametrize('settings', [{}, {'auto_augment': 'augmix'}, {'auto_augment': '', 're_prob': 1}])

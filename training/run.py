@@ -13,7 +13,8 @@ from large_kernel import operator_serves
 from losses import build_loss
 from mixup import Mixup
 from run_folder.curves import curves_line
-from run_folder.writer import RunFolder, read_resumed
+from run_folder.resume import read_resumed
+from run_folder.writer import RunFolder
 from training.amp import Amp
 from training.ema import ModelEMA
 from training.engine import evaluate, train_one_epoch

@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(fleets, stoppe
     damage(folder / 'last.pdparams')
     process = fleets[1].start(folder)
     assert fleets[1].end(process) == 0, process.errors
-    assert any(words in line and 'stepping back to' in line for line in process.lines), process.lines
+    assert any(words in line and 'resuming from' in line for line in process.lines), process.lines
     assert fleets[1].compare(folder) == ''
 
 
@@ -75,7 +75,7 @@ def test_a_run_without_any_whole_checkpoint_is_refused_in_one_line(fleets, stopp
         flip(path)
     process = fleets[1].start(folder)
     assert fleets[1].end(process) == 2
-    assert process.errors.count('\n') == 1 and 'no whole checkpoint is left' in process.errors
+    assert process.errors.count('\n') == 1 and 'no intact checkpoint is left' in process.errors
 
 
 def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_settings(fleets, stopped):
@@ -133,7 +133,7 @@ def test_a_worker_of_the_loader_that_dies_ends_every_rank(fleets):
                 os.kill(int(worker), signal.SIGKILL)
         time.sleep(0.05)
     assert fleet.end(process) == 1
-    assert 'a loading process ended with status -9' in process.errors
+    assert 'a DataLoader worker exited with status -9' in process.errors
 
 
 def test_a_second_signal_ends_at_once(fleets, stopped):
