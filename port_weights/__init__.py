@@ -1,1 +1,1 @@
-"""Weights of RepLKNet from and to other frameworks; `python port_weights/convert.py -h`."""
+"""Reads and converts weights of PyTorch, safetensors and Paddle; `python port_weights/convert.py -h`."""

@@ -1,4 +1,4 @@
-"""Loads weights into a model, all of them or none."""
+"""Loads weights into a model: all of them, or none and an error."""
 import numpy as np
 import paddle
 
@@ -6,16 +6,17 @@ from errors import UserError
 
 
 def load_weights(model, weights, origin, drop_head=False):
-    """Copies `weights` into `model`, all or none.
+    """Copies `weights` into `model`. Unless all of them fit, the model is not changed.
 
     Args:
-        weights: arrays by structured name.
-        origin: where they come from, for messages.
-        drop_head: leave the head as initialised where its class count differs.
+        model: Paddle layer.
+        weights: {name: array}, with the names of the model's state dict.
+        origin: where the weights come from, for messages.
+        drop_head: keep the initial values of a head with another class count.
     Returns:
-        names that were left out on purpose.
+        names of the tensors that keep their initial values for this reason.
     Raises:
-        UserError: a tensor is missing, surplus or of another shape; the text lists them.
+        UserError: tensors are missing, surplus or of another shape; the message lists them.
     """
     own = model.state_dict()
     dropped = []

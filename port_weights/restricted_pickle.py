@@ -1,406 +1,279 @@
-"""A pickle interpreter that calls nothing: pickles of tensors and plain values become arrays and containers."""
-import math
-import pickle  # for the names of its opcodes
-import re
-import struct
+"""A pickle interpreter that calls nothing.
 
-import numpy as np
+A pickle is a program for a stack machine, and some of its opcodes call Python functions. `Unpickler` executes the
+opcodes that the frameworks write, except that a call only becomes a `Call` record, which `rebuild.Resolver` turns
+into an array or a container if it knows how. Any name outside of its table is refused as soon as it is read.
+"""
+import pickle  # for the names of its opcodes
+from struct import Struct
 
 from errors import CheckpointError
-from port_weights.arrays import _TORCH_TYPES, BFLOAT16, _as_array, _is_count, _is_shape, _itemsize
+from port_weights.arrays import is_count
+from port_weights.rebuild import STORAGE_TYPES, Call, Global, Storage, checked_global, checked_key
 
-MAX_OPERATIONS = 2_000_000  # of one pickle; the training state of RepLKNet-XL has 300 thousand
-MAX_DEPTH = 64              # of nested containers
+MAX_OPERATIONS = 2_000_000  # per pickle; the training state of RepLKNet-XL has 300 thousand
+_MARK = object()
 
 
-class Placeholder:
-    """Stands for an object that is not data, such as `argparse.Namespace`; holds what the file says of it.
+class Unpickler:
+    """Interprets the opcodes of pickle protocols 2 to 5 that the frameworks write.
 
-    Attributes: `name` (module and class), `args` of its constructor and `state`, mostly a dict of its attributes.
+    Args:
+        file: binary file at the start of a pickle.
+        end: position in the file that the pickle must not pass.
+    Attributes:
+        storages: {key: Storage} that the pickle refers to.
     """
 
-    def __init__(self, name, args=(), state=None):
-        self.name, self.args, self.state = name, args, state
-
-    def __repr__(self):
-        return f'Placeholder({self.name})'
-
-
-class _Global:
-    """A function or class that the pickle names; never looked up."""
-
-    def __init__(self, name):
-        self.name = name
-
-
-class _Call:
-    """A call that the pickle asks for, not made: `name(*args)`, then the state, items and elements given to it."""
-
-    def __init__(self, name, args):
-        self.name, self.args, self.state, self.items, self.elements = name, args, None, {}, []
-
-
-class _Storage:
-    """The bytes of one or more torch tensors, kept elsewhere in the file."""
-
-    def __init__(self, dtype, key, count):
-        self.dtype, self.key, self.count = dtype, key, count
-
-
-_MARK = object()
-_CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, pickle.EMPTY_TUPLE: ()}
-_NUMBERS = {pickle.BININT1: '<B', pickle.BININT2: '<H', pickle.BININT: '<i', pickle.BINFLOAT: '>d'}
-_TEXTS = {pickle.SHORT_BINUNICODE: '<B', pickle.BINUNICODE: '<I', pickle.BINUNICODE8: '<Q'}
-_BYTES = {pickle.SHORT_BINBYTES: '<B', pickle.BINBYTES: '<I', pickle.BINBYTES8: '<Q', pickle.BYTEARRAY8: '<Q'}
-_PUTS = {pickle.BINPUT: '<B', pickle.LONG_BINPUT: '<I'}
-_GETS = {pickle.BINGET: '<B', pickle.LONG_BINGET: '<I'}
-_TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
-
-
-class _Unpickler:
-    """Interprets the opcodes of pickle protocols 2 to 5 that the frameworks write; `storages` are those it named."""
-
     def __init__(self, file, end):
-        self.file, self.end, self.storages = file, end, {}
-
-    def take(self, count):
-        if count > 4096 and count > self.end - self.file.tell():
-            raise CheckpointError('truncated')
-        data = self.file.read(count)
-        if len(data) != count:
-            raise CheckpointError('truncated')
-        return data
-
-    def number(self, fmt):
-        return struct.unpack(fmt, self.take(struct.calcsize(fmt)))[0]
+        self.file, self.end = file, end
+        self.stack, self.memo, self.storages = [], {}, {}
 
     def load(self):
-        """Runs one pickle, up to its end mark. Returns its value, in which calls are `_Call` records."""
+        """Executes one pickle up to its STOP. Returns its value, for a `Resolver`."""
         try:
             return self._run()
         except (IndexError, KeyError, UnicodeDecodeError):
             raise CheckpointError('damaged pickle') from None
 
     def _run(self):
-        stack, memo = [], {}
-
-        def pop_mark():
-            at = len(stack) - 1
-            while stack[at] is not _MARK:  # IndexError when there is none
-                at -= 1
-            items = stack[at + 1:]
-            del stack[at:]
-            return items
-
         if self.take(1) != pickle.PROTO or self.take(1)[0] not in (2, 3, 4, 5):
             raise CheckpointError('is not a pickle of protocol 2 to 5')
+        take, handler_of = self.take, _HANDLERS.get
         for _ in range(MAX_OPERATIONS):
-            op = self.take(1)
-            if op in _CONSTANTS:
-                stack.append(_CONSTANTS[op])
-            elif op in _NUMBERS:
-                stack.append(self.number(_NUMBERS[op]))
-            elif op in _TEXTS:
-                stack.append(self.take(self.number(_TEXTS[op])).decode('utf-8', 'surrogatepass'))
-            elif op in _BYTES:
-                stack.append(self.take(self.number(_BYTES[op])))
-            elif op in _PUTS:
-                memo[self.number(_PUTS[op])] = stack[-1]
-            elif op in _GETS:
-                stack.append(memo[self.number(_GETS[op])])
-            elif op == pickle.MEMOIZE:
-                memo[len(memo)] = stack[-1]
-            elif op == pickle.MARK:
-                stack.append(_MARK)
-            elif op in _TUPLES:
-                count = _TUPLES[op]
-                if len(stack) < count:
-                    raise IndexError
-                stack[-count:] = [tuple(stack[-count:])]
-            elif op == pickle.TUPLE:
-                stack.append(tuple(pop_mark()))
-            elif op in (pickle.EMPTY_LIST, pickle.EMPTY_SET):
-                stack.append([])
-            elif op == pickle.FROZENSET:
-                stack.append(pop_mark())
-            elif op == pickle.EMPTY_DICT:
-                stack.append({})
-            elif op in (pickle.APPEND, pickle.APPENDS, pickle.ADDITEMS):
-                values = [stack.pop()] if op == pickle.APPEND else pop_mark()
-                _elements_of(stack[-1]).extend(values)
-            elif op in (pickle.SETITEM, pickle.SETITEMS):
-                pairs = [stack.pop(-2), stack.pop()] if op == pickle.SETITEM else pop_mark()
-                _set_items(stack[-1], pairs)
-            elif op == pickle.GLOBAL:
-                module, name = self.line(), self.line()
-                stack.append(_make_global(module, name))
-            elif op == pickle.STACK_GLOBAL:
-                name, module = stack.pop(), stack.pop()
-                stack.append(_make_global(module, name))
-            elif op in (pickle.REDUCE, pickle.NEWOBJ):
-                args, function = stack.pop(), stack.pop()
-                if type(function) is not _Global or type(args) is not tuple:
-                    raise CheckpointError('damaged pickle: calls something that is not a function')
-                stack.append(_Call(function.name, args))
-            elif op == pickle.BUILD:
-                state = stack.pop()
-                if type(stack[-1]) is not _Call:
-                    raise CheckpointError('damaged pickle: sets the state of a plain value')
-                stack[-1].state = state
-            elif op == pickle.BINPERSID:
-                stack.append(self.storage(stack.pop()))
-            elif op == pickle.LONG1:
-                stack.append(int.from_bytes(self.take(self.take(1)[0]), 'little', signed=True))
-            elif op == pickle.FRAME:
-                self.take(8)
-            elif op == pickle.POP:
-                stack.pop()
-            elif op == pickle.POP_MARK:
-                pop_mark()
+            op = take(1)
+            handler = handler_of(op)
+            if handler is not None:
+                handler(self)
             elif op == pickle.STOP:
-                if len(stack) != 1 or stack[0] is _MARK:
+                if len(self.stack) != 1 or self.stack[0] is _MARK:
                     raise IndexError
-                return stack[0]
+                return self.stack[0]
             else:
                 raise CheckpointError(f'damaged pickle: opcode {op!r}, which no framework writes')
         raise CheckpointError(f'the pickle has more than {MAX_OPERATIONS} operations')
 
+    def take(self, count):
+        """The next `count` bytes of the file."""
+        if count > 4096 and count > self.end - self.file.tell():  # before so much memory is allocated
+            raise CheckpointError('is truncated')
+        data = self.file.read(count)
+        if len(data) != count:
+            raise CheckpointError('is truncated')
+        return data
+
     def line(self):
+        """The next line of the file, without its end."""
         line = self.file.readline(256)
         if not line.endswith(b'\n'):
-            raise CheckpointError('damaged pickle: a name without end')
+            raise CheckpointError('damaged pickle: an unterminated name')
         return line[:-1].decode()
 
-    def storage(self, pid):
-        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != 'storage' or type(pid[1]) is not _Global:
-            raise CheckpointError('damaged pickle: a reference that is not tensor data')
-        dtype, key, count = _TORCH_TYPES.get(pid[1].name), pid[2], pid[4]
-        if dtype is None:
-            raise CheckpointError(f'tensors of type {pid[1].name} are not supported')
-        if type(key) is not str or not _is_count(count) or pid[5:] not in ((), (None,)):
-            raise CheckpointError('damaged pickle: a reference that is not tensor data')
-        known = self.storages.setdefault(key, _Storage(dtype, key, count))
-        if (known.dtype, known.count) != (dtype, count):
-            raise CheckpointError(f'damaged pickle: tensor data {key!r} is described in two ways')
-        return known
+    def pop_mark(self):
+        """Removes the topmost mark and everything above it from the stack. Returns the list of what was above."""
+        stack = self.stack
+        at = len(stack) - 1
+        while stack[at] is not _MARK:  # IndexError when there is none
+            at -= 1
+        items = stack[at + 1:]
+        del stack[at:]
+        return items
+
+
+# ---- handlers of opcodes: functions of an Unpickler, or functions that make one for the format of the operand
+# Too few values on the stack are an IndexError, an unknown memo index is a KeyError: `Unpickler.load` catches them.
+
+def _constant(value):
+    def push(machine):
+        machine.stack.append(value)
+    return push
+
+
+def _operand(fmt):
+    """Function that reads the operand of an opcode, a number."""
+    unpack, size = Struct(fmt).unpack, Struct(fmt).size
+
+    def read(machine):
+        return unpack(machine.take(size))[0]
+    return read
+
+
+def _number(fmt):
+    operand = _operand(fmt)
+
+    def push(machine):
+        machine.stack.append(operand(machine))
+    return push
+
+
+def _long(machine):
+    machine.stack.append(int.from_bytes(machine.take(machine.take(1)[0]), 'little', signed=True))
+
+
+def _text(fmt):
+    length = _operand(fmt)
+
+    def push(machine):
+        machine.stack.append(machine.take(length(machine)).decode('utf-8', 'surrogatepass'))
+    return push
+
+
+def _bytes(fmt):
+    length = _operand(fmt)
+
+    def push(machine):
+        machine.stack.append(machine.take(length(machine)))
+    return push
+
+
+def _put(fmt):
+    index = _operand(fmt)
+
+    def put(machine):
+        machine.memo[index(machine)] = machine.stack[-1]
+    return put
+
+
+def _memoize(machine):
+    machine.memo[len(machine.memo)] = machine.stack[-1]
+
+
+def _get(fmt):
+    index = _operand(fmt)
+
+    def push(machine):
+        machine.stack.append(machine.memo[index(machine)])
+    return push
+
+
+def _frame(machine):
+    machine.take(8)
+
+
+def _pop(machine):
+    machine.stack.pop()
+
+
+def _pop_mark(machine):
+    machine.pop_mark()
+
+
+def _tuple_of(count):
+    def replace(machine):
+        if len(machine.stack) < count:
+            raise IndexError
+        machine.stack[-count:] = [tuple(machine.stack[-count:])]
+    return replace
+
+
+def _tuple(machine):
+    machine.stack.append(tuple(machine.pop_mark()))
+
+
+def _empty(container):
+    def push(machine):
+        machine.stack.append(container())
+    return push
+
+
+def _frozenset(machine):
+    machine.stack.append(machine.pop_mark())
+
+
+def _append(machine):
+    value = machine.stack.pop()
+    _elements_of(machine.stack[-1]).append(value)
+
+
+def _appends(machine):
+    values = machine.pop_mark()
+    _elements_of(machine.stack[-1]).extend(values)
 
 
 def _elements_of(target):
     if type(target) is list:
         return target
-    if type(target) is _Call:
+    if type(target) is Call:
         return target.elements
     raise CheckpointError('damaged pickle: appends to something that is not a list')
 
 
+def _setitem(machine):
+    value, key = machine.stack.pop(), machine.stack.pop()
+    _set_items(machine.stack[-1], [key, value])
+
+
+def _setitems(machine):
+    pairs = machine.pop_mark()
+    _set_items(machine.stack[-1], pairs)
+
+
 def _set_items(target, pairs):
-    items = target if type(target) is dict else target.items if type(target) is _Call else None
+    items = target if type(target) is dict else target.items if type(target) is Call else None
     if items is None or len(pairs) % 2:
         raise CheckpointError('damaged pickle: sets items of something that is not a dict')
     for key, value in zip(pairs[::2], pairs[1::2]):
-        items[_checked_key(key)] = value
+        items[checked_key(key)] = value
 
 
-def _checked_key(key):
-    # hashing nested tuples can take forever or overflow the stack, and large integers can be made to collide
-    if type(key) in (str, bytes, bool, type(None)) or type(key) is int and key.bit_length() <= 60:
-        return key
-    raise CheckpointError(f'a dict has a key of type {type(key).__name__}')
+def _global(machine):
+    module, name = machine.line(), machine.line()
+    machine.stack.append(checked_global(module, name))
 
 
-def _make_global(module, name):
-    if type(module) is not str or type(name) is not str:
-        raise CheckpointError('damaged pickle: a global without a name')
-    full = f"{_RENAMED_MODULES.get(module, module)}.{name}"
-    if full not in _FUNCTIONS and full not in _INERT and full not in _TORCH_TYPES:
-        shown = f'{module}.{name}'[:100]
-        raise CheckpointError(f"refused: the file names {shown if shown.isprintable() else ascii(shown)}, "
-                              'which is neither a tensor nor a plain value')
-    return _Global(full)
+def _stack_global(machine):
+    name, module = machine.stack.pop(), machine.stack.pop()
+    machine.stack.append(checked_global(module, name))
 
 
-class _Resolver:
-    """Turns the value of `_Unpickler.load` into plain containers, arrays and placeholders.
-
-    Args:
-        budget: `_Budget` of the file.
-        read_storage: function from a storage's key to its bytes as a uint8 array; None where a file has none.
-        order: byte order of the storages, '<' or '>'.
-        paddle: undo what paddle.save does to tensors.
-    """
-
-    def __init__(self, budget, read_storage, order, paddle=False):
-        self.budget, self.read_storage, self.order, self.paddle = budget, read_storage, order, paddle
-        self.done, self.depth, self.data = {}, 0, {}
-
-    def __call__(self, value):
-        if type(value) in (str, bytes, int, float, bool, type(None), np.ndarray):
-            return value
-        # values are shared, in a hostile file so often that visiting each occurrence would never end
-        if id(value) in self.done:
-            _, result = self.done[id(value)]
-            if result is _MARK:
-                raise CheckpointError('damaged pickle: a container holds itself')
-            return result
-        if self.depth > MAX_DEPTH:
-            raise CheckpointError(f'containers are nested more than {MAX_DEPTH} deep')
-        self.done[id(value)] = value, _MARK  # holding the value keeps its id from being used again
-        self.depth += 1
-        result = self._resolve(value)
-        self.depth -= 1
-        self.done[id(value)] = value, result
-        return result
-
-    def _resolve(self, value):
-        if type(value) is dict:
-            return self.mapping(value)
-        if type(value) is list:
-            return [self(v) for v in value]
-        if type(value) is tuple:
-            result = tuple(self(v) for v in value)
-            # how Paddle stores a tensor inside of nested containers
-            named = self.paddle and len(result) == 2 and type(result[0]) is str and type(result[1]) is np.ndarray
-            return result[1] if named else result
-        if type(value) is _Call:
-            try:
-                return _FUNCTIONS.get(value.name, _Resolver.make_placeholder)(self, value, *value.args)
-            except TypeError:
-                raise CheckpointError(f'damaged pickle: {value.name} with arguments it does not take') from None
-        if type(value) is _Global:
-            return Placeholder(value.name)
-        raise CheckpointError('damaged pickle: tensor data outside of a tensor')
-
-    def mapping(self, items):
-        result = {key: self(value) for key, value in items.items()}
-        if self.paddle and 'UnpackBigParamInfor@@' in result:
-            self.join_slices(result)
-        return result
-
-    def join_slices(self, state):
-        """Protocols 2 and 3 of paddle.save cut parameters of a gigabyte and more into slices."""
-        try:
-            for name, info in state.pop('UnpackBigParamInfor@@').items():
-                slices = [state.pop(part) for part in info['slices']]
-                self.budget.spend(sum(s.nbytes for s in slices))
-                state[name] = np.concatenate(slices).reshape(info['OriginShape'])
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise CheckpointError('a parameter saved in slices is damaged') from None
-
-    def make_placeholder(self, call, *args):
-        return Placeholder(call.name, self(args), self(call.state))
-
-    def make_dict(self, call, *args):
-        items = {}
-        for source in args:
-            if source is None or type(source) is _Global:  # the factory of a defaultdict
-                continue
-            source = self(source)
-            for pair in source.items() if type(source) is dict else source:
-                if type(pair) not in (list, tuple) or len(pair) != 2:
-                    raise CheckpointError('damaged pickle: a dict of something else than pairs')
-                items[_checked_key(pair[0])] = pair[1]
-        items.update(self.mapping(call.items))
-        return items
-
-    def make_list(self, call, values=(), *_):
-        values = self(values)
-        if type(values) not in (list, tuple):
-            raise TypeError
-        return [*values, *(self(v) for v in call.elements)]
-
-    def make_tuple(self, call, values=()):
-        values = self(values)
-        if type(values) not in (list, tuple, np.ndarray):
-            raise TypeError
-        return values if type(values) is np.ndarray else tuple(values)  # Paddle makes a tuple of a tensor
-
-    def make_bytes(self, call, text='', encoding='latin1'):
-        if type(text) is not str or encoding != 'latin1':
-            raise TypeError
-        self.budget.spend(len(text))
-        try:
-            return text.encode('latin1')
-        except UnicodeEncodeError:
-            raise CheckpointError('damaged pickle: bytes that are not latin1') from None
-
-    def make_dtype(self, call, name, *_):
-        state = self(call.state)
-        if type(name) is not str or not re.fullmatch(r'[<>|=]?(b1|\?|[iu][1248]|f[248])', name):
-            raise CheckpointError(f'arrays of type {name!r:.40} are not supported')
-        order = state[1] if type(state) is tuple and len(state) > 1 else '='
-        if type(order) is not str or order not in ('<', '>', '|', '='):
-            raise CheckpointError('damaged pickle: unknown byte order')
-        dtype = np.dtype(name)
-        return dtype if order in '|=' else dtype.newbyteorder(order)
-
-    def make_array(self, call, *_):
-        state = call.state
-        if type(state) is not tuple or len(state) != 5:
-            raise TypeError
-        _, shape, dtype, fortran, data = (self(v) for v in state)
-        return self.dense(data, dtype, shape, fortran is True)
-
-    def make_array_of_buffer(self, call, data, dtype, shape, order):
-        return self.dense(self(data), self(dtype), self(shape), order == 'F')
-
-    def make_scalar(self, call, dtype, data):
-        return self.dense(self(data), self(dtype), (), False)[()]
-
-    def dense(self, data, dtype, shape, fortran):
-        if type(data) is not bytes or not isinstance(dtype, np.dtype) or not _is_shape(shape) \
-                or len(data) != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError('an array is larger or smaller than its data: truncated or damaged')
-        kind = dtype.str[1:]
-        if self.paddle and kind == 'u2':
-            kind = BFLOAT16
-        order = dtype.str[0].replace('|', '<')
-        if fortran:
-            return _as_array(data, kind, order, shape[::-1], self.budget).T
-        return _as_array(data, kind, order, shape, self.budget)
-
-    def make_tensor(self, call, storage, offset, shape, strides, *_):
-        if type(storage) is not _Storage or not _is_count(offset) or not _is_shape(shape) or not _is_shape(strides) \
-                or len(shape) != len(strides):
-            raise CheckpointError('damaged pickle: a tensor without its data, shape or strides')
-        if storage.key not in self.data:
-            self.data[storage.key] = self.read_storage(storage.key)
-        data = self.data[storage.key]
-        if len(data) < storage.count * _itemsize(storage.dtype):
-            raise CheckpointError(f'tensor data {storage.key!r} is cut short: truncated or damaged')
-        return _as_array(data, storage.dtype, self.order, shape, self.budget, offset, strides)
-
-    def make_parameter(self, call, data, *_):
-        return self(data)
-
-    def make_attribute(self, call, owner, name):
-        """mmengine saves references to methods of its meters; of other things none may be asked for."""
-        if type(owner) is not _Global or owner.name not in _INERT or type(name) is not str:
-            raise CheckpointError('refused: the file asks for an attribute of an object')
-        return Placeholder(f'{owner.name}.{name}')
+def _call(machine):
+    args, function = machine.stack.pop(), machine.stack.pop()
+    if type(function) is not Global or type(args) is not tuple:
+        raise CheckpointError('damaged pickle: calls something that is not a function')
+    machine.stack.append(Call(function.name, args))
 
 
-_RENAMED_MODULES = {'__builtin__': 'builtins', 'pathlib._local': 'pathlib',
-                    'numpy._core.multiarray': 'numpy.core.multiarray',
-                    'numpy._core.numeric': 'numpy.core.numeric'}
-_FUNCTIONS = {
-    'builtins.dict': _Resolver.make_dict, 'collections.OrderedDict': _Resolver.make_dict,
-    'collections.Counter': _Resolver.make_dict, 'collections.defaultdict': _Resolver.make_dict,
-    'builtins.list': _Resolver.make_list, 'builtins.set': _Resolver.make_list,
-    'builtins.frozenset': _Resolver.make_list, 'collections.deque': _Resolver.make_list,
-    'builtins.tuple': _Resolver.make_tuple, 'torch.Size': _Resolver.make_tuple,
-    '_codecs.encode': _Resolver.make_bytes, 'builtins.bytes': _Resolver.make_bytes,  # protocol 2 has no bytes
-    'numpy.dtype': _Resolver.make_dtype, 'numpy.core.multiarray._reconstruct': _Resolver.make_array,
-    'numpy.core.numeric._frombuffer': _Resolver.make_array_of_buffer,
-    'numpy.core.multiarray.scalar': _Resolver.make_scalar,
-    'torch._utils._rebuild_tensor': _Resolver.make_tensor, 'torch._utils._rebuild_tensor_v2': _Resolver.make_tensor,
-    'torch._utils._rebuild_parameter': _Resolver.make_parameter,
-    'builtins.getattr': _Resolver.make_attribute,
-}
-_INERT = {  # become placeholders
-    'argparse.Namespace', 'types.SimpleNamespace', 'pathlib.PosixPath', 'pathlib.WindowsPath',
-    'pathlib.PurePosixPath', 'pathlib.PureWindowsPath', 'yacs.config.CfgNode', 'fvcore.common.config.CfgNode',
-    'addict.addict.Dict', 'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict',
-    'mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'torch.device', 'torch.float64',
-    'torch.float32', 'torch.float16', 'torch.bfloat16', 'torch.int64', 'torch.int32', 'torch.uint8', 'torch.bool',
-    'builtins.int', 'builtins.float', 'builtins.bool', 'builtins.str',
+def _build(machine):
+    state = machine.stack.pop()
+    if type(machine.stack[-1]) is not Call:
+        raise CheckpointError('damaged pickle: sets the state of a plain value')
+    machine.stack[-1].state = state
+
+
+def _persistent_id(machine):
+    pid = machine.stack.pop()
+    if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != 'storage' or type(pid[1]) is not Global:
+        raise CheckpointError('damaged pickle: a reference that is not tensor data')
+    dtype, key, count = STORAGE_TYPES.get(pid[1].name), pid[2], pid[4]
+    if dtype is None:
+        raise CheckpointError(f'tensors of type {pid[1].name} are not supported')
+    if type(key) is not str or not is_count(count) or pid[5:] not in ((), (None,)):
+        raise CheckpointError('damaged pickle: a reference that is not tensor data')
+    storage = machine.storages.setdefault(key, Storage(dtype, key, count))
+    if (storage.dtype, storage.count) != (dtype, count):
+        raise CheckpointError(f'damaged pickle: tensor data {key!r} is described in two ways')
+    machine.stack.append(storage)
+
+
+_HANDLERS = {
+    # constants, numbers, texts, bytes
+    pickle.NONE: _constant(None), pickle.NEWTRUE: _constant(True), pickle.NEWFALSE: _constant(False),
+    pickle.BININT1: _number('<B'), pickle.BININT2: _number('<H'), pickle.BININT: _number('<i'),
+    pickle.BINFLOAT: _number('>d'), pickle.LONG1: _long,
+    pickle.SHORT_BINUNICODE: _text('<B'), pickle.BINUNICODE: _text('<I'), pickle.BINUNICODE8: _text('<Q'),
+    pickle.SHORT_BINBYTES: _bytes('<B'), pickle.BINBYTES: _bytes('<I'), pickle.BINBYTES8: _bytes('<Q'),
+    pickle.BYTEARRAY8: _bytes('<Q'),
+    # memo, stack, frames
+    pickle.BINPUT: _put('<B'), pickle.LONG_BINPUT: _put('<I'), pickle.MEMOIZE: _memoize,
+    pickle.BINGET: _get('<B'), pickle.LONG_BINGET: _get('<I'),
+    pickle.MARK: _constant(_MARK), pickle.POP: _pop, pickle.POP_MARK: _pop_mark, pickle.FRAME: _frame,
+    # tuples, lists (for sets too), dicts
+    pickle.EMPTY_TUPLE: _constant(()), pickle.TUPLE1: _tuple_of(1), pickle.TUPLE2: _tuple_of(2),
+    pickle.TUPLE3: _tuple_of(3), pickle.TUPLE: _tuple,
+    pickle.EMPTY_LIST: _empty(list), pickle.EMPTY_SET: _empty(list), pickle.FROZENSET: _frozenset,
+    pickle.APPEND: _append, pickle.APPENDS: _appends, pickle.ADDITEMS: _appends,
+    pickle.EMPTY_DICT: _empty(dict), pickle.SETITEM: _setitem, pickle.SETITEMS: _setitems,
+    # functions, classes and calls, which are only recorded; tensor data
+    pickle.GLOBAL: _global, pickle.STACK_GLOBAL: _stack_global, pickle.REDUCE: _call, pickle.NEWOBJ: _call,
+    pickle.BUILD: _build, pickle.BINPERSID: _persistent_id,
 }

@@ -1,7 +1,7 @@
 """Writes state dicts as safetensors, as pickles for `paddle.load` and as zip files for `torch.load`.
 
-All three are written by hand: neither torch nor safetensors need be installed, the bytes depend on nothing but the
-tensors, and no copy of the weights is made.
+All three formats are written by hand: neither torch nor safetensors is needed, the bytes depend only on the tensors,
+and the weights are not copied.
 """
 import json
 import struct
@@ -14,7 +14,7 @@ _TORCH_TYPES = {'float32': 'FloatStorage', 'int64': 'LongStorage'}
 
 
 def write_safetensors(file, state):
-    """`state` {name: float32 or int64 array} to the open file; format: huggingface.co/docs/safetensors."""
+    """Writes `state` {name: float32 or int64 array} to a binary file; format: huggingface.co/docs/safetensors."""
     header, position = {'__metadata__': {'format': 'np'}}, 0
     for name, array in state.items():
         header[name] = {'dtype': _SAFETENSORS_TYPES[array.dtype.name], 'shape': list(array.shape),
@@ -28,9 +28,9 @@ def write_safetensors(file, state):
 
 
 def write_paddle(file, state):
-    """`state` {name: array} to the open file, as a pickled dict of NumPy arrays, the form of paddle.save.
+    """Writes `state` {name: array} to a binary file as a pickled dict of NumPy arrays, as paddle.save does.
 
-    The arrays are named as NumPy 1 names them, which NumPy 2 reads too.
+    The pickle refers to NumPy's functions by their names in NumPy 1, which NumPy 2 knows too.
     """
     file.write(b'\x80\x04}(')  # protocol 4, dict, mark
     for name, array in state.items():
@@ -46,7 +46,7 @@ def write_paddle(file, state):
 
 
 def write_torch(file, state):
-    """`state` {name: float32 or int64 array} to the open file, in the zip format that `torch.load` reads since 1.6."""
+    """Writes `state` {name: float32 or int64 array} to a binary file in the zip format of torch 1.6 and later."""
     program = b'\x80\x02ccollections\nOrderedDict\n)R('
     for index, (name, array) in enumerate(state.items()):
         strides = [int(np.prod(array.shape[i + 1:], dtype=np.int64)) for i in range(array.ndim)]
@@ -59,8 +59,8 @@ def write_torch(file, state):
                *((f'data/{index}', array) for index, array in enumerate(state.values())), ('version', b'3\n')]
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
         for name, data in entries:
-            info = zipfile.ZipInfo(f'archive/{name}')  # dated 1980, whenever it is written
-            # torch maps the file and wants its tensors aligned: pad the header's extra field, as torch.save does
+            info = zipfile.ZipInfo(f'archive/{name}')  # dated 1980, so that equal weights give equal bytes
+            # torch may map the file into memory: pad the header's extra field to align the data, as torch.save does
             padding = -(file.tell() + 30 + len(info.filename) + 4) % 64
             info.extra = struct.pack('<2H', 0x4246, padding) + b'Z' * padding
             archive.writestr(info, data if isinstance(data, bytes) else _bytes(data))

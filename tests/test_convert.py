@@ -1,4 +1,4 @@
-"""Conversion of weights: every origin, every format, and what is refused."""
+"""Conversion of weights: every origin, every format, and refusals."""
 import itertools
 import json
 import os
@@ -184,7 +184,7 @@ def test_several_heads(tmp_path, tiny, head, classes):
 
 
 @pytest.mark.parametrize('head, message', [
-    (None, r'several heads: choose with convert.py -head one of cls_22k \(13 classes\), cls_other \(5 cla.* or none'),
+    (None, r'several heads; choose one with convert.py -head=NAME: cls_22k \(13 classes\), cls_other \(5 .* or none'),
     ('cls_1k', "no head 'cls_1k'; it has cls_22k, cls_other")])
 def test_head_that_is_not_chosen(tmp_path, tiny, head, message):
     save(tmp_path / 'a.pth', several_heads(tiny))
@@ -193,7 +193,7 @@ def test_head_that_is_not_chosen(tmp_path, tiny, head, message):
 
 
 def test_file_of_paddle_save(tmp_path):
-    """As the earlier port and this project write them: Paddle names, with and without other entries beside."""
+    """As the earlier port and this project write them: Paddle's names, alone or next to other entries."""
     model = RepLKNet([7, 5], [1, 2], [8, 12], small_kernel=3, dw_ratio=1.5, ffn_ratio=2, num_classes=12)
     paddle.save(model.state_dict(), str(tmp_path / 'a.pdparams'))
     paddle.save({'model': model.state_dict(), 'epoch': 3}, str(tmp_path / 'b.pdparams'))
@@ -250,7 +250,7 @@ def test_ratios_that_round(dw_ratio, ffn_ratio, channels):
     assert expected_shapes(inferred) == shapes
 
 
-# ---- what others read
+# ---- files read by other libraries
 
 def test_paddle_load_reads_pdparams(golden, tmp_path):
     convert(str(golden / 'tiny.pth'), str(tmp_path / 'x.pdparams'))
@@ -325,7 +325,8 @@ def damaged(tiny, kind):
 @pytest.mark.parametrize('kind, message', [
     ('missing', '1 missing: stages.2.blocks.3.pw_conv_1.conv.weight; nothing was written'),
     ('surplus', '1 surplus: stages.2.blocks.1.extra.weight; nothing was written'),
-    ('shape', '1 of a wrong shape: transitions.0.1.conv.weight [16, 1, 5, 5], not [16, 1, 3, 3]; nothing was written'),
+    ('shape', '1 of the wrong shape: transitions.0.1.conv.weight [16, 1, 5, 5], not [16, 1, 3, 3]; '
+              'nothing was written'),
     ('stage', 'no usable tensor'), ('others', 'no usable tensor stem.0.conv.weight'), ('integers', 'int64'),
     ('mixed', 'mixes names')])
 def test_damaged_state_dicts(tmp_path, tiny, capsys, kind, message):
@@ -340,7 +341,7 @@ def test_damaged_state_dicts(tmp_path, tiny, capsys, kind, message):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['tiny.pth', 'x.onnx'], 'x.onnx: unknown kind of file; use .safetensors, .pdparams, .pth'),
+    (['tiny.pth', 'x.onnx'], 'x.onnx: unknown extension; use .safetensors, .pdparams, .pth'),
     (['tiny.pth', 'tiny.pth'], 'is the source itself'),
     (['tiny.pth', 'no/folder/x.pth'], 'no/folder: no such folder'),
     (['nothing.pth', 'x.pth'], 'nothing.pth: no such file'),
@@ -356,8 +357,8 @@ def test_damaged_state_dicts(tmp_path, tiny, capsys, kind, message):
     (['tiny.pth', 'x.pth', '-reference=text.npz'], 'text.npz: is not an .npz file of logits'),
     (['tiny.pth', 'x.pth', '-reference=wrong.npz'], 'logits differ from wrong.npz by'),
     (['tiny.pth', 'x.pth', '-reference=other.npz'], "neither 'logits' nor 'tiny'"),
-    (['tiny.pth', 'x.pth', '-reference=shape.npz'], 'logits of shape [2, 9], the model gives [2, 10]'),
-    (['nan.pth', 'x.pth', '-verify'], 'outputs that are not finite')])
+    (['tiny.pth', 'x.pth', '-reference=shape.npz'], 'its logits have shape [2, 9], those of the model [2, 10]'),
+    (['nan.pth', 'x.pth', '-verify'], 'the outputs of the model are not finite')])
 def test_mistakes_are_one_line(golden, tmp_path, tiny, monkeypatch, capsys, arguments, message):
     for name in ('tiny.pth', 'tiny_xl.pth'):
         (tmp_path / name).write_bytes((golden / name).read_bytes())
@@ -383,7 +384,7 @@ def test_wrong_flags(arguments, capsys):
 
 
 def test_a_damaged_copy_is_noticed(golden, tmp_path, monkeypatch):
-    """Verification reads what was written, not what was meant."""
+    """Verification reads the file that was written."""
     def careless(file, state):
         write_safetensors(file, {**state, 'head.bias': state['head.bias'] + 1})
 
@@ -414,5 +415,5 @@ def test_full_size_takes_seconds_and_little_memory(golden, tmp_path):
         status, out, err = run(tmp_path / 'a.pth', tmp_path / f'b{extension}', '-model=replknet_31b')
         assert status == 0, err
         assert time.time() - start < 10
-    # of the largest child so far, in KiB
+    # ru_maxrss: of the largest child so far, in KiB
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 3 * size

@@ -1,4 +1,4 @@
-"""RepLKNet-31B itself, with the whole recipe on."""
+"""RepLKNet-31B at full size, with every part of the recipe."""
 import json
 import resource
 
@@ -28,11 +28,11 @@ def test_a_training_step_of_31b_with_every_feature_on(run_script, tmp_path):
     record, = (json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines())
     print(f"{record['seconds']:.1f} s, peak {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20:.1f} GiB")
     assert (record['steps'], record['images'], record['lr']) == (1, 4, 4e-3)
-    assert record['loss'] == pytest.approx(np.log(1000), abs=1)  # of a fresh model
+    assert record['loss'] == pytest.approx(np.log(1000), abs=1)  # of an untrained model
     state = read_checkpoint(run / 'last.pdparams')
     trained = state['optimizer']['accumulators']
     assert sum(state['model'][name].size for name in trained) == 79_864_168
-    for name, moments in trained.items():  # rates of drop path that leave no block without a gradient
+    for name, moments in trained.items():  # at these drop path rates every block gets a gradient
         assert np.isfinite(state['model'][name]).all() and moments['moment1'].any(), name
         assert (state['model'][name] != state['model_ema'][name]).any(), name
     (run / 'last.pdparams').unlink()  # 1.3 GB

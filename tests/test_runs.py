@@ -246,7 +246,7 @@ def mistakes(folder, dataset, yaml, run):
     junk.write_bytes(b'junk' * 10)
     base = [f'-cfg={yaml}', f'-data_path={dataset}', '-device=cpu']
     yield 'no config', ['-data_path=x'], '-cfg is missing'
-    yield 'not in weights', ['-eval', '-pretrained=replknet_31b_1k_224', '-device=cpu'], 'put there RepLKNet-31B_Imag'
+    yield 'not in weights', ['-eval', '-pretrained=replknet_31b_1k_224', '-device=cpu'], 'put RepLKNet-31B_Imag'
     yield 'config not there', ['-cfg=nowhere.yaml'], 'nowhere.yaml: no such config file'
     yield 'flag', [*base, '-batchsize=2'], 'unrecognized arguments: -batchsize=2'
     yield 'flag value', [*base, '-batch_size=two'], "invalid int value: 'two'"

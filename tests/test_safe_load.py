@@ -1,4 +1,4 @@
-"""The checkpoint reader: every file form, hostile and damaged files, and that it is the only one."""
+"""The checkpoint reader: every format, hostile and damaged files, and that no file is read in another way."""
 import argparse
 import collections
 import json
@@ -18,7 +18,7 @@ import fuzz_checkpoints  # noqa: E402
 import hostile  # noqa: E402
 
 from errors import CheckpointError  # noqa: E402
-from port_weights.restricted_pickle import Placeholder  # noqa: E402
+from port_weights.rebuild import Placeholder  # noqa: E402
 from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ def written(tmp_path, data):
     return path
 
 
-# ---- forms of files
+# ---- formats
 
 @pytest.mark.parametrize('file, key, count', [
     ('tiny', None, 297), ('tiny_merged', None, 247), ('tiny_xl', 'state_dict', 227), ('tiny_legacy', None, 297),
@@ -111,7 +111,7 @@ def test_damaged_weights_are_noticed(tmp_path, golden):
 
 
 class _Tensor:
-    """Pickled as paddle.save pickles a tensor inside of nested containers."""
+    """Is pickled as paddle.save pickles a tensor in a nested container."""
 
     def __init__(self, name, array):
         self.name, self.array = name, array
@@ -131,7 +131,7 @@ def test_pickles_of_arrays(tmp_path, protocol, numpy_name):
               'default': collections.defaultdict(list, a=[1]), 'set': {3}, 'path': Path('x')}
     data = pickle.dumps(nested, protocol)
     other = b'numpy._core' if np.__version__[0] >= '2' else b'numpy.core'
-    if other != numpy_name and protocol < 4:  # there the names have no length in front
+    if other != numpy_name and protocol < 4:  # where names are not preceded by their length
         data = data.replace(other, numpy_name)
     read = read_checkpoint(written(tmp_path, data))
     for name, array in state.items():
@@ -210,22 +210,22 @@ def test_find_weights(checkpoint, key, found, value):
 
 
 @pytest.mark.parametrize('checkpoint, key, message', [
-    ([1], 'auto', 'x.pth: holds a list'), ({'epoch': 1}, 'auto', 'x.pth: no tensors'),
+    ([1], 'auto', 'x.pth: holds a list'), ({'epoch': 1}, 'auto', 'x.pth: has no tensors'),
     ({'model': {}}, 'auto', "no tensors under 'model'"), ({'model': W}, 'model_ema', "'model_ema'; it has model"),
-    (W, 'model', 'plain state dict'), ({'a\nb': W['w']}, 'auto', 'is called')])
+    (W, 'model', 'plain state dict'), ({'a\nb': W['w']}, 'auto', 'unprintable name')])
 def test_find_weights_says_what_is_wrong(checkpoint, key, message):
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
         find_weights(checkpoint, key, path='x.pth')
     assert '\n' not in str(error.value)
 
 
-# ---- files that are none
+# ---- files that are not checkpoints
 
 @pytest.mark.parametrize('data, message', [
     (b'', 'is empty'), (b'<!DOCTYPE html><html>', 'web page'), (b'\n<html>', 'web page'), (b'\x1f\x8b\x08', 'gzip'),
     (b'version https://git-lfs.github.com/spec/v1\n', 'LFS'), (b'just text', 'not a checkpoint'),
     (b'PK\3\4', 'zip'), (b'\x80', 'truncated'), (b'\0' * 100, 'not a checkpoint')])
-def test_other_files_are_told(tmp_path, data, message):
+def test_other_files_are_named(tmp_path, data, message):
     path = written(tmp_path, data)
     with pytest.raises(CheckpointError, match=message) as error:
         read_checkpoint(path)
@@ -251,7 +251,8 @@ def test_every_truncation_is_noticed(tmp_path, golden, file):
 
 
 def test_needs_no_framework(golden):
-    program = ('import sys, safe_load; safe_load.read_checkpoint(sys.argv[1]); '
+    program = ('import sys; from port_weights.safe_load import read_checkpoint; '
+               'read_checkpoint(sys.argv[1]); '
                'sys.exit(bool({"torch", "paddle", "safetensors"} & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', program, str(golden / 'tiny.pth')], cwd=ROOT).returncode == 0
 
@@ -277,7 +278,7 @@ def test_strange_but_harmless_files_are_read(tmp_path, name):
 
 
 def test_the_hostile_pickles_are_real(tmp_path):
-    """The reader is not tested with blanks: plain unpickling runs the code."""
+    """Plain unpickling runs the code in these files."""
     for name in ('os.system', 'os.system as STACK_GLOBAL', 'builtins.eval'):
         path = written(tmp_path, hostile.hostile_files()[name])
         subprocess.run([sys.executable, '-c', f'import pickle; pickle.load(open({str(path)!r}, "rb"))'], cwd=tmp_path,
@@ -289,7 +290,7 @@ def test_mutants():
     counts, failures = fuzz_checkpoints.fuzz(2000)
     assert failures == []
     assert sum(counts.values()) == 2000
-    # damage must get past the first check as often as it is caught there, or the test shows little
+    # the test would show little if the first check caught all damage
     assert sum(number for (_, outcome), number in counts.items() if outcome == 'read') > 200
 
 
@@ -300,7 +301,7 @@ def test_many_mutants():
 
 
 def test_no_other_loader():
-    """User files are unpickled by safe_load alone, which itself unpickles nothing."""
+    """Files of users are read by safe_load only, which unpickles nothing."""
     pattern = re.compile(r'\b(c?[pP]ickle|dill|joblib|paddle|torch|marshal|shelve)\.(load|loads|open|Unpickler)\('
                          r'|allow_pickle\s*=\s*True|from pickle import|import cPickle')
     found = [f'{path.relative_to(ROOT)}:{number}' for path in ROOT.rglob('*.py')

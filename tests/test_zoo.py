@@ -1,4 +1,4 @@
-"""The table of published checkpoints, and zoo names as files of weights."""
+"""The table of published checkpoints, and the files that its names stand for."""
 import dataclasses
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_command_prints_the_table():
     for checkpoint in ZOO.values():
         line = next(line for line in out.splitlines() if line.startswith(checkpoint.name + ' '))
         assert checkpoint.official_file in line and checkpoint.config in line and checkpoint.protocol in line
-    assert '83.5   83.48         96.57' in out
+    assert '83.5   83.48        resize 256' in out and 'mmpretrain' in out
 
 
 def test_the_document_has_the_command_for_every_file():
@@ -62,11 +62,11 @@ def test_the_document_has_the_command_for_every_file():
             assert link is None or link in text
 
 
-# ---- names as files
+# ---- files of a name
 
 @pytest.fixture
 def tiny_zoo(monkeypatch):
-    """A zoo with the tiny model in it."""
+    """Adds the tiny model to the zoo."""
     monkeypatch.setitem(replknet.VARIANTS, 'tiny', TINY)
     monkeypatch.setitem(ZOO, 'tiny', dataclasses.replace(ZOO['replknet_31b_1k_224'], name='tiny', variant='tiny',
                                                          classes=10, official_file='Official-Tiny.pth'))
@@ -82,7 +82,7 @@ def test_a_path_is_itself(golden):
 
 @pytest.mark.parametrize('name', ['replknet_31b_1k_244', 'no/such/file.pdparams', ''])
 def test_neither_a_file_nor_a_name(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match='no such file, and no name') as error:
+    with pytest.raises(FileNotFoundError, match='neither a file nor a name') as error:
         resolve_weights(name, tmp_path)
     assert '\n' not in str(error.value)
 
@@ -120,7 +120,7 @@ def test_official_files_are_converted_once(golden, tmp_path, tiny_zoo, name, cap
 @pytest.mark.parametrize('change, message', [
     ({'variant': 'replknet_31b'}, 'not replknet_31b'), ({'classes': 21841}, 'is for 10 classes, not 21841'),
     ({'head': 'cls_22k'}, "no head 'cls_22k'")])
-def test_a_file_that_is_something_else(golden, tmp_path, tiny_zoo, monkeypatch, change, message):
+def test_a_file_of_another_model(golden, tmp_path, tiny_zoo, monkeypatch, change, message):
     monkeypatch.setitem(ZOO, 'tiny', dataclasses.replace(ZOO['tiny'], **change))
     place(golden, tmp_path, 'Official-Tiny.pth')
     with pytest.raises(UserError, match=message):
@@ -129,7 +129,7 @@ def test_a_file_that_is_something_else(golden, tmp_path, tiny_zoo, monkeypatch, 
 
 
 def test_processes_convert_at_the_same_time(golden, tmp_path):
-    """As the ranks of a run do: all get the whole file, whoever wrote it."""
+    """As the ranks of a run do: each of them gets a complete file."""
     place(golden, tmp_path, 'Official-Tiny.pth')
     program = f'''
 import dataclasses, os, sys, time

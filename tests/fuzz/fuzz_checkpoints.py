@@ -3,10 +3,9 @@
     python tests/fuzz/fuzz_checkpoints.py -count=12000 -seed=0
     python tests/fuzz/fuzz_checkpoints.py -hostile      # the hand-made files of hostile.py
 
-Each mutant must be read or refused with a CheckpointError: no other exception, no crash of the interpreter, no hang
-(10 s), no memory beyond a bound, and none of the events by which Python runs code or touches other files. The mutants
-run in a child process, which a crash would take down; a failing mutant is kept, and `-seed=S -first=N -count=1` makes
-it again.
+Each mutant must be read, or refused with a CheckpointError. Another exception, a crash of the interpreter, more than
+10 s, memory above a limit, and audit events by which Python executes code or opens other files are failures. The
+mutants are read in a child process, which may crash. `-seed=S -first=N -count=1` makes mutant N again.
 """
 import argparse
 import collections
@@ -36,14 +35,14 @@ from port_weights.names import infer_architecture, map_names  # noqa: E402
 from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
 
-TIMEOUT = 10  # seconds a mutant
-MEMORY = 256 << 20  # bytes a mutant may add to the process; a file may justify less: all are smaller than 2 MiB
+TIMEOUT = 10  # seconds per mutant
+MEMORY = 256 << 20  # bytes by which the process may grow; the files are smaller than 2 MiB
 _BAD_EVENTS = ('exec', 'compile', 'import', 'os.', 'subprocess.', 'socket.', 'ctypes.', 'shutil.', 'pickle.',
                'marshal.', 'code.__new__', 'function.__new__', 'object.__', 'webbrowser.')
 
 
 def corpus():
-    """Good files of every form: {form: bytes}."""
+    """Valid files of every form: {form: bytes}."""
     random_state = np.random.RandomState(0)
     state = {'stem.0.conv.weight': random_state.rand(4, 3, 3, 3).astype('f4'), 'norm._mean': np.zeros(4, 'f4'),
              'norm._variance': np.ones(4, 'f4'), 'count': np.zeros((), 'i8')}
@@ -67,7 +66,7 @@ def corpus():
 
 
 def mutate(data, rng, others):
-    """`data` damaged in one to four places, half of the time inside of the container, whose checksums then fit."""
+    """`data` damaged in one to four places; in most archives, inside an entry, whose checksum is then correct."""
     if data.startswith(b'PK') and rng.random() < 0.6:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             entries = [(info.filename, file.read(info)) for info in file.infolist()]
@@ -94,7 +93,7 @@ _NUMBERS = [0, 1, -1, 127, 128, 255, 1 << 15, 1 << 16, (1 << 31) - 1, -1 << 31, 
 
 def _damage(data, rng, others):
     data = bytearray(data)
-    # pickles and headers are at the start or the end: aim there as often as at the bulk of the weights
+    # pickles and headers are at the start or the end: damage them as often as the bulk of the weights
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if not data:
             break
@@ -128,7 +127,7 @@ def _damage(data, rng, others):
 
 
 def mutants(seed, first, count):
-    """Yields (index, form, bytes); a mutant depends on `seed` and its index alone."""
+    """Yields (index, form, bytes); a mutant depends only on `seed` and its index."""
     files = corpus()
     forms = list(files)
     others = [*files.values(), *(data for data in hostile_files().values() if 0 < len(data) < 10_000)]
@@ -139,7 +138,7 @@ def mutants(seed, first, count):
 
 
 def read_all(path):
-    """All that a script does to a file before a model is built. Returns 'read' or 'refused', by the reader."""
+    """Does what scripts do with a file before they build a model. Returns 'read', or 'refused' by the reader."""
     outcome = 'refused'
     try:
         checkpoint = read_checkpoint(path)
@@ -148,12 +147,12 @@ def read_all(path):
         infer_architecture(map_names(state).tensors)
     except CheckpointError as error:
         if '\n' in str(error):
-            raise AssertionError(f'message of several lines: {error!r}') from error
+            raise AssertionError(f'message with several lines: {error!r}') from error
     return outcome
 
 
 def _child(files):
-    """Reads files of (index, form, bytes); prints a line of JSON before and after each."""
+    """Reads files, given as (index, form, bytes); prints a line of JSON before and after each."""
     events = []
 
     def watch(event, args):
@@ -161,7 +160,7 @@ def _child(files):
             events.append(f'{event} {args!r:.200}')
 
     watching, path = False, os.path.abspath('mutant')
-    for data in corpus().values():  # so that all modules are loaded
+    for data in corpus().values():  # imports all modules
         Path(path).write_bytes(data)
         read_all(path)
     sys.addaudithook(watch)
@@ -185,14 +184,14 @@ def _child(files):
 
 
 def _raise_timeout(*_):
-    raise TimeoutError(f'no answer for {TIMEOUT} s')
+    raise TimeoutError(f'took more than {TIMEOUT} s')
 
 
 def fuzz(count, seed=0, first=0, hostile=False):
-    """Reads `count` mutants, or hostile files, in a child process and watches it.
+    """Reads `count` mutants, or hostile files, in a child process.
 
     Returns:
-        ({(form, 'read', 'refused' or 'failed'): number}, [failure, a line each]).
+        ({(form, 'read', 'refused' or 'failed'): number}, [failure, one line each]).
     """
     counts, failures = collections.Counter(), []
     end = first + count

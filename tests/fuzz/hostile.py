@@ -1,7 +1,7 @@
 """Hand-made checkpoint files that try to run code, to crash the reader or to exhaust memory or time.
 
-`hostile_files()` gives {name: bytes}; each must be refused with a CheckpointError. The pickles that run code create
-the file that MARKER names.
+`hostile_files()` returns {name: bytes}; each must be refused with a CheckpointError. Where a pickle runs code, the code
+creates a file called MARKER.
 """
 import io
 import json
@@ -33,7 +33,7 @@ def stack_call(module, name, *args):
 
 
 def pickled(body):
-    """A whole pickle whose value is a dict with `body` under 'w'."""
+    """A complete pickle of a dict with `body` under 'w'."""
     return b'\x80\x04}' + text('w') + body + b's.'
 
 
@@ -57,7 +57,7 @@ def tensor(source=None, offset=0, shape=(4,), strides=(1,)):
 
 
 def archive(program, entries=(('data/0', b'\0' * 16),), compression=zipfile.ZIP_STORED, program_name='data.pkl'):
-    """A torch zip file."""
+    """A zip archive as torch.save writes it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w', compression) as file:
         for name, data in ((program_name, program), *entries, ('version', b'3\n')):
@@ -82,7 +82,7 @@ def _legacy(body, keys=(), data=b''):
 
 
 def _laughs():
-    """A pair of the same pair, 60 levels deep: 2 ** 60 leaves."""
+    """A pair that holds the same pair twice, and so on for 60 levels: 2 ** 60 leaves."""
     body = text('ha') + b'\x94'
     for level in range(60):
         body += b'0h' + bytes([level]) + b'h' + bytes([level]) + b'\x86\x94'
@@ -90,7 +90,7 @@ def _laughs():
 
 
 def _overlapping_archive():
-    """200 entries over one stretch of a megabyte."""
+    """An archive with 200 entries that share the same megabyte."""
     parts = b''.join(text(str(i)) + tensor(storage(str(i), 1 << 18), shape=(1 << 18,)) for i in range(200))
     program = b'\x80\x02}(' + parts + b'u.'
     out, directory = b'', b''
@@ -111,22 +111,32 @@ def _overlapping_archive():
     return out + directory + struct.pack('<4s4H2LH', b'PK\5\6', 0, 0, 201, 201, len(directory), len(out), 0)
 
 
+def _far_entry():
+    """An archive whose only entry has an offset that no file position can be."""
+    name = b'archive/data.pkl'
+    directory = struct.pack('<4s6H3L5H2L', b'PK\1\2', 45, 45, 0, 0, 0, 0, 0, 0, 0, len(name), 12, 0, 0, 0, 0,
+                            0xffffffff) + name + struct.pack('<2HQ', 1, 8, (1 << 64) - 1)
+    return b'PK\3\4' + directory + struct.pack('<4s4H2LH', b'PK\5\6', 0, 0, 1, 1, len(directory), 4, 0)
+
+
 def _twice():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w') as file:
-        file.writestr('archive/data.pkl', b'\x80\x02}.')
+        file.writestr(zipfile.ZipInfo('archive/data.pkl'), b'\x80\x02}.')
         file.fp.seek(file.start_dir)
         file.NameToInfo.clear()
-        file.writestr('archive/data.pkl', b'\x80\x02}.')
+        file.writestr(zipfile.ZipInfo('archive/data.pkl'), b'\x80\x02}.')
     return buffer.getvalue()
 
 
-def hostile_files():
-    f4 = np.arange(4, dtype='<f4').tobytes()
-    entry = {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}
-    namespace = b'cargparse\nNamespace\n'
-    files = {
-        # code
+_F4 = np.arange(4, dtype='<f4').tobytes()
+_ENTRY = {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}
+_NAMESPACE = b'cargparse\nNamespace\n'
+
+
+def _code():
+    """Pickles that run code."""
+    return {
         'os.system': pickled(call('os', 'system', text(_SHELL))),
         'posix.system': pickled(call('posix', 'system', text(_SHELL))),
         'os.system in an archive': in_archive(call('os', 'system', text(_SHELL))),
@@ -141,8 +151,8 @@ def hostile_files():
         'torch.load in the file': pickled(call('torch.storage', '_load_from_bytes', b'C\x02\x80\x02')),
         'getattr of a refused object': pickled(call('builtins', 'getattr', b'cos\nsystem\n', text('__call__'))),
         'getattr of a function': pickled(call('builtins', 'getattr', b'ccollections\nOrderedDict\n', text('update'))),
-        'call of a getattr': pickled(b'(' + call('builtins', 'getattr', namespace, text('__init__')) + b')R' + b't'),
-        'getattr of an instance': pickled(call('builtins', 'getattr', namespace + b')\x81', text('__dict__'))),
+        'call of a getattr': pickled(b'(' + call('builtins', 'getattr', _NAMESPACE, text('__init__')) + b')R' + b't'),
+        'getattr of an instance': pickled(call('builtins', 'getattr', _NAMESPACE + b')\x81', text('__dict__'))),
         'dotted name': pickled(stack_call('builtins', 'dict.__class__.__subclasses__')),
         'dotted name of a placeholder': pickled(stack_call('argparse', 'Namespace.__init__.__globals__')),
         'full-width letters': pickled(stack_call('\uff4fs', 'system', text(_SHELL))),
@@ -150,15 +160,20 @@ def hostile_files():
         'name with a null': pickled(stack_call('os\0', 'system', text(_SHELL))),
         'name with a lone surrogate': pickled(stack_call('os\udc80', 'system', text(_SHELL))),
         'name that is no text': pickled(b'K\x01K\x02\x93)R'),
-        'copyreg': pickled(call('copyreg', '_reconstructor', namespace, b'cbuiltins\nobject\n', b'N')),
+        'copyreg': pickled(call('copyreg', '_reconstructor', _NAMESPACE, b'cbuiltins\nobject\n', b'N')),
         'add_extension': pickled(call('copyreg', 'add_extension', text('os'), text('system'), b'K\x01')),
         'extension registry': pickled(b'\x82\x01)R'),
         'INST': b'(S\'' + _SHELL.encode() + b'\'\nios\nsystem\n.',
         'INST in protocol 2': pickled(b'(' + text(_SHELL) + b'ios\nsystem\n'),
         'OBJ': pickled(b'(cos\nsystem\n' + text(_SHELL) + b'o'),
-        'NEWOBJ_EX': pickled(namespace + b')}\x92'),
+        'NEWOBJ_EX': pickled(_NAMESPACE + b')}\x92'),
         'callable that is a value': pickled(text('os.system') + b')R'),
-        # numpy internals
+    }
+
+
+def _arrays():
+    """Impossible arrays of NumPy."""
+    return {
         'array of objects': pickled(array(state=b'K\x01K\x01\x85' + call('numpy', 'dtype', text('O8'), b'\x89\x88')
                                           + b'\x89](NNe')),
         'array of void': pickled(array(dtype=call('numpy', 'dtype', text('V1000000000'), b'\x89\x88'))),
@@ -176,7 +191,12 @@ def hostile_files():
                                                  call('numpy', 'dtype', text('f8')), b'C\x01a')),
         'buffer of a huge shape': pickled(call('numpy.core.numeric', '_frombuffer', b'C\x01a', call(
             'numpy', 'dtype', text('f8')), b'(' + integer(1 << 50) + b't', text('C'))),
-        # torch tensors
+    }
+
+
+def _tensors():
+    """Impossible tensors of torch, and storages outside of the file."""
+    return {
         'tensor beyond its storage': in_archive(tensor(shape=(5,))),
         'tensor at an offset beyond its storage': in_archive(tensor(offset=1)),
         'offset that overflows': in_archive(tensor(offset=(1 << 62) - 1)),
@@ -197,11 +217,18 @@ def hostile_files():
         'tensor of text': in_archive(tensor(text('0'))),
         'quantized tensor': in_archive(call('torch._utils', '_rebuild_qtensor')),
         'legacy storage that is missing': _legacy(tensor(storage('1'))),
-        'legacy storage cut short': _legacy(tensor(), ['0'], struct.pack('<q', 4) + f4[:-1]),
-        'legacy storage of another size': _legacy(tensor(), ['0'], struct.pack('<q', 1 << 60) + f4),
+        'legacy storage cut short': _legacy(tensor(), ['0'], struct.pack('<q', 4) + _F4[:-1]),
+        'legacy storage of another size': _legacy(tensor(), ['0'], struct.pack('<q', 1 << 60) + _F4),
         'legacy key that nobody named': _legacy(b'N', ['0']),
-        'legacy keys twice': _legacy(tensor(), ['0', '0'], (struct.pack('<q', 4) + f4) * 2),
-        # structure
+        'legacy byte order that is an array': _legacy(b'N').replace(text('little_endian') + b'\x88',
+                                                                    text('little_endian') + array()),
+        'legacy keys twice': _legacy(tensor(), ['0', '0'], (struct.pack('<q', 4) + _F4) * 2),
+    }
+
+
+def _structures():
+    """Containers that are too deep, hold themselves or have dangerous keys, and invalid programs."""
+    return {
         'deep tuples': pickled(b')' + b'\x85' * 100_000),
         'deep lists': pickled(b']' * 100_000 + b'a' * 99_999),
         'deep dicts': pickled((b'}' + text('a')) * 100_000 + b'N' + b's' * 100_000),
@@ -209,7 +236,7 @@ def hostile_files():
         'shared tuples as a key': b'\x80\x04}' + _laughs() + b'Ns.',
         'list that holds itself': pickled(b']\x94h\0a'),
         'dict that holds itself': b'\x80\x04}\x94' + text('w') + b'h\0s.',
-        'placeholder that holds itself': pickled(namespace + b')\x81\x94h\0b'),
+        'placeholder that holds itself': pickled(_NAMESPACE + b')\x81\x94h\0b'),
         'integer keys that collide': pickled(b'}(' + b''.join(
             integer(k * ((1 << 61) - 1)) + b'N' for k in range(50_000)) + b'u'),
         'float as a key': pickled(b'}G' + b'\0' * 8 + b'Ns'),
@@ -231,7 +258,12 @@ def hostile_files():
         'memo that was never set': pickled(b'h\x05'),
         'protocol 255': b'\x80\xff}.',
         'bytes behind the pickle': pickled(b'N') + b'\0',
-        # sizes
+    }
+
+
+def _sizes():
+    """Lengths beyond the file, and values that grow when they are rebuilt."""
+    return {
         'text of 4 EB': pickled(b'\x8d' + struct.pack('<Q', 1 << 62)),
         'text of 4 GB': pickled(b'X' + b'\xff' * 4),
         'bytes of 16 EB': pickled(b'\x8e' + b'\xff' * 8),
@@ -247,11 +279,17 @@ def hostile_files():
         'slices that are missing': b'\x80\x04}' + text('UnpackBigParamInfor@@') + b'}' + text('w') + b'}' + text(
             'slices') + b']' + text('x') + b'asss.',
         'slices that are text': b'\x80\x04}' + text('UnpackBigParamInfor@@') + b'K\x01s.',
-        # containers
+    }
+
+
+def _containers():
+    """Zip archives and safetensors files."""
+    return {
         'deflated archive': in_archive(tensor(storage(count=1 << 24), shape=(1 << 24,)),
                                        entries=[('data/0', b'\0' * (1 << 26))], compression=zipfile.ZIP_DEFLATED),
         'overlapping entries': _overlapping_archive(),
         'entry twice': _twice(),
+        'entry at an offset of 16 EB': _far_entry(),
         'archive without a pickle': archive(b'', program_name='other'),
         'TorchScript': in_archive(b'N', entries=[('constants.pkl', b'')]),
         'unknown byte order': in_archive(b'N', entries=[('byteorder', b'middle')]),
@@ -263,26 +301,30 @@ def hostile_files():
         'safetensors header beyond the file': struct.pack('<Q', 100) + b'{}',
         'safetensors of deep JSON': safetensors(b'{"a":' + b'[' * 100_000 + b']' * 100_000 + b'}'),
         'safetensors that is no dict of tensors': safetensors({'a': 5}),
-        'safetensors without offsets': safetensors({'a': {'dtype': 'F32', 'shape': [4]}}, f4),
-        'safetensors of a negative offset': safetensors({'a': dict(entry, data_offsets=[-16, 0])}, f4),
-        'safetensors of one offset': safetensors({'a': dict(entry, data_offsets=[0])}, f4),
-        'safetensors of mixed offsets': safetensors({'a': entry, 'b': dict(entry, data_offsets=['0', None])}, f4),
-        'safetensors of fractional offsets': safetensors({'a': dict(entry, data_offsets=[0.0, 16.0])}, f4),
-        'safetensors in UTF-16': safetensors(json.dumps({'a': entry}).encode('utf-16-le'), f4),
-        'safetensors of overlapping tensors': safetensors({'a': entry, 'b': entry}, f4),
-        'safetensors with a gap': safetensors({'a': dict(entry, data_offsets=[4, 20])}, f4 + b'1234'),
-        'safetensors with bytes behind': safetensors({'a': entry}, f4 + b'1234'),
-        'safetensors of a shape that overflows': safetensors({'a': dict(entry, shape=[1 << 40, 1 << 40])}, f4),
-        'safetensors of a shape that is text': safetensors({'a': dict(entry, shape='4')}, f4),
-        'safetensors of an unknown type': safetensors({'a': dict(entry, dtype='F8_E4M3')}, f4),
-        'safetensors cut short': safetensors({'a': entry}, f4[:-1]),
+        'safetensors without offsets': safetensors({'a': {'dtype': 'F32', 'shape': [4]}}, _F4),
+        'safetensors of a negative offset': safetensors({'a': dict(_ENTRY, data_offsets=[-16, 0])}, _F4),
+        'safetensors of one offset': safetensors({'a': dict(_ENTRY, data_offsets=[0])}, _F4),
+        'safetensors of mixed offsets': safetensors({'a': _ENTRY, 'b': dict(_ENTRY, data_offsets=['0', None])}, _F4),
+        'safetensors of fractional offsets': safetensors({'a': dict(_ENTRY, data_offsets=[0.0, 16.0])}, _F4),
+        'safetensors in UTF-16': safetensors(json.dumps({'a': _ENTRY}).encode('utf-16-le'), _F4),
+        'safetensors of overlapping tensors': safetensors({'a': _ENTRY, 'b': _ENTRY}, _F4),
+        'safetensors with a gap': safetensors({'a': dict(_ENTRY, data_offsets=[4, 20])}, _F4 + b'1234'),
+        'safetensors with bytes behind': safetensors({'a': _ENTRY}, _F4 + b'1234'),
+        'safetensors of a shape that overflows': safetensors({'a': dict(_ENTRY, shape=[1 << 40, 1 << 40])}, _F4),
+        'safetensors of a shape that is text': safetensors({'a': dict(_ENTRY, shape='4')}, _F4),
+        'safetensors of an unknown type': safetensors({'a': dict(_ENTRY, dtype='F8_E4M3')}, _F4),
+        'safetensors cut short': safetensors({'a': _ENTRY}, _F4[:-1]),
         'safetensors of a huge number': safetensors(b'{"a":' + b'9' * 100_000 + b'}'),
     }
-    return files
+
+
+def hostile_files():
+    """{name: bytes} of all files that must be refused."""
+    return {**_code(), **_arrays(), **_tensors(), **_structures(), **_sizes(), **_containers()}
 
 
 def harmless_files():
-    """Files that look as bad but hold data only: {name: bytes}; these are read."""
+    """{name: bytes} of files that look hostile but hold only data; these are read."""
     return {
         'shared tuples': pickled(_laughs()),
         'namespace': pickled(b'cargparse\nNamespace\n)\x81}' + text('lr') + b'K\x01sb'),
