@@ -1,11 +1,11 @@
-"""How fast a model is on this machine's CPU, in each form and backend, and where the time goes.
+"""Measures the speed of a model on this machine's CPU, in each form and backend, and where the time goes.
 
     python benchmark.py -model=replknet_31b -image_size=224 -batch_size=1,8 -form=training,merged,fused \\
         -backend=dygraph,inference -threads=1,2 -output=31b.json
 
-Every combination runs in a fresh process, one after the other, on made-up images. The shares of time come from Paddle's
-profiler, over three more calls, on layers and operators: what is computed along with a convolution, such as its norm or
-activation, counts there, and `other` is everything between the operators too.
+Every combination runs in a new process, one after the other, on random inputs. The shares of the time come from
+Paddle's profiler, in three additional calls. The share of a convolution includes the norm or activation that is
+computed with it; `other` includes the time between operators.
 """
 import argparse
 import contextlib
@@ -19,21 +19,21 @@ import tempfile
 import numpy as np
 
 from benchmarks import harness
+from deploy.layout import FORMS
 from errors import ArgumentParser, UserError
 
-FORMS = ('training', 'merged', 'fused')
 BACKENDS = ('dygraph', 'inference')
 KINDS = ('pointwise', 'large depthwise', 'small depthwise', 'dense conv', 'norm', 'activation', 'other')
-LARGE_FROM = 7  # kernel size
+LARGE_FROM = 7  # kernel size of a large kernel
 PROFILED_CALLS = 3
-FUSED = 'fused convolution'  # in the profile
+FUSED = 'fused convolution'  # name of its events in the profile
 PERCENTILES = (50, 90, 99)
 
 
-# ---- the process of one combination
+# ---- the child: the process of one combination
 
 def build(case):
-    """The model of a case in its form."""
+    """The model of a case, in the form of the case."""
     paddle = harness.import_paddle(case['threads'])
     from config import get_config
     from deploy.predictor import load_model
@@ -80,11 +80,13 @@ def marked(kinds):
 
 
 def time_shares(run, kinds=None):
-    """Share of the time by KINDS, {} where Paddle's profiler does not tell.
+    """Shares of the time of a function by kind of layer.
 
     Args:
         run: function to profile.
-        kinds: of its convolutions, in their order; None where `marked` can tell, in dygraph.
+        kinds: kinds of its convolutions, in the order of computation; None in dygraph, where `marked` finds them.
+    Returns:
+        {kind: share} for KINDS, or {} if Paddle's profiler does not provide them.
     """
     found = []
     from paddle.profiler import Profiler, ProfilerTarget
@@ -99,12 +101,17 @@ def time_shares(run, kinds=None):
             return {}
         with open(path) as file:
             events = json.load(file)['traceEvents']
-    total, end, convolutions, shares = 0.0, 0.0, iter(found or kinds * PROFILED_CALLS), dict.fromkeys(KINDS, 0.0)
+    return _shares(events, found or kinds * PROFILED_CALLS)
+
+
+def _shares(events, kinds):
+    """`time_shares` from the events of a trace and the kinds of all convolutions in it."""
+    total, end, convolutions, shares = 0.0, 0.0, iter(kinds), dict.fromkeys(KINDS, 0.0)
     for event in sorted((e for e in events if e.get('ph') == 'X'), key=lambda e: float(e['ts'])):
         name, start, duration = event['name'].split('[')[0].lower(), float(event['ts']), float(event['dur'])
         if event['cat'] == 'ProfileStep':
             total += duration
-        # those inside another are left out; in dygraph a custom operator has no event, but its layer or its mark
+        # Nested events are skipped. In dygraph a custom operator has no event of its own, but its layer or mark has.
         if start + duration <= end or not (event['cat'] == 'Operator' or name in (FUSED, 'conv2d', 'depthwiseconv2d')):
             continue
         end = start + duration
@@ -121,46 +128,53 @@ def time_shares(run, kinds=None):
     return {kind: round(share / total, 4) for kind, share in shares.items()}
 
 
+def export_program(case, path):
+    """Saves the model of a case as a Paddle program; answers with the kinds of its convolutions."""
+    images, model = images_of(case), build(case)
+    import paddle
+
+    from deploy.runtimes import save_paddle_program
+    save_paddle_program(model, path, images.shape[2:])
+    kinds = []
+    with marked(kinds), paddle.no_grad():
+        model(paddle.to_tensor(images[:1]))
+    return list, {'kinds': kinds}
+
+
+def prepare(case, path):
+    """The function to time for a case, and what else to answer; `path` is the program for backend 'inference'."""
+    images = images_of(case)
+    if case['backend'] == 'inference':
+        harness.import_paddle(case['threads'])
+        from deploy.runtimes import load_paddle_program
+        from large_kernel.build import load_operator, reason_unavailable
+        if reason_unavailable() is None:
+            load_operator()  # registers the operator with Paddle Inference
+        program, kinds = load_paddle_program(path, case['threads']), case['kinds']
+    else:
+        model = build(case)
+        from deploy.equivalence import dygraph_program
+        program, kinds = dygraph_program(model), None
+    import paddle
+    harness.reset_peak_memory()
+    program(images)  # the first call is a warm-up
+    return lambda: [program(images)], {'paddle': paddle.__version__,
+                                       'shares': time_shares(lambda: program(images), kinds)}
+
+
 def child(folder, export):
-    """Serves a combination, or exports its program into a folder, in this process."""
-
-    def make(case):
-        images, path = images_of(case), os.path.join(folder, 'model')
-        if export:
-            model = build(case)
-            import paddle
-
-            from deploy.runtimes import save_paddle_program
-            save_paddle_program(model, path, images.shape[2:])
-            kinds = []
-            with marked(kinds), paddle.no_grad():
-                model(paddle.to_tensor(images[:1]))
-            return list, {'kinds': kinds}
-        if case['backend'] == 'inference':
-            harness.import_paddle(case['threads'])
-            from deploy.runtimes import load_paddle_program
-            from large_kernel.build import load_operator, reason_unavailable
-            if reason_unavailable() is None:
-                load_operator()  # else Paddle Inference does not know it
-            program, kinds = load_paddle_program(path, case['threads']), case['kinds']
-        else:
-            model = build(case)
-            from deploy.equivalence import dygraph_program
-            program, kinds = dygraph_program(model), None
-        import paddle
-        harness.forget_peak_memory()
-        program(images)  # the first call prepares
-        return lambda: [program(images)], {'paddle': paddle.__version__,
-                                           'shares': time_shares(lambda: program(images), kinds)}
-
-    harness.serve(make)
+    """Exports or times one combination in this process; the exported program is in `folder`."""
+    path = os.path.join(folder, 'model')
+    harness.serve(lambda case: export_program(case, path) if export else prepare(case, path))
 
 
 # ---- the parent
 
 def bench(case, args):
-    """Measures a combination; returns its row.
+    """Measures one combination.
 
+    Returns:
+        (row of the results, answer of the process).
     Raises:
         harness.SystemFailed: with the reason.
     """
@@ -174,14 +188,14 @@ def bench(case, args):
             return system
 
         if case['backend'] == 'inference':
-            exporting = start('-export')
-            case = {**case, 'kinds': exporting.ask(setup=case)['kinds']}
-            exporting.close()
-        times, answers, failed = harness.measure({'it': (start(), case)}, rounds=3, budget=args.budget,
+            exporter = start('-export')
+            case = {**case, 'kinds': exporter.ask(setup=case)['kinds']}
+            exporter.close()
+        times, answers, failed = harness.measure({'model': (start(), case)}, rounds=3, budget=args.budget,
                                                  patience=args.patience, visit=args.budget / 3)
     if failed:
-        raise harness.SystemFailed(failed['it'])
-    answer, times = answers['it'], times['it']
+        raise harness.SystemFailed(failed['model'])
+    answer, times = answers['model'], times['model']
     row = {name: case[name] for name in ('form', 'backend', 'threads', 'size', 'batch')}
     row.update({f'p{p}_ms': round(float(np.percentile(times, p)), 3) for p in PERCENTILES})
     row.update(images_per_s=round(case['batch'] * 1000 / float(np.mean(times)), 3), calls=len(times),
@@ -189,7 +203,7 @@ def bench(case, args):
     return row, answer
 
 
-def arguments_of(argv=None):
+def read_arguments(argv=None):
     parser = ArgumentParser(__doc__.splitlines()[0])
 
     def add(flag, **options):
@@ -201,55 +215,66 @@ def arguments_of(argv=None):
             raise ValueError
         return values
 
-    add('model', default='replknet_31b', help='variant, YAML file, name of the zoo, run folder or checkpoint; the '
-        'first two get made-up weights')
+    add('model', default='replknet_31b', help='variant or YAML file (with random weights), or zoo name, run folder or '
+        'checkpoint')
     for flag, default in (('image_size', '224'), ('batch_size', '1'), ('threads', str(os.cpu_count()))):
         add(flag, type=numbers, default=default, metavar='N,...', help='whole numbers (%(default)s)')
-    for flag, known in (('form', FORMS), ('backend', BACKENDS)):
-        add(flag, default=','.join(known), metavar='X,...', help='some of %(default)s')
-    add('budget', type=float, default=10.0, help='seconds of timed calls for each combination, of up to 300 calls')
-    add('patience', type=float, default=30.0, help='seconds to wait, for each combination, for other processes to '
-        'leave the cores alone')
+    for flag, choices in (('form', FORMS), ('backend', BACKENDS)):
+        add(flag, default=','.join(choices), metavar='X,...', help='any of %(default)s')
+    add('budget', type=float, default=10.0, help='seconds of timed calls for each combination, at most 300 calls')
+    add('patience', type=float, default=30.0, help='seconds to wait, for each combination, until other processes '
+        'leave the cores idle')
     add('output', help='JSON file of the results')
     add('child', help=argparse.SUPPRESS)
     add('export', action='store_true', help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def main():
-    args = arguments_of()
-    if args.child:
-        child(args.child, args.export)
-        return
+def measure(args):
+    """Measures all combinations of the arguments; returns their rows."""
     forms, backends = harness.choose('form', args.form, FORMS), harness.choose('backend', args.backend, BACKENDS)
-    header, load = {'model': args.model, **harness.describe_run(','.join(map(str, args.threads)))}, harness.Load()
     rows, answers = [], {}
     for size, batch, threads, form, backend in itertools.product(args.image_size, args.batch_size, args.threads, forms,
                                                                  backends):
         case = {'model': args.model, 'form': form, 'backend': backend, 'threads': threads, 'size': size, 'batch': batch}
-        what = ', '.join(f'{name} {value}' for name, value in case.items() if name != 'model')
-        print(what, file=sys.stderr)
+        label = ', '.join(f'{name} {value}' for name, value in case.items() if name != 'model')
+        print(label, file=sys.stderr)
         try:
             row, answer = bench(case, args)
         except harness.SystemFailed as error:
-            print(f'{what}: left out: {error}', file=sys.stderr)
+            print(f'{label}: left out: {error}', file=sys.stderr)
             continue
-        same = answers.setdefault((size, batch), {})
-        same[what] = answer
-        if what in harness.disagreement(same):
-            print(f'{what}: its results differ from those of {next(iter(same))}', file=sys.stderr)
+        same_input = answers.setdefault((size, batch), {})
+        same_input[label] = answer
+        if label in harness.disagreement(same_input):
+            print(f'{label}: its results differ from those of {next(iter(same_input))}', file=sys.stderr)
         rows.append(row)
     if not rows:
         raise UserError('nothing was measured, see above')
-    header = {**header, 'paddle': rows[0]['paddle'], **harness.describe_load(load)}
+    return rows
+
+
+def print_results(header, rows):
+    """Prints the header, a table of times and a table of the shares of the time."""
     for name, text in header.items():
         print(f'{name}: {text}')
-    names = [name for name in rows[0] if name not in ('shares', 'paddle')]
-    print('\n' + harness.table(names, [[row[name] for name in names] for row in rows]))
-    names = names[:5]
-    print(harness.table([*names, *KINDS], [
-        [*(row[name] for name in names), *(f'{row["shares"][k]:.0%}' if row['shares'] else '-' for k in KINDS)]
+    columns = [name for name in rows[0] if name not in ('shares', 'paddle')]
+    print('\n' + harness.table(columns, [[row[name] for name in columns] for row in rows]))
+    columns = columns[:5]  # the combination
+    print(harness.table([*columns, *KINDS], [
+        [*(row[name] for name in columns), *(f'{row["shares"][k]:.0%}' if row['shares'] else '-' for k in KINDS)]
         for row in rows]))
+
+
+def main():
+    args = read_arguments()
+    if args.child:
+        child(args.child, args.export)
+        return
+    header, load = {'model': args.model, **harness.describe_run(','.join(map(str, args.threads)))}, harness.Load()
+    rows = measure(args)
+    header = {**header, 'paddle': rows[0]['paddle'], **harness.describe_load(load)}
+    print_results(header, rows)
     if args.output:
         with open(args.output, 'w', encoding='utf-8') as file:
             json.dump({**header, 'results': rows}, file, indent=1)

@@ -1,15 +1,17 @@
-"""Exports a trained model for use elsewhere, with a certificate that it is the same function.
+"""Exports a trained model for inference, with a certificate that the exported programs match it.
 
     python export.py -pretrained=replknet_31b_1k_224 -output=export/31b            # or a run folder, or a checkpoint
     python export.py -cfg=./configs/replknet_31b.yaml -pretrained=W.pdparams -output=export/31b -format=paddle,onnx
     python export.py -pretrained=output/RUN -output=export/run -form=merged -dynamic
 
-The folder gets `model`, a program that runs the large-kernel operator, `model_native`, one of standard operators only,
-with `-format=onnx` `model.onnx`, and `certificate.json`. A program that differs from the training form by more than
-the tolerance ends with status 1 and leaves nothing. docs/export.md says how to use what is written.
+The output folder contains `model`, a Paddle program that uses the large-kernel operator; `model_native`, a Paddle
+program that uses standard operators only; `model.onnx` with `-format=onnx`; and `certificate.json`. If a program
+differs from the original model by more than the tolerance, nothing is exported and the exit status is 1.
+docs/export.md describes how to use the files.
 """
 import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
+import contextlib
 import copy
 import json
 import os
@@ -18,68 +20,87 @@ import shutil
 import sys
 import tempfile
 from argparse import ArgumentTypeError
+from dataclasses import dataclass
+from typing import Optional, Tuple
 
 import numpy as np
 import paddle
 from PIL import Image
 
 import utils
-from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
 from config import config_text, get_config
 from datasets import decode_image, get_dataset, get_transform
-from errors import ArgumentParser, UserError
+from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
+from deploy.layout import CERTIFICATE, FORMS, is_export
+from deploy.onnx_graph import write_onnx
+from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
+from errors import ArgumentParser, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
 from large_kernel import load_operator
 from large_kernel.build import OPERATORS, BuildError
-from errors import exit_status
-from deploy.onnx_graph import write_onnx
-from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
-from zoo import build_model, pretrained_weights, settings_file
-from run_folder.layout import find_classes
+from run_folder.layout import CONFIG, find_classes
 from run_folder.metrics import best_checkpoint
+from zoo import build_model, pretrained_weights, require_settings_file
 
-FORMS = ('fused', 'merged', 'training')
 FORMATS = ('paddle', 'onnx')
-CERTIFICATE, CONFIG = 'certificate.json', 'config.yaml'
-IMAGES = 8  # pictures, and as many of random numbers
+IMAGES = 8  # compared images, and as many random inputs of each size
 BATCH = 4
 
 
 class CertificateError(RuntimeError):
-    """What would be exported is not the same function; the text names the worst part."""
+    """The exported form differs from the original model; the text names the largest difference."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how to check it.
+
+    Attributes:
+        form: 'fused' (no batch norm is left), 'merged' (small kernels are merged into the large ones) or 'training'.
+        formats: of FORMATS.
+        features: the programs also return the pooled features, [N, num_classes + C].
+        dynamic: leave the height and width of the input free; otherwise they are DATA.IMAGE_SIZE.
+        tolerance: largest difference of a logit, and of a feature map relative to its largest value.
+        pictures: folder of images to compare on; None for images of the validation list, or generated ones.
+        overwrite: replace an export in the output folder.
+    """
+    form: str = 'fused'
+    formats: Tuple[str, ...] = ('paddle',)
+    features: bool = False
+    dynamic: bool = False
+    tolerance: float = 1e-4
+    pictures: Optional[str] = None
+    overwrite: bool = False
 
 
 def read_arguments(argv=None):
-    """Settings and the arguments of `export`, from the command line."""
+    """Settings and the other arguments of `export`, from the command line."""
     parser = ArgumentParser(__doc__)
 
     def add(flag, to=parser, **options):
         to.add_argument(f'-{flag}', f'--{flag}', **options)
 
-    add('cfg', metavar='FILE', help='YAML file of settings; not needed with a run, its checkpoints and the zoo')
-    add('pretrained', metavar='X', help='weights: a name of the zoo, a file, or a run folder for its best checkpoint')
+    add('cfg', metavar='FILE', help='settings file (YAML); not needed for zoo names, runs and their checkpoints')
+    add('pretrained', metavar='X', help='weights: a zoo name, a file, or a run folder for its best checkpoint')
     add('output', metavar='DIR', required=True, help='folder to write')
     add('form', choices=FORMS, default='fused', help='fused (default): no batch norm is left; merged: the small '
-        'kernels are merged into the large ones; training: as it is')
+        'kernels are merged into the large ones; training: unchanged')
     add('format', type=_formats, default=['paddle'], metavar='X,Y', help='paddle (default), onnx, or both')
-    add('features', action='store_true', help='let the program give the pooled features behind the logits, '
-        '[N, classes + C], for predict.py -features')
+    add('features', action='store_true', help='append the pooled features to the logits, [N, classes + C], for '
+        'predict.py -features')
     size = parser.add_mutually_exclusive_group()
     add('image_size', size, type=int, metavar='N', help='side of the input, pixels (DATA.IMAGE_SIZE)')
-    add('dynamic', size, action='store_true', help='leave height and width free')
-    add('tolerance', type=float, default=1e-4, help='largest difference of a logit, and of a feature map over its '
-        'largest value (default 1e-4)')
-    add('pictures', metavar='DIR', help='pictures to compare on, instead of those of the validation list')
+    add('dynamic', size, action='store_true', help='leave the height and width of the input free')
+    add('tolerance', type=float, default=1e-4, help='largest difference of a logit, and of a feature map relative to '
+        'its largest value (default 1e-4)')
+    add('pictures', metavar='DIR', help='folder of images to compare on, instead of the validation list')
     add('data_path', metavar='DIR', help='data folder, for its validation list (DATA.DATA_PATH)')
     add('overwrite', action='store_true', help='replace an export in the output folder')
     add('opts', nargs='+', default=[], metavar='KEY VALUE', help='any key of config.py')
     args = vars(parser.parse_args(argv))
     if args['pretrained'] and os.path.isdir(args['pretrained']):
         args['pretrained'] = best_checkpoint(args['pretrained'])
-    cfg = args.pop('cfg') or settings_file(args['pretrained'])
-    if not cfg:
-        raise UserError('-cfg is missing: name a file of settings, such as -cfg=./configs/replknet_31b.yaml')
-    config = get_config(cfg, args.pop('opts'), {
+    config = get_config(require_settings_file(args.pop('cfg'), args['pretrained']), args.pop('opts'), {
         'eval': True, **{flag: args.pop(flag) for flag in ('pretrained', 'image_size', 'data_path')}})
     if not config.MODEL.PRETRAINED:
         raise UserError('-pretrained is missing: give a file of weights, a run folder, or a name that '
@@ -95,78 +116,199 @@ def _formats(text):
     return formats
 
 
-def export(config, output, form='fused', formats=('paddle',), dynamic=False, tolerance=1e-4, pictures=None,
-           overwrite=False, features=False):
-    """Writes the programs and the certificate of a model into a new folder, all or nothing.
+# ---- the export
+
+def export(config, output, **options):
+    """Writes the programs and the certificate of a model into a folder. On an error, nothing is written.
 
     Args:
-        config: settings of the model, its weights and its pictures, with EVAL on.
-        output, form, formats, dynamic, tolerance, pictures, overwrite, features: see `read_arguments`.
+        config: settings of the model, its weights and its data, with EVAL on.
+        output: the folder.
+        options: fields of `ExportOptions`.
     Returns:
         the certificate, a dict.
     Raises:
-        CertificateError: a difference to the training form is over the tolerance.
-        UserError, FileNotFoundError: what the user gave cannot be used.
+        CertificateError: a difference from the original model exceeds the tolerance.
+        UserError, FileNotFoundError: an argument or a file cannot be used.
     """
+    options = ExportOptions(**options)
     output = os.path.abspath(output)
-    parent, name = os.path.split(output)
     if os.path.exists(output):
-        if not overwrite:
+        if not options.overwrite:
             raise UserError(f'-output={output}: exists; name another folder, or replace an export with -overwrite')
-        if not os.path.isfile(os.path.join(output, CERTIFICATE)):
-            raise UserError(f'-output={output}: holds no {CERTIFICATE}; -overwrite replaces exports only')
-    if features and 'onnx' in formats:
-        raise UserError('-features: goes with -format=paddle; the ONNX file holds logits only')
+        if not is_export(output):
+            raise UserError(f'-output={output}: contains no {CERTIFICATE}; -overwrite replaces exports only')
+    if options.features and 'onnx' in options.formats:
+        raise UserError('-features: needs -format=paddle; the ONNX file returns logits only')
     model = build_model(config, *pretrained_weights(config.MODEL.PRETRAINED))
     model.eval()
-    twin = in_form(model, form, final_norm=features)
-    size = config.DATA.IMAGE_SIZE
-    batches, compared_on = _images(config, pictures, dynamic)
+    twin = in_form(model, options.form, final_norm=options.features)
+    images = comparison_images(config, options)
+    with _complete_or_absent(output) as folder:
+        certificate = _write_programs(folder, config, options, model, twin, images)
+        with open(os.path.join(folder, CERTIFICATE), 'w', encoding='utf-8') as file:
+            json.dump(certificate, file, indent=2)
+        with open(os.path.join(folder, CONFIG), 'w', encoding='utf-8') as file:
+            file.write(config_text(config))
+        classes = find_classes(os.path.dirname(config.MODEL.PRETRAINED), config.DATA.DATA_PATH)
+        if classes:
+            shutil.copy(classes, folder)
+    return certificate
+
+
+@contextlib.contextmanager
+def _complete_or_absent(output):
+    """Yields a temporary folder that replaces `output` when the block ends without an error."""
+    parent, name = os.path.split(output)
     try:
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=parent) as scratch:
             folder = os.path.join(scratch, 'new')
             os.mkdir(folder)
-            certificate = _write(folder, config, model, twin, form, formats, None if dynamic else (size, size),
-                                 tolerance, batches, compared_on, features)
+            yield folder
             if os.path.exists(output):
                 os.rename(output, os.path.join(scratch, 'old'))
             os.rename(folder, output)
     except OSError as error:
         raise UserError(f'-output={output}: cannot be written: {error.strerror}') from None
-    return certificate
 
 
-def _images(config, pictures, dynamic):
-    """Batches of preprocessed pictures and of random numbers, and a line that says which."""
+def _write_programs(folder, config, options, model, twin, images):
+    """Writes and checks the programs of `twin`, the model in the exported form; returns the certificate."""
+    threads, size = paddle_env.set_threads(), config.DATA.IMAGE_SIZE
+    comparison = Comparison(model, images, options)
+    groups = comparison.check_groups(twin)
+    before = {'form': 'merged' if is_merged(model) else 'training', **_costs(model, size, images.one)}
+    after = {'form': options.form, **_costs(twin, size, images.one)}
+    sides = None if options.dynamic else (size, size)
+    programs = {}
+    for program in _programs(twin, options):
+        files = program.save(folder, sides)
+        run = program.load(folder, threads)
+        programs[program.name] = {
+            'files': files, 'needs': program.needs, **comparison.check_program(program.name, run),
+            'bytes': sum(os.path.getsize(os.path.join(folder, file)) for file in files),
+            'latency_ms': latency_ms(run, images.one)}
+        del run  # before the next program is loaded
+    return {
+        'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'form': options.form,
+        'features': options.features, 'image_size': list(sides) if sides else 'dynamic',
+        'tolerance': options.tolerance, 'compared_on': images.description, 'groups': groups, 'programs': programs,
+        'before': before, 'after': after, 'operators': OPERATORS,
+        'environment': {'paddle': paddle.__version__, 'threads': threads,
+                        'processor': paddle_env.cpu_info().get('model name', platform.machine())}}
+
+
+def _costs(model, size, image):
+    return {'parameters': model.num_parameters(), 'gmacs': multiply_accumulates(model, size, size) / 1e9,
+            'bytes': sum(4 * tensor.size for tensor in model.state_dict().values()),
+            'latency_ms': latency_ms(dygraph_program(model), image)}
+
+
+# ---- the programs
+
+@dataclass(frozen=True)
+class PaddleProgram:
+    """A Paddle program and its weights.
+
+    Attributes:
+        name: of the program; its files are NAME.json (Paddle 2.6: NAME.pdmodel) and NAME.pdiparams.
+        needs: what it needs to run, for the certificate.
+        model: layer to trace, in eval mode.
+        implementation: of the depthwise convolutions, see `save_paddle_program`.
+    """
+    name: str
+    needs: str
+    model: paddle.nn.Layer
+    implementation: str
+
+    def save(self, folder, size):
+        """Writes the program into a folder for inputs of `size` (H, W), None for any; returns the new files."""
+        before = set(os.listdir(folder))
+        save_paddle_program(self.model, os.path.join(folder, self.name), size, self.implementation)
+        return sorted(set(os.listdir(folder)) - before)
+
+    def load(self, folder, threads):
+        """The saved program as a function of images."""
+        return load_paddle_program(os.path.join(folder, self.name), threads)
+
+
+@dataclass(frozen=True)
+class OnnxProgram:
+    """An ONNX file; attributes and methods are those of `PaddleProgram`."""
+    model: paddle.nn.Layer
+    name: str = 'model.onnx'
+    needs: str = 'standard operators of ONNX'
+
+    def save(self, folder, size):
+        write_onnx(self.model, os.path.join(folder, self.name), size)
+        return [self.name]
+
+    def load(self, folder, threads):
+        return load_onnx_program(os.path.join(folder, self.name), threads)
+
+
+def _programs(twin, options):
+    """Yields the programs to export; the packed copy of the model exists only while its program is in use."""
+    def traced(model):
+        return WithFeatures(model) if options.features else model
+
+    if 'paddle' in options.formats:
+        try:
+            load_operator()
+        except BuildError as error:
+            print(f'`model` is not exported, because the operator is not available: {error}', file=sys.stderr)
+        else:
+            yield PaddleProgram('model', 'large_kernel.load_operator() before it is loaded',
+                                traced(pack(copy.deepcopy(twin))), 'custom')
+        yield PaddleProgram('model_native', 'standard operators of Paddle', traced(twin), 'native')
+    if 'onnx' in options.formats:
+        yield OnnxProgram(twin)
+
+
+# ---- the comparison
+
+@dataclass(frozen=True)
+class ComparisonImages:
+    """Batches of inputs, float32 [N, 3, H, W], to compare two forms of a model on, and a description of them."""
+    batches: Tuple[np.ndarray, ...]
+    description: str
+
+    @property
+    def one(self):
+        """The first image, [1, 3, H, W]."""
+        return self.batches[0][:1]
+
+
+def comparison_images(config, options):
+    """Preprocessed images from a folder, from the validation list, or generated; then as many random inputs."""
     transform, size = get_transform(config, 'val'), config.DATA.IMAGE_SIZE
     rng = np.random.default_rng(0)
-    listed = os.path.join(config.DATA.DATA_PATH, 'val_list.txt')
-    if pictures:
-        if not os.path.isdir(pictures):
-            raise FileNotFoundError(f'-pictures={pictures}: no such folder')
-        names = sorted(os.listdir(pictures))
-        images = [transform(decode_image(os.path.join(pictures, names[i]))) for i in _spread(len(names))]
-        source = pictures
-    elif config.DATA.DATA_PATH and os.path.isfile(listed):
+    val_list, source = os.path.join(config.DATA.DATA_PATH, 'val_list.txt'), options.pictures
+    if source:
+        if not os.path.isdir(source):
+            raise FileNotFoundError(f'-pictures={source}: no such folder')
+        names = sorted(os.listdir(source))
+        images = [transform(decode_image(os.path.join(source, names[i]))) for i in _evenly_spaced(len(names))]
+    elif config.DATA.DATA_PATH and os.path.isfile(val_list):
         dataset = get_dataset(config, 'val')
-        images, source = [dataset[i][0] for i in _spread(len(dataset))], listed
+        images, source = [dataset[i][0] for i in _evenly_spaced(len(dataset))], val_list
     else:
-        images, source = [transform(_generated_picture(rng)) for _ in range(IMAGES)], 'generated'
+        images, source = [transform(_generated_image(rng)) for _ in range(IMAGES)], 'generated'
     if not images:
-        raise UserError(f'-pictures={pictures}: the folder is empty')
-    sizes = [(size, size)] + [(size + 13, size + 37)] * dynamic
+        raise UserError(f'-pictures={source}: the folder is empty')
+    sizes = [(size, size)] + [(size + 13, size + 37)] * options.dynamic
     arrays = [np.stack(images), *(rng.standard_normal((IMAGES, 3, *s)).astype('float32') for s in sizes)]
-    batches = [array[i:i + BATCH] for array in arrays for i in range(0, len(array), BATCH)]
-    return batches, f'{len(images)} pictures ({source}) and {IMAGES * len(sizes)} of random numbers'
+    batches = tuple(array[i:i + BATCH] for array in arrays for i in range(0, len(array), BATCH))
+    return ComparisonImages(batches, f'{len(images)} images ({source}) and {IMAGES * len(sizes)} random inputs')
 
 
-def _spread(count):
+def _evenly_spaced(count):
     return np.linspace(0, count - 1, min(count, IMAGES)).astype(int)
 
 
-def _generated_picture(rng, height=320, width=400):
-    """Random colours whose spectrum falls as that of photographs, with 1 / frequency."""
+def _generated_image(rng, height=320, width=400):
+    """Random colours whose amplitude spectrum falls with 1 / frequency, as in photographs."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
     noise = rng.standard_normal((2, 3, *frequency.shape))
@@ -175,81 +317,33 @@ def _generated_picture(rng, height=320, width=400):
     return Image.fromarray(pixels.clip(0, 255).astype('uint8').transpose(1, 2, 0))
 
 
-def _write(folder, config, model, twin, form, formats, size, tolerance, batches, compared_on, features):
-    """Writes programs and certificate into `folder`; see `export`."""
-    threads = paddle_env.set_threads()
-    before, one = dygraph_program(WithFeatures(model) if features else model), batches[0][:1]
-    expected = [before(images) for images in batches]
-    groups = compare_groups(model, twin, batches)
-    _refuse_over(tolerance, {name: d.largest / (d.scale or 1) for name, d in groups.items()})
-    costs = {'before': {'form': 'merged' if is_merged(model) else 'training', **_costs(model, config, one)},
-             'after': {'form': form, **_costs(twin, config, one)}}
-    programs = {}
-    for name, write, load, needs in _programs(twin, formats, size, threads, features):
-        path = os.path.join(folder, name)
-        already = set(os.listdir(folder))
-        write(path)
-        files = sorted(set(os.listdir(folder)) - already)
-        program = load(path)
-        difference, of_features, agreement = compare_outputs(expected, program, batches, model.num_classes)
-        _refuse_over(tolerance, {f'logits of {name}': difference.largest,
-                                 f'features of {name}': of_features.largest / (of_features.scale or 1)})
-        programs[name] = {'files': files, 'needs': needs, 'max_difference': float(difference.largest),
-                          'mean_difference': float(difference.mean), 'top1_agreement': agreement,
-                          'bytes': sum(os.path.getsize(os.path.join(folder, file)) for file in files),
-                          'latency_ms': latency_ms(program, one)}
-        del program
-    certificate = {
-        'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'form': form,
-        'features': features, 'image_size': list(size) if size else 'dynamic', 'tolerance': tolerance,
-        'compared_on': compared_on,
-        'groups': {name: {'max_difference': float(d.largest), 'mean_difference': float(d.mean),
-                          'largest_value': float(d.scale)} for name, d in groups.items()},
-        'programs': programs, **costs,
-        'operators': OPERATORS, 'environment': {'paddle': paddle.__version__, 'threads': threads,
-                        'processor': paddle_env.cpu_info().get('model name', platform.machine())}}
-    with open(os.path.join(folder, CERTIFICATE), 'w', encoding='utf-8') as file:
-        json.dump(certificate, file, indent=2)
-    with open(os.path.join(folder, CONFIG), 'w', encoding='utf-8') as file:
-        file.write(config_text(config))
-    classes = find_classes(os.path.dirname(config.MODEL.PRETRAINED), config.DATA.DATA_PATH)
-    if classes:
-        shutil.copy(classes, folder)
-    return certificate
+class Comparison:
+    """Checks other forms of a model against it. A difference over the tolerance raises CertificateError."""
 
+    def __init__(self, model, images, options):
+        original = dygraph_program(WithFeatures(model) if options.features else model)
+        self._model, self._batches, self._tolerance = model, images.batches, options.tolerance
+        self._expected = [original(batch) for batch in images.batches]
 
-def _refuse_over(tolerance, measured):
-    worst = max(measured, key=lambda name: np.nan_to_num(measured[name], nan=np.inf))
-    if not measured[worst] <= tolerance:
-        raise CertificateError(f'nothing is exported: {worst} differs from the original by '
-                               f'{measured[worst]:.2g}, over the tolerance of {tolerance:g}')
+    def check_groups(self, twin):
+        """Entry of the certificate for each group of layers of another form of the model."""
+        groups = compare_groups(self._model, twin, self._batches)
+        self._check({name: difference.relative for name, difference in groups.items()})
+        return {name: {'max_difference': float(d.largest), 'mean_difference': float(d.mean),
+                       'largest_value': float(d.scale)} for name, d in groups.items()}
 
+    def check_program(self, name, run):
+        """Differences of a program, a function of images, for its entry of the certificate."""
+        logits, features, agreement = compare_outputs(self._expected, run, self._batches, self._model.num_classes)
+        self._check({f'logits of {name}': logits.largest, f'features of {name}': features.relative})
+        return {'max_difference': float(logits.largest), 'mean_difference': float(logits.mean),
+                'top1_agreement': agreement}
 
-def _programs(twin, formats, size, threads, features):
-    """(name, function that writes it to a path, function that loads it, what it needs to run) of each program."""
-    def save(model, implementation):
-        return lambda path: save_paddle_program(WithFeatures(model) if features else model, path, size, implementation)
-
-    if 'paddle' in formats:
-        def load(path):
-            return load_paddle_program(path, threads)
-        try:
-            load_operator()
-            yield ('model', save(pack(copy.deepcopy(twin)), 'custom'), load,
-                   'large_kernel.load_operator() before it is loaded')
-        except BuildError as error:
-            print(f'without `model`, which runs the operator: {error}', file=sys.stderr)
-        yield 'model_native', save(twin, 'native'), load, 'standard operators of Paddle'
-    if 'onnx' in formats:
-        yield ('model.onnx', lambda path: write_onnx(twin, path, size), lambda path: load_onnx_program(path, threads),
-               'standard operators of ONNX')
-
-
-def _costs(model, config, one):
-    size = config.DATA.IMAGE_SIZE
-    return {'parameters': model.num_parameters(), 'gmacs': multiply_accumulates(model, size, size) / 1e9,
-            'bytes': sum(4 * tensor.size for tensor in model.state_dict().values()),
-            'latency_ms': latency_ms(dygraph_program(model), one)}
+    def _check(self, differences):
+        worst = max(differences, key=lambda name: np.nan_to_num(differences[name], nan=np.inf))
+        if not differences[worst] <= self._tolerance:
+            raise CertificateError(f'nothing is exported: {worst} differs from the original by '
+                                   f'{differences[worst]:.2g}, over the tolerance of {self._tolerance:g}')
 
 
 def table(certificate):
@@ -278,7 +372,7 @@ def main():
         print(error, file=sys.stderr)
         return 1
     print(table(certificate))
-    print(f"\nwritten to {arguments['output']}; {CERTIFICATE} there holds these figures")
+    print(f"\nwritten to {arguments['output']}; these figures are in its {CERTIFICATE}")
     return 0
 
 

@@ -1,14 +1,15 @@
-"""Labels pictures: `python predict.py PICTURES... | FOLDER | LIST -model=MODEL`.
+"""Classifies images with a trained model: `python predict.py IMAGE... | FOLDER | LIST -model=MODEL`.
 
     python predict.py cat.jpg dog.png -model=replknet_31b_1k_224
     python predict.py data/digits/val_list.txt -model=output/RUN -output=digits.csv -save_images=sheets
 
-A folder is searched for pictures, subfolders too; a list (.txt) has a 'relative/path' or 'relative/path label' a line.
-Results come in the order of the pictures. Those that cannot be read are told at the end, with exit status 1.
+A folder is searched recursively for images; a list (.txt) has a 'relative/path' or 'relative/path label' per line.
+The results are in the order of the images. If there are labels, the accuracy is printed. Unreadable images are listed
+at the end; the exit status is then 1.
 """
 import os
 
-os.environ.setdefault('GLOG_minloglevel', '2')  # Paddle has a warning, of no use here, for each program it traces
+os.environ.setdefault('GLOG_minloglevel', '2')  # hides a warning about each program that Paddle traces
 import paddle_env  # noqa: E402, F401, I001 - sets the environment, so before paddle
 
 import contextlib
@@ -21,25 +22,27 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from deploy.contact_sheets import ContactSheets
-from datasets import DataError, read_list
-from utils import accuracy_line
-from errors import ArgumentParser, UserError
 from atomic_file import atomic_file
-from errors import exit_status
+from datasets import DataError, read_list
+from deploy.contact_sheets import ContactSheets
 from deploy.predictor import BACKENDS, Prediction, Predictor
-from utils import logger
+from errors import ArgumentParser, UserError, exit_status
+from utils import accuracy_line, logger
 
 __all__ = ['Prediction', 'Predictor']
 
 OUTPUTS = ('.csv', '.jsonl')
 
 
-def find_pictures(sources):
-    """Paths of all pictures that the sources mean, and their labels or -1.
+def find_images(sources):
+    """Finds the images that the sources refer to.
 
+    Args:
+        sources: paths of images, folders and lists (.txt).
+    Returns:
+        (list of paths, list of their labels); a label is -1 where it is unknown.
     Raises:
-        UserError: a folder without pictures, or a list that cannot be used.
+        UserError: a folder without images, or a list that cannot be used.
     """
     paths, labels = [], []
     for source in sources:
@@ -47,23 +50,30 @@ def find_pictures(sources):
             found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names
                      if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
             if not found:
-                raise UserError(f'{source}: no pictures in this folder')
-            found, marks = sorted(found), [-1] * len(found)
+                raise UserError(f'{source}: no images in this folder')
+            found, found_labels = sorted(found), [-1] * len(found)
         elif source.lower().endswith('.txt'):
-            names, marks = read_list(source, unlabelled=True)
+            names, found_labels = read_list(source, unlabelled=True)
             found = [os.path.join(os.path.dirname(source), os.fsdecode(name)) for name in names]
         else:
-            found, marks = [source], [-1]
+            found, found_labels = [source], [-1]
         paths += found
-        labels += map(int, marks)
+        labels += map(int, found_labels)
     return paths, labels
 
 
 @contextlib.contextmanager
 def results_file(path, topk, features):
-    """Yields the function that writes a prediction and its label; the file appears when all are written.
+    """Opens a file of results, .csv or .jsonl, which appears when the block ends without an error.
 
-    CSV has a row for each picture, and features go to a file NAME.npz beside it; JSON lines hold them.
+    A CSV file has one row per image; the features are written to NAME.npz next to it. JSON lines include them.
+
+    Args:
+        path: the file.
+        topk: number of classes in each prediction.
+        features: whether the predictions have features.
+    Yields:
+        function that writes a prediction and its label.
     """
     with atomic_file(path) as binary:
         text = io.TextIOWrapper(binary, 'utf-8', errors='surrogateescape', newline='')
@@ -73,22 +83,26 @@ def results_file(path, topk, features):
             rows = csv.writer(text, lineterminator='\n')
             rows.writerow(['picture', 'label', 'error'] + [
                 f'{column}_{k}' for k in range(1, topk + 1) for column in ('class', 'name', 'score')])
-            kept = []
+            paths, arrays = [], []
 
             def write(prediction, label):
-                best = zip(prediction.classes, prediction.names, (f'{score:.6f}' for score in prediction.scores))
-                rows.writerow([prediction.picture, '' if label < 0 else label, prediction.error or '',
-                               *(value for entry in best for value in entry)])
+                rows.writerow(_csv_row(prediction, label))
                 if prediction.features is not None:
-                    kept.append((prediction.picture, prediction.features))
+                    paths.append(prediction.picture)
+                    arrays.append(prediction.features)
 
             yield write
-            if features and kept:
-                names, arrays = zip(*kept)
+            if features and arrays:
                 with atomic_file(os.path.splitext(path)[0] + '.npz') as file:
-                    np.savez(file, pictures=np.array(names), features=np.stack(arrays))
+                    np.savez(file, pictures=np.array(paths), features=np.stack(arrays))
         text.flush()
-        text.detach()  # atomic_file closes it
+        text.detach()  # atomic_file closes the binary file
+
+
+def _csv_row(prediction, label):
+    top = zip(prediction.classes, prediction.names, (f'{score:.6f}' for score in prediction.scores))
+    return [prediction.picture, '' if label < 0 else label, prediction.error or '',
+            *(cell for entry in top for cell in entry)]
 
 
 def _json_line(prediction, label):
@@ -106,7 +120,7 @@ def _json_line(prediction, label):
 
 
 class Accuracy:
-    """Counts what `-eval` counts, over the pictures whose label is known."""
+    """The metrics of an evaluation (`-eval`), over the images whose label is known."""
 
     def __init__(self):
         self.images, self.sums = 0, np.zeros(3)
@@ -121,22 +135,22 @@ class Accuracy:
         return {**dict(zip(('acc1', 'acc5', 'loss'), self.sums / self.images)), 'images': self.images}
 
 
-def arguments_of(argv=None):
+def read_arguments(argv=None):
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument('pictures', nargs='+', metavar='PICTURE', help='picture, folder or list (.txt)')
-    parser.add_argument('-model', '--model', required=True, help='name of the zoo, run folder, checkpoint or export')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image, folder or list (.txt)')
+    parser.add_argument('-model', '--model', required=True, help='zoo name, run folder, checkpoint or exported model')
     for flag, default, text in (
-            ('cfg', None, 'YAML file of settings, for weights that have none beside them'),
-            ('output', None, 'file of results, .csv or .jsonl; without, they are printed'),
+            ('cfg', None, 'settings file (YAML), if there is none next to the weights'),
+            ('output', None, 'file of results, .csv or .jsonl; without it, they are printed'),
             ('save_images', None, 'new folder for contact sheets: frames are green where right, red where wrong'),
-            ('topk', 5, 'classes told for each picture'),
-            ('batch_size', 16, 'pictures computed at once'),
-            ('num_workers', None, 'decoding threads'),
+            ('topk', 5, 'number of classes in each prediction'),
+            ('batch_size', 16, 'images per forward pass'),
+            ('num_workers', None, 'number of decoding threads'),
             ('device', 'auto', 'auto, gpu, cpu, npu or xpu'),
-            ('backend', 'auto', f'one of {", ".join(BACKENDS)}; auto: the faster one')):
+            ('backend', 'auto', f'one of {", ".join(BACKENDS)}; auto chooses the faster one')):
         kind = int if flag in ('topk', 'batch_size', 'num_workers') else str
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=kind, help=text)
-    parser.add_argument('-features', '--features', action='store_true', help='tell the pooled features as well')
+    parser.add_argument('-features', '--features', action='store_true', help='also write the pooled features')
     args = parser.parse_args(argv)
     if args.output and not args.output.endswith(OUTPUTS):
         raise UserError(f'-output={args.output}: name a file that ends with {" or ".join(OUTPUTS)}')
@@ -148,43 +162,43 @@ def arguments_of(argv=None):
 
 
 def main():
-    args = arguments_of()
-    paths, labels = find_pictures(args.pictures)
+    args = read_arguments()
+    paths, labels = find_images(args.images)
     logger.setLevel('WARNING')
-    predictor = Predictor(args.model, args.cfg, args.device, args.batch_size, args.topk, args.features, args.backend,
-                          args.num_workers)
+    predictor = Predictor(args.model, args.cfg, device=args.device, batch_size=args.batch_size, topk=args.topk,
+                          features=args.features, backend=args.backend, workers=args.num_workers)
     print(f'weights of {predictor.origin}, {predictor.backend}', file=sys.stderr)
     for path, label in zip(paths, labels):
         if label >= len(predictor.names):
             raise DataError(f'{path}: label {label}, but the model has {len(predictor.names)} classes')
-    failed, accuracy = [], Accuracy()
+    errors, accuracy = [], Accuracy()
     with contextlib.ExitStack() as stack:
         sheets = stack.enter_context(ContactSheets(args.save_images)) if args.save_images else None
         write = _print
         if args.output:
             write = stack.enter_context(results_file(args.output, min(args.topk, len(predictor.names)), args.features))
-        progress = tqdm(predictor.stream(paths), total=len(paths), unit='picture', disable=not os.isatty(2))
+        progress = tqdm(predictor.stream(paths), total=len(paths), unit='image', disable=not os.isatty(2))
         for prediction, label in zip(progress, labels):
             write(prediction, label)
             if sheets is not None:
                 sheets.add(prediction, *((label, predictor.names[label]) if label >= 0 else ()))
             if prediction.error:
-                failed.append(prediction.error)
+                errors.append(prediction.error)
             elif label >= 0:
                 accuracy.add(prediction.logits, label)
     if accuracy.images:
         print(accuracy_line(accuracy.metrics()))
-    for error in failed:
+    for error in errors:
         print(error, file=sys.stderr)
-    if failed:
-        print(f'{len(failed)} of {len(paths)} pictures could not be read', file=sys.stderr)
-    return 1 if failed else 0
+    if errors:
+        print(f'{len(errors)} of {len(paths)} images could not be read', file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _print(prediction, label):
     if not prediction.error:
-        best = ', '.join(f'{name} {score:.1%}' for name, score in zip(prediction.names, prediction.scores))
-        tqdm.write(f'{prediction.picture}: {best}', file=sys.stdout)
+        top = ', '.join(f'{name} {score:.1%}' for name, score in zip(prediction.names, prediction.scores))
+        tqdm.write(f'{prediction.picture}: {top}', file=sys.stdout)
 
 
 if __name__ == '__main__':

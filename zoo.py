@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Optional
 
+from errors import UserError
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
 from port_weights.safe_load import find_weights, read_checkpoint
@@ -109,6 +110,18 @@ def settings_file(weights):
     if weights in ZOO:
         return os.path.join(ROOT, ZOO[weights].config)
     return config_beside(weights) if weights else None
+
+
+def require_settings_file(cfg, weights):
+    """Path of the settings file to use: `cfg` if it is given, else the result of `settings_file`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = cfg or settings_file(weights)
+    if not path:
+        raise UserError('-cfg is missing: name a settings file, such as -cfg=./configs/replknet_31b.yaml')
+    return path
 
 
 def resolve_weights(name_or_path, weights_dir='./weights'):

@@ -1,11 +1,11 @@
-"""Times the depthwise convolution: every implementation of `large_kernel`, and other frameworks where installed.
+"""Times depthwise convolutions: every implementation of `large_kernel`, and other frameworks if they are installed.
 
     pip install -r requirements-bench.txt
     python benchmarks/bench_dwconv.py -output=results/dwconv.csv
     python benchmarks/bench_dwconv.py -systems=custom,torch -shapes=my_shapes.txt -threads=1
 
-GFLOP/s count the taps that lie inside the image, those on padding are left out; the share of the peak is over the
-multiply-add peak of the same threads, measured in the same rounds by a loop in registers (fma_peak.cpp).
+GFLOP/s count only the taps inside the image, not those on padding. The share of the peak is relative to the
+multiply-add peak of the same threads, which a loop in registers (fma_peak.cpp) measures in the same rounds.
 """
 import argparse
 import contextlib
@@ -35,8 +35,8 @@ SYSTEMS = {  # name: environment variables
 FORWARD_ONLY = ('onnxruntime', 'openvino')
 
 
-# ---- the systems: each takes a case, input, weight and gradient (None: forward only) and returns the function to time,
-# which returns the list of its results, and its version
+# ---- the systems: functions of a case, input, weight and output gradient (None: forward only) that return
+# (function to time, version); the function to time returns the list of its results
 
 def paddle_conv(case, x, weight, gradient):
     paddle = harness.import_paddle(case['threads'])
@@ -44,13 +44,13 @@ def paddle_conv(case, x, weight, gradient):
     x, weight = paddle.to_tensor(x), paddle.to_tensor(weight)
     version = f'paddlepaddle {paddle.__version__}'
     if gradient is None:
-        return lambda: [depthwise_conv2d(x, weight, None, case['stride'])], version  # neither asks for gradients
+        return lambda: [depthwise_conv2d(x, weight, None, case['stride'])], version  # neither tensor requires gradients
     gradient = paddle.to_tensor(gradient)
     x.stop_gradient = weight.stop_gradient = False
     loss = paddle.zeros([1])
 
     class Next(paddle.autograd.PyLayer):
-        """Hands the gradient over as a next layer would: one given as an argument is copied first, by one thread."""
+        """Passes the gradient on as a next layer would; backward(gradient) would copy it first, in one thread."""
 
         @staticmethod
         def forward(ctx, y):
@@ -61,7 +61,7 @@ def paddle_conv(case, x, weight, gradient):
             return gradient
 
     def training():
-        x.grad = weight.grad = None  # of the call before, whose results this empties
+        x.grad = weight.grad = None  # gradients of the previous call
         y = depthwise_conv2d(x, weight, None, case['stride'])
         Next.apply(y).backward()
         return [y, x.grad, weight.grad]
@@ -78,7 +78,7 @@ def torch_conv(case, x, weight, gradient, channels_last=False):
 
     version = f'torch {torch.__version__}'
     if gradient is None:
-        return lambda: [conv()], version  # neither asks for gradients
+        return lambda: [conv()], version  # neither tensor requires gradients
     gradient = torch.from_numpy(gradient).contiguous(memory_format=layout)
     x.requires_grad_()
     weight.requires_grad_()
@@ -129,7 +129,7 @@ MAKERS = {'torch': torch_conv, 'torch-channels-last': torch_channels_last_conv, 
 
 
 def child(name, library):
-    """Serves a system, or `peak`, in this process."""
+    """Runs the system `name`, or `peak`, in this process."""
 
     def make(case):
         if name == 'peak':
@@ -148,6 +148,7 @@ def child(name, library):
 
 
 def peak(library, threads):
+    """The multiply-add loop of fma_peak.cpp, as a function to time, and its floating-point operations per call."""
     library = ctypes.CDLL(library)
     library.fma_peak.argtypes = library.flop_per_thread.argtypes = [ctypes.c_long]
     library.fma_peak.restype, library.flop_per_thread.restype = ctypes.c_float, ctypes.c_double
@@ -162,10 +163,10 @@ def peak(library, threads):
 # ---- the parent
 
 def read_shapes(path):
-    """Cases of a file of lines `batch channels height width kernel stride [mode]`; # starts a comment.
+    """Reads the cases of a file with lines `batch channels height width kernel stride [mode]`; # starts a comment.
 
     Raises:
-        UserError: a line that is no case.
+        UserError: a line is not a case, or there is none.
     """
     cases = []
     with open(path, encoding='utf-8') as file:
@@ -182,14 +183,14 @@ def read_shapes(path):
                                 f'[forward|training]", kernel odd, found "{line.strip()}"') from None
             cases += [{'mode': mode, **dict(zip(FIELDS, sizes))} for mode in modes]
     if not cases:
-        raise UserError(f'{path}: no shape in it')
+        raise UserError(f'{path}: contains no shape')
     return cases
 
 
 def useful_flop(case):
-    """Floating-point operations of a case without the taps that lie on padding."""
+    """Floating-point operations of a case, without the taps on padding."""
 
-    def taps(size):  # of all outputs along one side
+    def taps(size):  # along one side, summed over all outputs
         reach = case['kernel'] // 2
         return sum(min(size, i + reach + 1) - max(0, i - reach) for i in range(0, size, case['stride']))
 
@@ -198,23 +199,23 @@ def useful_flop(case):
 
 
 def build_peak(folder):
-    """Compiles fma_peak.cpp; returns the path of the library, or None after a note on standard error."""
+    """Compiles fma_peak.cpp; returns the path of the library, or None after a message on standard error."""
     source, library = os.path.join(harness.FOLDER, 'fma_peak.cpp'), os.path.join(folder, 'fma_peak.so')
     compiler = next(filter(None, map(shutil.which, (os.environ.get('CXX', ''), 'g++', 'c++', 'clang++'))), None)
     if compiler is None:
-        print('no C++ compiler, so no share of the peak', file=sys.stderr)
+        print('no C++ compiler found; the share of the peak is not measured', file=sys.stderr)
         return None
     done = subprocess.run([compiler, '-O3', '-march=native', '-fopenmp', '-shared', '-fPIC', source, '-o', library],
                           capture_output=True, text=True)
     if done.returncode:
-        print(f'{compiler} cannot build fma_peak.cpp, so no share of the peak: {done.stderr.splitlines()[0]}',
-              file=sys.stderr)
+        print(f'{compiler} cannot compile fma_peak.cpp; the share of the peak is not measured: '
+              f'{done.stderr.splitlines()[0]}', file=sys.stderr)
         return None
     return library
 
 
 def bench(names, cases, arguments):
-    """Measures the cases; returns the header and the rows of the results."""
+    """Measures the cases; returns (header, rows) of the results."""
     header, load, rows, versions = harness.describe_run(arguments.threads), harness.Load(), [], set()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         library = build_peak(folder)
@@ -249,7 +250,7 @@ def bench(names, cases, arguments):
 
 
 def print_results(rows, names):
-    """A table of the medians in ms, and of the share of the peak where it was measured."""
+    """Prints a table of the medians in ms, and one of the shares of the peak if they were measured."""
     for column, title, form in (('median_ms', 'ms', '{:.3g}'), ('share_of_peak', 'share of the peak', '{:.0%}')):
         table = {}
         for row in rows:
@@ -266,11 +267,11 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
             ('shapes', os.path.join(harness.FOLDER, 'dwconv_shapes.txt'), 'file of shapes'),
-            ('systems', ','.join(SYSTEMS), 'systems to time, those that are not installed are left out'),
+            ('systems', ','.join(SYSTEMS), 'systems to time; those that are not installed are left out'),
             ('threads', 2, 'threads of each system, bound to cores'),
             ('rounds', 9, 'interleaved rounds'),
-            ('budget', 3.0, 'seconds that a slow system may take for a shape; it is timed at least twice'),
-            ('patience', 10.0, 'seconds to wait, for a shape, for other processes to leave the cores alone'),
+            ('budget', 3.0, 'seconds per shape for a slow system; it is timed at least twice'),
+            ('patience', 10.0, 'seconds to wait, per shape, until other processes leave the cores idle'),
             ('output', '', 'CSV file to write')):
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=type(default), help=f'{text} (%(default)s)')
     parser.add_argument('-child', help=argparse.SUPPRESS)

@@ -1,14 +1,15 @@
-"""Times whole models: inference, training steps, and how they grow with batch, image size and kernel size.
+"""Times whole models: inference, training steps, and how they scale with batch size, image size and kernel size.
 
     pip install -r requirements-bench.txt
     python benchmarks/bench_model.py -output=results/model.csv
     python benchmarks/bench_model.py -cfg=configs/replknet_31l.yaml -suites=inference -systems=custom,torch
 
-Every system runs each case in a fresh process, which also tells its peak memory; weights are the same everywhere and
-made up. `custom` is a model as it is built, `packed` as predict.py prepares it, `inference` as export.py writes it.
-Suites: inference (merged, batch 1 and 8, and the training form at batch 1), training (a step of AdamW, batch 4), batch
-(merged, 1 to 16), size (merged, 224 to 1024 pixels), kernel (merged, 3 to 51 in all stages). Images have the
-configuration's size but in the suite of sizes.
+Every system runs each case in a new process, which also reports its peak memory. All systems have the same random
+weights. `custom` is a model as it is built, `packed` as predict.py prepares it, `inference` as export.py writes it.
+
+The suites are inference (merged form at batch 1 and 8, training form at batch 1), training (a step of AdamW, batch 4),
+batch (merged, 1 to 16), size (merged, 224 to 1024 pixels) and kernel (merged, 3 to 51 in all stages). The image size is
+that of the config file, except in the suite `size`.
 """
 import argparse
 import contextlib
@@ -46,7 +47,7 @@ PARTICIPANTS = {  # suite: systems
 
 
 def cases_of(suite, config):
-    """The cases of a suite, for the settings of a model."""
+    """The cases of a suite for a model's settings."""
     model = config.MODEL
     base = {'suite': suite, 'merged': True, 'batch': 1, 'size': config.DATA.IMAGE_SIZE,
             'kernels': list(model.LARGE_KERNEL_SIZES)}
@@ -59,10 +60,11 @@ def cases_of(suite, config):
     }[suite]
 
 
-# ---- the systems: each takes a case and returns the function to time, which returns its results, and its version
+# ---- the systems: functions of a case and a folder with the exported model that return (function to time, version);
+# the function to time returns the list of its results
 
-def made_up(name, shape):
-    """Weights that depend on the name and shape alone: uniform in +-1/sqrt(fan in), norms and biases 1 and 0."""
+def random_weights(name, shape):
+    """Weights that depend only on name and shape: uniform in +-1/sqrt(fan in); 1 for norm weights, 0 for biases."""
     if len(shape) == 1:
         return np.full(shape, name.endswith(('norm.weight', 'bn.weight')), np.float32)
     weights = np.random.default_rng(zlib.crc32(name.encode())).random(shape, dtype=np.float32)
@@ -83,12 +85,13 @@ def paddle_model(case):
     for name, parameter in model.named_parameters():
         if not parameter.stop_gradient:
             transposed = name == 'head.weight'
-            weights = made_up(name, parameter.shape[::-1] if transposed else parameter.shape)
+            weights = random_weights(name, parameter.shape[::-1] if transposed else parameter.shape)
             parameter.set_value(weights.T if transposed else weights)
     return paddle, model
 
 
 def packed(model, case):
+    """The model as predict.py and export.py prepare it."""
     from fuse import fuse, pack
     return pack(fuse(model) if case['merged'] else model)
 
@@ -127,31 +130,19 @@ def export_paddle(case, folder):
     model.eval()
     implementation = os.environ['LARGE_KERNEL_CONV_IMPL']
     if implementation == 'custom':
-        model = packed(model, case)  # what export.py writes
+        model = packed(model, case)
     save_paddle_program(model, os.path.join(folder, 'model'), (case['size'], case['size']), implementation)
 
 
 def paddle_inference(case, folder):
     paddle = harness.import_paddle(case['threads'])
-    from paddle import inference
-
-    import large_kernel.build
+    from deploy.runtimes import load_paddle_program
+    from large_kernel.build import load_operator
     if os.environ['LARGE_KERNEL_CONV_IMPL'] == 'custom':
-        large_kernel.build.load_operator()
-    config = inference.Config(os.path.join(folder, 'model.json'), os.path.join(folder, 'model.pdiparams'))
-    config.disable_gpu()
-    config.enable_mkldnn()
-    config.set_cpu_math_library_num_threads(case['threads'])
-    predictor = inference.create_predictor(config)
-    source = predictor.get_input_handle(predictor.get_input_names()[0])
-    result = predictor.get_output_handle(predictor.get_output_names()[0])
+        load_operator()  # registers the operator with Paddle Inference
+    program = load_paddle_program(os.path.join(folder, 'model'), case['threads'])
     images, _ = images_and_labels(case)
-
-    def infer():
-        source.copy_from_cpu(images)
-        predictor.run()
-        return [result.copy_to_cpu()]
-    return infer, f'paddlepaddle {paddle.__version__}'
+    return lambda: [program(images)], f'paddlepaddle {paddle.__version__}'
 
 
 def torch_model(case):
@@ -160,7 +151,7 @@ def torch_model(case):
     with torch.device('meta'):
         model = RepLKNet(**case['model'], merged=case['merged'])
     model.to_empty(device='cpu')
-    model.load_state_dict({name: torch.from_numpy(made_up(name, tuple(value.shape)))
+    model.load_state_dict({name: torch.from_numpy(random_weights(name, tuple(value.shape)))
                            for name, value in model.named_parameters()}, strict=False)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -232,7 +223,7 @@ EXPORTERS = {'inference': export_paddle, 'inference-stock': export_paddle, 'onnx
 
 
 def child(name, folder, export):
-    """Serves a system, or exports its model into a folder, in this process."""
+    """Exports the model of a system into a folder, or runs the system, in this process."""
 
     def make(case):
         if export:
@@ -247,22 +238,26 @@ def child(name, folder, export):
 # ---- the parent
 
 def start(name, case, arguments, stack):
-    """A process for a system, its model exported by another one beforehand where it takes a file."""
+    """Starts the process of a system; if it needs a file, another process exports the model first.
+
+    The `stack` closes the process and removes the file.
+    """
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    for export in ['-export'] * (name in EXPORTERS) + ['']:
-        command = [__file__, f'-child={name}', f'-folder={folder}', *filter(None, [export])]
-        system = harness.System(name, command, arguments.threads, SYSTEMS[name])
-        with contextlib.ExitStack() as process:
-            process.callback(system.close)
-            if not export:
-                stack.push(process.pop_all())
-                return system
-            system.ask(setup=case)
-    return None
+    command = [__file__, f'-child={name}', f'-folder={folder}']
+    if name in EXPORTERS:
+        exporter = harness.System(name, [*command, '-export'], arguments.threads, SYSTEMS[name])
+        with contextlib.closing(exporter):
+            exporter.ask(setup=case)
+    system = harness.System(name, command, arguments.threads, SYSTEMS[name])
+    stack.callback(system.close)
+    return system
 
 
 def groups_of(suites, names, config):
-    """Lists of (system, case) to measure together: all systems of a case, or for growth all cases of a system."""
+    """Yields lists of (system, case) to measure together.
+
+    They are all systems of one case; in the suites of GROWTH, all cases of one system.
+    """
     for suite in suites:
         systems = [name for name in names if name in PARTICIPANTS[suite]]
         cases = cases_of(suite, config)
@@ -273,26 +268,13 @@ def groups_of(suites, names, config):
 
 
 def bench(suites, names, config, arguments):
-    """Measures the cases of the suites; returns the header and the rows of the results."""
+    """Measures the cases of the suites; returns (header, rows) of the results."""
     header, load, rows, versions = harness.describe_run(arguments.threads), harness.Load(), [], set()
-    model = config.MODEL
     for group in groups_of(suites, names, config):
-        jobs, cases, failed = {}, {}, {}
-        with contextlib.ExitStack() as stack:
-            for name, case in group:
-                request = {**case, 'threads': arguments.threads, 'model': {
-                    'large_kernel_sizes': case['kernels'], 'layers': model.LAYERS, 'channels': model.CHANNELS,
-                    'small_kernel': model.SMALL_KERNEL or 0, 'dw_ratio': model.DW_RATIO, 'ffn_ratio': model.FFN_RATIO,
-                    'num_classes': model.NUM_CLASSES}}
-                key = f'{name}, ' + ', '.join(f'{field} {value}' for field, value in case.items())
-                cases[key] = name, case
-                try:
-                    jobs[key] = start(name, request, arguments, stack), request
-                except harness.SystemFailed as error:
-                    failed[key] = str(error)
-            times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget, arguments.patience,
-                                                      alike=group[0][1]['suite'] not in GROWTH)
-        for key, reason in {**failed, **reasons}.items():
+        cases = {f'{name}, ' + ', '.join(f'{field} {value}' for field, value in case.items()): (name, case)
+                 for name, case in group}
+        times, answers, failed = measure_group(cases, config.MODEL, arguments)
+        for key, reason in failed.items():
             print(f'{key}: left out: {reason}', file=sys.stderr)
         for key, values in times.items():
             name, case = cases[key]
@@ -302,19 +284,44 @@ def bench(suites, names, config, arguments):
             rows.append(row)
             versions.add(answers[key]['version'])
             print(f'{key}: {row["median_ms"]:.4g} ms, {row["peak_mb"]} MB', file=sys.stderr)
-    return {**header, 'model': model.NAME, 'versions': ', '.join(sorted(versions)), **harness.describe_load(load)}, rows
+    return {**header, 'model': config.MODEL.NAME, 'versions': ', '.join(sorted(versions)),
+            **harness.describe_load(load)}, rows
+
+
+def measure_group(cases, model, arguments):
+    """Times a group of cases together, see `harness.measure`.
+
+    Args:
+        cases: {key: (system, case)}.
+        model: settings of the model, MODEL.
+    """
+    jobs, failed = {}, {}
+    suite, = {case['suite'] for _, case in cases.values()}
+    with contextlib.ExitStack() as stack:
+        for key, (name, case) in cases.items():
+            request = {**case, 'threads': arguments.threads, 'model': {
+                'large_kernel_sizes': case['kernels'], 'layers': model.LAYERS, 'channels': model.CHANNELS,
+                'small_kernel': model.SMALL_KERNEL or 0, 'dw_ratio': model.DW_RATIO, 'ffn_ratio': model.FFN_RATIO,
+                'num_classes': model.NUM_CLASSES}}
+            try:
+                jobs[key] = start(name, request, arguments, stack), request
+            except harness.SystemFailed as error:
+                failed[key] = str(error)
+        times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget, arguments.patience,
+                                                  alike=suite not in GROWTH)
+    return times, answers, {**failed, **reasons}
 
 
 def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
-            ('cfg', os.path.join(harness.ROOT, 'configs', 'replknet_31b.yaml'), 'YAML file of the model'),
-            ('suites', ','.join(PARTICIPANTS), 'what to measure'),
-            ('systems', ','.join(SYSTEMS), 'systems to time, those that are not installed are left out'),
+            ('cfg', os.path.join(harness.ROOT, 'configs', 'replknet_31b.yaml'), 'config file of the model'),
+            ('suites', ','.join(PARTICIPANTS), 'suites to measure'),
+            ('systems', ','.join(SYSTEMS), 'systems to time; those that are not installed are left out'),
             ('threads', 2, 'threads of each system, bound to cores'),
             ('rounds', 7, 'interleaved rounds'),
-            ('budget', 10.0, 'seconds that a slow system may take for a case; it is timed at least twice'),
-            ('patience', 60.0, 'seconds to wait, for a case, for other processes to leave the cores alone'),
+            ('budget', 10.0, 'seconds per case for a slow system; it is timed at least twice'),
+            ('patience', 60.0, 'seconds to wait, per case, until other processes leave the cores idle'),
             ('output', '', 'CSV file to write')):
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=type(default), help=f'{text} (%(default)s)')
     for flag in ('child', 'folder'):

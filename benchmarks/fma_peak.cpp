@@ -1,4 +1,4 @@
-// The float32 multiply-add peak of the machine: independent chains in registers, no memory.
+// Measures the float32 multiply-add peak of the machine: independent chains in registers, without memory accesses.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
@@ -22,7 +22,7 @@ static float chains(long steps) {
   return sums[0][0];
 }
 
-// Floating-point operations of one thread in a call of `fma_peak(steps)`.
+// Floating-point operations of each thread in a call of `fma_peak(steps)`.
 extern "C" double flop_per_thread(long steps) { return 2.0 * kChains * kLanes * steps; }
 
 extern "C" float fma_peak(long steps) {

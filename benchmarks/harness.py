@@ -1,8 +1,8 @@
-"""What the benchmarks share: one process per system, driven in turn, and the files of results.
+"""Shared code of the benchmarks: interleaved timing of several systems, one process each, and the files of results.
 
-Each system under test lives in a process of its own, so that the OpenMP and thread pools of two frameworks never meet.
-The processes are asked for some calls in turn, round after round, so that a machine that slows down for a while slows
-all systems alike; whoever is not asked is stopped, because idle worker threads of most runtimes spin.
+Each system under test runs in its own process, so that the thread pools of two frameworks never interfere. The
+processes make a few calls in turn, round after round, so that a temporary slowdown of the machine affects all systems
+alike. A process is stopped (SIGSTOP) between its turns, because idle worker threads of most runtimes spin.
 """
 import contextlib
 import csv
@@ -24,29 +24,31 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(FOLDER)
 sys.path.insert(0, ROOT)
 
+import errors  # noqa: E402
 from errors import ArgumentParser, UserError  # noqa: E402, F401
 
 BOUND = {'OMP_PROC_BIND': 'true', 'OMP_PLACES': 'cores'}
-# Paddle's MKL computes on one thread where OMP_PROC_BIND is set, so its OpenMP is told in its own way.
+# With OMP_PROC_BIND, Paddle's MKL uses a single thread; KMP_AFFINITY binds the threads of its OpenMP instead.
 BOUND_PADDLE = {'KMP_AFFINITY': 'granularity=fine,compact'}
-STOCK_PADDLE = {'MKL_DEBUG_CPU_TYPE': '', 'GLIBC_TUNABLES': ''}  # set, so paddle_env leaves both; empty: defaults
-SLOW = 0.5  # seconds; a call this long needs no untimed call before it in every round
+# Variables that are set keep paddle_env from changing them; empty values mean the defaults of MKL and glibc.
+STOCK_PADDLE = {'MKL_DEBUG_CPU_TYPE': '', 'GLIBC_TUNABLES': ''}
+SLOW = 0.5  # seconds; calls that take longer need no warm-up call in every round
 
 
 # ---- the parent
 
 class SystemFailed(RuntimeError):
-    """A system cannot do what it was asked; the text says why."""
+    """A system failed a request; the text says why."""
 
 
 class System:
-    """A process that runs `serve` for one system.
+    """A process that calls `serve` for one system.
 
     Args:
-        name: of the system.
-        command: arguments of the Python script.
-        threads: for its computations.
-        environment: variables to set.
+        name: name of the system.
+        command: Python script and its arguments.
+        threads: number of threads for its computations.
+        environment: environment variables to set.
     """
 
     def __init__(self, name, command, threads, environment):
@@ -54,7 +56,7 @@ class System:
         inherited = {k: v for k, v in os.environ.items() if k not in {**BOUND, **BOUND_PADDLE}}
         env = {**inherited, 'OMP_NUM_THREADS': str(threads), 'CUDA_VISIBLE_DEVICES': '', **environment}
         self._errors = tempfile.TemporaryFile()
-        # A process group of its own: when the parent dies, the kernel wakes and ends its stopped members.
+        # In its own process group: if the parent dies, the kernel resumes and ends stopped members of orphaned groups.
         self._process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._errors, text=True, preexec_fn=os.setpgrp, env=env)
 
@@ -62,7 +64,7 @@ class System:
         """Sends a request and returns the answer.
 
         Raises:
-            SystemFailed: with the reason.
+            SystemFailed: the process ended or reports a failure.
         """
         try:
             os.kill(self._process.pid, signal.SIGCONT)
@@ -95,15 +97,14 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
     """Times jobs in interleaved rounds.
 
     Args:
-        jobs: {name: (System, case)}; the case is for the process's `setup`.
-        rounds: how often each process is asked.
-        budget: seconds that a job may take; a slow one is asked less often, but at least twice.
-        patience: seconds to wait, in all, for moments when other processes leave the cores alone.
-        visit: seconds of calls each time, if a call is shorter.
-        alike: all must have the same results; one that differs from the first is left out.
-
+        jobs: {name: (System, case)}; the case is the `setup` request of the process.
+        rounds: number of rounds, in each of which every process makes some calls.
+        budget: seconds per job; a slow job takes part in fewer rounds, but at least in two.
+        patience: seconds to wait, in total, for moments when other processes leave the cores idle.
+        visit: seconds of calls per round, for calls that are shorter.
+        alike: all results must agree; a job whose results differ from the first one's is left out.
     Returns:
-        ({name: milliseconds of all timed calls}, {name: what else it answered}, {name: why it failed}).
+        ({name: milliseconds of all timed calls}, {name: the other answers}, {name: reason of a failure}).
     """
     answers, failed, times = {}, {}, {}
     for name, (system, case) in jobs.items():
@@ -134,31 +135,31 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
 
 
 def disagreement(answers, tolerance=2e-3):
-    """Names of the systems whose results are not those of the first one, within a share of the largest value."""
+    """Names of the systems whose results differ from the first one's by more than tolerance * largest value."""
     samples = {name: answer['sample'] for name, answer in answers.items() if answer['sample']}
     wrong = []
     for name, sample in samples.items():
-        for mine, reference in zip(sample, next(iter(samples.values()))):
+        for values, reference in zip(sample, next(iter(samples.values()))):
             largest = max(map(abs, reference))
-            if not all(abs(a - b) <= tolerance * largest for a, b in zip(mine, reference)):
+            if not all(abs(a - b) <= tolerance * largest for a, b in zip(values, reference)):
                 wrong.append(name)
                 break
     return wrong
 
 
 def summary(times):
-    """Median and minimum of a list of milliseconds, and how many they are."""
+    """Median, minimum and length of a list of milliseconds."""
     return {'median_ms': round(statistics.median(times), 4), 'min_ms': round(min(times), 4), 'calls': len(times)}
 
 
 class Load:
-    """Share of the machine's cores that other processes used since this was made."""
+    """Measures the share of the machine's cores that other processes use, from its creation on."""
 
     def __init__(self):
         self._start = self._read()
 
     def others(self):
-        """Between 0 and 1, or None where the kernel does not tell. Processes still running count as others."""
+        """The share, 0 to 1, or None without /proc/stat. Children that have not ended yet count as others."""
         if self._start is None:
             return None
         total, busy, own = (b - a for a, b in zip(self._start, self._read()))
@@ -176,7 +177,7 @@ class Load:
 
 
 def wait_for_quiet(patience):
-    """Waits, at most `patience` seconds, until the machine is idle; returns how long it was not."""
+    """Waits until the machine is idle, at most `patience` seconds; returns the seconds it waited."""
     waited = 0.0
     while waited < patience:
         load, pause = Load(), 0.05
@@ -188,7 +189,7 @@ def wait_for_quiet(patience):
 
 
 def describe_run(threads):
-    """What a result depends on, as {name: text}."""
+    """The conditions of a run, {name: text}: command, date, commit, machine, threads and Python version."""
     cpu = {}
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         for line in file:
@@ -205,31 +206,31 @@ def describe_run(threads):
 
 
 def describe_load(load):
-    """What else the machine did meanwhile, as {name: text}."""
+    """The load by other processes during the run, {name: text}."""
     others = load.others()
     return {} if others is None else {'load': f'other processes used {others:.0%} of the cores during the run'}
 
 
 def choose(flag, text, known):
-    """The names of a comma-separated flag.
+    """Splits the comma-separated value of a flag into names.
 
     Raises:
-        UserError: one that is not known.
+        UserError: a name is not in `known`.
     """
     names = [name.strip() for name in text.split(',')]
     for name in names:
         if name not in known:
-            raise UserError(f'-{flag}={text}: "{name}" is none of {", ".join(known)}')
+            raise UserError(f'-{flag}={text}: "{name}" is not one of {", ".join(known)}')
     return names
 
 
 def openvino_settings(case):
-    """Settings of OpenVINO's CPU device for float32 and the case's threads."""
+    """Settings of OpenVINO's CPU device: float32, with the number of threads of the case."""
     return {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': case['threads'], 'PERFORMANCE_HINT': 'LATENCY'}
 
 
 def write_csv(path, header, rows):
-    """Rows of equal keys as CSV, after a line `# name: text` for each entry of the header."""
+    """Writes rows, dicts with the same keys, as CSV, after a line `# name: text` for each entry of the header."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, 'w', newline='', encoding='utf-8') as file:
         for name, text in header.items():
@@ -240,17 +241,19 @@ def write_csv(path, header, rows):
 
 
 def read_csv(path):
-    """Header and rows, all text, of a file that `write_csv` wrote.
+    """Reads a file that `write_csv` wrote.
 
+    Returns:
+        (header, rows); all values are strings.
     Raises:
-        UserError: it is no such file.
+        UserError: the file was not written by `write_csv`.
     """
     with open(path, newline='', encoding='utf-8') as file:
         lines = file.readlines()
     header = dict(line[2:].rstrip('\n').partition(': ')[::2] for line in lines if line.startswith('# '))
     rows = list(csv.DictReader(line for line in lines if not line.startswith('# ')))
     if not rows or 'median_ms' not in rows[0]:
-        raise UserError(f'{path} holds no results of bench_dwconv.py or bench_model.py')
+        raise UserError(f'{path}: contains no results of bench_dwconv.py or bench_model.py')
     return header, rows
 
 
@@ -262,13 +265,9 @@ def table(columns, rows):
 
 
 def exit_status(function):
-    """Calls `function`; a mistake of the user's becomes one line on standard error and status 2."""
+    """`errors.exit_status`, with status 130 after Ctrl-C."""
     try:
-        function()
-        return 0
-    except (UserError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return errors.exit_status(function)
     except KeyboardInterrupt:
         return 130
 
@@ -276,23 +275,23 @@ def exit_status(function):
 # ---- the child
 
 def serve(make):
-    """Answers the requests of a `System` on standard input until it ends.
+    """Answers the requests of a `System` on standard input until the input ends.
 
     Args:
-        make: called with a case; returns the function to time, which returns a list of arrays that all systems must
-            agree on, and what else to answer.
+        make: called with a case; returns (function to time, {name: value} to add to the answer). The function returns
+            a list of arrays, on which all systems must agree.
     """
     channel = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # standard output is for answers; libraries print to standard error
     run = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if 'setup' in request:
-                run = None  # frees the last case
+                run = None  # frees the previous case
                 run, answer = make(request['setup'])
                 seconds, results = timed(run)
-                answer['sample'] = [sample(np.asarray(array)) for array in results]
+                answer['sample'] = [subsample(np.asarray(array)) for array in results]
                 answer['seconds'] = seconds if seconds > SLOW else timed(run)[0]
             else:
                 if request['warm_up']:
@@ -313,7 +312,7 @@ def timed(run):
 
 
 def peak_memory():
-    """Largest resident size of this process in MB (10^6 bytes), or None where the kernel does not tell."""
+    """Peak resident memory of this process in MB (10^6 bytes), or None if the kernel does not report it."""
     try:
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) * 1.024e-3 for line in file if line.startswith('VmHWM'))
@@ -321,21 +320,21 @@ def peak_memory():
         return None
 
 
-def forget_peak_memory():
-    """`peak_memory` counts from here on, where the kernel allows it."""
+def reset_peak_memory():
+    """Makes `peak_memory` count from this call on, if the kernel supports it."""
     gc.collect()
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
         file.write('5')
 
 
-def sample(array, count=64):
-    """Some values of an array, evenly spread."""
+def subsample(array, count=64):
+    """About `count` evenly spaced values of an array."""
     flat = array.reshape(-1)
     return [float(v) for v in flat[::max(1, flat.size // count)][:count]]
 
 
 def import_paddle(threads):
-    """Paddle as the project's scripts set it up, with this many threads."""
+    """Imports Paddle as the project's scripts do, with this number of threads."""
     import paddle_env  # before paddle
 
     import paddle  # isort: skip

@@ -1,9 +1,9 @@
-"""Fills docs/benchmarks.md with the results of bench_dwconv.py and bench_model.py and draws its pictures.
+"""Fills docs/benchmarks.md with the results of bench_dwconv.py and bench_model.py and draws its charts.
 
     python benchmarks/report.py docs/results/*.csv
 
-A file replaces its sections of the page, between <!-- NAME --> and <!-- end -->; the others stay as they are. The
-pictures show the named files only.
+Each file replaces its own sections of the page, between <!-- NAME --> and <!-- end -->; other sections stay unchanged.
+The charts show only the given files.
 """
 import os
 import re
@@ -25,12 +25,12 @@ MODEL_NAMES = {**NAMES, 'native': 'this project, native'}
 # ---- tables
 
 def number(value):
-    """Three digits, without an exponent."""
+    """The value with three significant digits, without an exponent."""
     return f'{value:.3g}' if abs(value) < 1000 else f'{value:.0f}'
 
 
 def layer_tables(rows):
-    """{section: Markdown} of bench_dwconv.py: milliseconds of every system, and how the operator compares."""
+    """{section: Markdown table} for bench_dwconv.py: milliseconds of every system, and the speedups of `custom`."""
     sections = {}
     for mode in ('forward', 'training'):
         chosen = [row for row in rows if row['mode'] == mode]
@@ -54,7 +54,7 @@ def layer_tables(rows):
 
 
 def model_tables(rows):
-    """{section: Markdown} of bench_model.py, for the suites in it."""
+    """{section: Markdown table} for the suites in a file of bench_model.py."""
     sections = {}
     for suite in dict.fromkeys(row['suite'] for row in rows):
         chosen = [row for row in rows if row['suite'] == suite]
@@ -81,16 +81,16 @@ def model_tables(rows):
 
 
 def provenance(header):
-    """Command, machine and versions of a file of results, as Markdown."""
+    """Command, machine and versions of a file of results as Markdown."""
     facts = '; '.join(f'{name}: {text}' for name, text in header.items() if name != 'command')
     return f'```\n{header["command"]}\n```\n\n{facts}.\n'
 
 
 def fill(page, sections):
-    """The page with the text of its sections replaced.
+    """Replaces the text of sections of a page; returns the new page.
 
     Raises:
-        UserError: the page has no such section.
+        UserError: the page lacks one of the sections.
     """
     for name, text in sections.items():
         page, count = re.subn(rf'(<!-- {name} -->\n).*?(<!-- end -->)',
@@ -100,10 +100,10 @@ def fill(page, sections):
     return page
 
 
-# ---- pictures
+# ---- charts
 
 def draw_layers(pyplot, rows, path):
-    """Bars of GFLOP/s: large kernels at 224, forward at batch 8 and training at batch 4."""
+    """Bar charts of GFLOP/s of the large kernels at 224x224: forward at batch 8, training at batch 4."""
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout='constrained')
     for panel, mode, batch, title in ((panels[0], 'forward', 8, 'forward, batch 8'),
                                       (panels[1], 'training', 4, 'forward and both gradients, batch 4')):
@@ -136,7 +136,7 @@ def draw_layers(pyplot, rows, path):
 
 
 def draw_growth(pyplot, rows, path):
-    """Lines of the cost of an image against kernel area, pixels and batch."""
+    """Line charts of the time per image against kernel area, number of pixels and batch size."""
     from matplotlib.ticker import LogLocator
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout='constrained')
     axes = {
@@ -161,7 +161,7 @@ def draw_growth(pyplot, rows, path):
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter('{x:g}')
         elif suite == 'kernel':
-            ticks = [(x, text) for x, text in ticks if x not in (9, 49)]  # too close to each other
+            ticks = [(x, text) for x, text in ticks if x not in (9, 49)]  # their labels would overlap the next ones
         if ticks:
             panel.set_xticks(*zip(*ticks))
             panel.minorticks_off()
@@ -180,7 +180,7 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('results', nargs='+', help='CSV files of bench_dwconv.py and bench_model.py')
     parser.add_argument('-page', '--page', default=os.path.join(harness.ROOT, 'docs', 'benchmarks.md'),
-                        help='page to fill; PAGE_layers.png and PAGE_growth.png go beside it (%(default)s)')
+                        help='page to fill; PAGE_layers.png and PAGE_growth.png are written next to it (%(default)s)')
     arguments = parser.parse_args()
     results = [harness.read_csv(path) for path in arguments.results]
     try:

@@ -1,4 +1,4 @@
-"""RepLKNet in PyTorch for comparison, with the parameter names and the arithmetic of replknet.py, without options."""
+"""RepLKNet in PyTorch for comparison: the parameter names and the computation of replknet.py, without its options."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,9 +58,9 @@ class ConvFFN(nn.Module):
 
 
 class RepLKNet(nn.Module):
-    """[N, 3, H, W] -> logits [N, num_classes]; arguments as in replknet.py."""
+    """Images [N, 3, H, W] -> logits [N, num_classes]; the arguments are those of replknet.RepLKNet."""
 
-    def __init__(self, large_kernel_sizes, layers, channels, small_kernel, dw_ratio, ffn_ratio, num_classes, merged):
+    def __init__(self, *, large_kernel_sizes, layers, channels, small_kernel, dw_ratio, ffn_ratio, num_classes, merged):
         super().__init__()
         width = channels[0]
         self.stem = nn.Sequential(ConvBN(3, width, 3, 2, relu=True), ConvBN(width, width, 3, groups=width, relu=True),

@@ -1,1 +1,1 @@
-"""Inference with a trained model: prediction, exported programs and their equivalence."""
+"""Inference with trained models: prediction, exported programs and the check that they match the original model."""

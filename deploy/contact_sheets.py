@@ -1,4 +1,4 @@
-"""Pictures in rows with a line about each, drawn by Pillow."""
+"""Contact sheets: PNG files that show images in a grid, with the file name and the predicted class below each."""
 import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -7,15 +7,15 @@ from datasets import DataError, decode_image
 from errors import UserError
 
 COLUMNS, ROWS = 6, 5
-SIDE, MARGIN, LINE = 160, 10, 16  # pixels: of a picture, around it, height of a line of text
-RIGHT, WRONG, UNKNOWN = (20, 150, 60), (205, 40, 40), (170, 170, 170)
+SIDE, MARGIN, LINE = 160, 10, 16  # pixels: side of an image, space around it, height of a line of text
+RIGHT, WRONG, UNKNOWN = (20, 150, 60), (205, 40, 40), (170, 170, 170)  # colours of the frames
 
 
 class ContactSheets:
-    """Writes `sheet_0001.png`, ... into a folder, 30 pictures each; use it in a `with` block.
+    """Writes `sheet_0001.png`, `sheet_0002.png`, ... with 30 images each; a context manager.
 
     Raises:
-        UserError: the folder cannot be made, or holds something.
+        UserError: the folder cannot be created or is not empty.
     """
 
     def __init__(self, folder):
@@ -37,10 +37,11 @@ class ContactSheets:
             self._write()
 
     def add(self, prediction, truth=None, truth_name=None):
-        """Adds the picture of a `Prediction`, with its class and, in red, the one that it should have been.
+        """Adds the image of a `Prediction` with its predicted class and, if that is wrong, the true one in red.
 
         Args:
-            truth: number of the true class, None where it is not known; `truth_name`: its name.
+            truth: number of the true class, or None if it is unknown.
+            truth_name: its name.
         """
         if prediction.error:
             lines, frame = ['cannot be read'], UNKNOWN
@@ -61,20 +62,20 @@ class ContactSheets:
         for index, (path, lines, frame) in enumerate(self._tiles):
             left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
             try:
-                picture = ImageOps.contain(decode_image(path), (SIDE, SIDE))
-                sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
+                image = ImageOps.contain(decode_image(path), (SIDE, SIDE))
+                sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
             except DataError:
-                pass  # its line says so
+                pass  # the text below says so
             draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)
             for line, text in enumerate(lines):
                 colour = 'black' if line == 0 or frame == UNKNOWN else frame
-                draw.text((left, top + SIDE + 6 + line * LINE), self._fit(text), fill=colour, font=self._font)
+                draw.text((left, top + SIDE + 6 + line * LINE), self._shortened(text), fill=colour, font=self._font)
         self._count += 1
         sheet.save(os.path.join(self._folder, f'sheet_{self._count:04d}.png'))
         self._tiles = []
 
-    def _fit(self, text):
-        text = text.encode('utf-8', 'replace').decode()  # a file name may hold any bytes
+    def _shortened(self, text):
+        text = text.encode('utf-8', 'replace').decode()  # a file name may contain arbitrary bytes
         if self._font.getlength(text) <= SIDE:
             return text
         while self._font.getlength(text + '...') > SIDE:

@@ -1,4 +1,4 @@
-"""Evidence that another form of a model is the same function, and what it costs: differences, sizes, times."""
+"""Numerical equivalence check between two forms of a model, and what each form costs."""
 import math
 import time
 from statistics import median
@@ -7,14 +7,17 @@ import numpy as np
 import paddle
 from paddle import nn
 
-REPEATS = 5  # timed calls, after one that warms up
+TIMED_CALLS = 5  # after one untimed call
 
 
 class Difference:
-    """How far values are from those expected, over any number of arrays.
+    """Accumulates the difference between expected and computed values over any number of arrays.
 
     Attributes:
-        largest, mean: of the absolute differences; scale: the largest magnitude expected. NaN where any value is.
+        largest: largest absolute difference.
+        mean: mean absolute difference.
+        scale: largest absolute expected value.
+        All of them are NaN if a value is NaN.
     """
 
     def __init__(self):
@@ -32,9 +35,18 @@ class Difference:
     def mean(self):
         return self._sum / self._count
 
+    @property
+    def relative(self):
+        """The largest difference divided by the scale, or as it is if the scale is 0."""
+        return self.largest / (self.scale or 1)
+
 
 def layer_groups(model):
-    """The groups of a classifier's layers in their order, {name: function of a feature map}: the whole in steps."""
+    """Splits a classifier into consecutive groups of layers.
+
+    Returns:
+        {name: function of a feature map}; their composition, in this order, is the whole model.
+    """
     groups = {'stem': nn.Sequential(*model.stem)}
     for index, stage in enumerate(model.stages):
         groups[f'stage {index}'] = stage
@@ -46,13 +58,15 @@ def layer_groups(model):
 
 @paddle.no_grad()
 def compare_groups(model, twin, batches):
-    """Differences by group of layers, each with what goes into that group of `model`, so that they do not add up.
+    """Compares two forms of a classifier group by group.
+
+    Both groups get the feature map that `model` computes, so that differences do not accumulate.
 
     Args:
         model, twin: two forms of a classifier, in eval mode.
         batches: arrays of images [N, 3, H, W].
     Returns:
-        {group: Difference}
+        {name of the group: Difference}, see `layer_groups`.
     """
     pairs = {name: (group, layer_groups(twin)[name]) for name, group in layer_groups(model).items()}
     differences = {name: Difference() for name in pairs}
@@ -66,11 +80,15 @@ def compare_groups(model, twin, batches):
 
 
 def compare_outputs(expected, program, batches, classes):
-    """(Difference of the logits, of what stands behind them, share of the images whose top class is the same).
+    """Compares the outputs of a program with the expected ones.
 
     Args:
-        expected: one array [N, classes or more] for each of `batches`.
-        program: function of images, such as those of programs.py.
+        expected: one array for each batch, logits [N, classes] or logits and features [N, classes + C].
+        program: function of images, see `deploy.runtimes`.
+        batches: arrays of images [N, 3, H, W].
+        classes: number of classes.
+    Returns:
+        (Difference of the logits, Difference of the features, share of the images with the same top-1 class).
     """
     logits, features, same = Difference(), Difference(), []
     for values, images in zip(expected, batches):
@@ -83,7 +101,7 @@ def compare_outputs(expected, program, batches, classes):
 
 
 def dygraph_program(model):
-    """A model in eval mode as a function of arrays."""
+    """A model in eval mode as a function from a numpy array to a numpy array."""
     def run(images):
         with paddle.no_grad():
             return model(paddle.to_tensor(images)).numpy()
@@ -91,9 +109,9 @@ def dygraph_program(model):
 
 
 def latency_ms(program, images):
-    """Median time of a call, milliseconds."""
+    """Median time of a call in milliseconds."""
     times = []
-    for _ in range(1 + REPEATS):
+    for _ in range(1 + TIMED_CALLS):
         start = time.perf_counter()
         program(images)
         times.append(time.perf_counter() - start)
@@ -101,7 +119,7 @@ def latency_ms(program, images):
 
 
 def multiply_accumulates(model, height, width):
-    """Multiply-accumulates of convolutions and head for one image; taps on padding count."""
+    """Multiply-accumulates of the convolutions and the head for one image, including those on padding."""
     total = model.head.weight.size
     parts = list(model.stem)
     for index, stage in enumerate(model.stages):

@@ -1,8 +1,9 @@
-"""A RepLKNet as an ONNX graph of standard operators, written node by node.
+"""Writes a RepLKNet as an ONNX graph of standard operators.
 
     write_onnx(fuse(model), 'model.onnx', (224, 224))
 
-Opset 17; GELU stands as its definition with Erf, which ONNX Runtime, OpenVINO and TensorRT know and fuse.
+The opset is 17. GELU is written as its definition with Erf, a pattern that ONNX Runtime, OpenVINO and TensorRT
+recognise and fuse.
 """
 import math
 
@@ -15,20 +16,20 @@ OPSET, IR_VERSION = 17, 8
 
 
 def write_onnx(model, path, size=None):
-    """Writes the eval-mode function of a classifier; images [N, 3, H, W] in, logits [N, num_classes] out.
+    """Writes a classifier in eval mode; its input is `images` [N, 3, H, W], its output `logits` [N, num_classes].
 
     Args:
-        model: RepLKNet in training, merged or fused form, float32, with a head.
+        model: float32 RepLKNet with a head, in training, merged or fused form.
         path: file to write.
-        size: (H, W) pixels; None leaves both free.
+        size: (H, W) in pixels; None leaves both free.
     Raises:
-        UserError: there is no onnx package here.
+        UserError: the onnx package is not installed.
     """
     try:
         import onnx
         from onnx import TensorProto, helper
     except ImportError:
-        raise UserError('ONNX files need the onnx package: pip install onnx') from None
+        raise UserError('writing an ONNX file needs the onnx package: pip install onnx') from None
     graph = _Graph(onnx, model)
     x = 'images'
     for layer in model.stem:
@@ -43,15 +44,16 @@ def write_onnx(model, path, size=None):
     graph.node('Gemm', [x, *graph.parameters(model.head, 'weight', 'bias')], 'logits')
     shapes = {'images': ['N', model.in_channels, *(size or ('H', 'W'))],
               'logits': ['N', model.num_classes]}
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    proto = helper.make_graph(graph.nodes, 'replknet', ends[:1], ends[1:], graph.initializers)
-    proto = helper.make_model(proto, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION)
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)]
+                       for name, shape in shapes.items())
+    onnx_model = helper.make_model(helper.make_graph(graph.nodes, 'replknet', inputs, outputs, graph.initializers),
+                                   opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(onnx_model)
+    onnx.save(onnx_model, path)
 
 
 class _Graph:
-    """Nodes and weights so far; each method appends what a part of the model computes and returns its output's name."""
+    """Collects nodes and weights. Each method appends the nodes of one layer and returns the name of their output."""
 
     def __init__(self, onnx, model):
         self.onnx = onnx
@@ -66,6 +68,7 @@ class _Graph:
         return output
 
     def parameters(self, layer, *names):
+        """Adds parameters of a layer; unlike the other methods, returns their names."""
         for name in names:
             array = getattr(layer, name).numpy()
             self.initializers.append(self.onnx.numpy_helper.from_array(array, f'{self.names[layer]}.{name}'))

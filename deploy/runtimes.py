@@ -1,4 +1,8 @@
-"""Exported programs as functions on the CPU: images, float32 [N, 3, H, W], to logits [N, num_classes], or more."""
+"""Saves models as Paddle programs, and loads Paddle and ONNX programs for the CPU.
+
+A loaded program is a function of images, float32 [N, 3, H, W]. It returns logits [N, num_classes], or logits and
+features [N, num_classes + C].
+"""
 import contextlib
 import ctypes
 import os
@@ -8,7 +12,11 @@ from errors import UserError
 
 
 def program_file(prefix):
-    """The file of a program beside `prefix`.pdiparams: .json of Paddle 3, .pdmodel of 2.6."""
+    """Path of the program that belongs to `prefix`.pdiparams: .json (Paddle 3) or .pdmodel (Paddle 2.6).
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
     for suffix in ('.json', '.pdmodel'):
         if os.path.isfile(prefix + suffix):
             return prefix + suffix
@@ -16,16 +24,17 @@ def program_file(prefix):
 
 
 def save_paddle_program(layer, prefix, size=None, implementation=None):
-    """Traces an eval-mode layer for images [N, 3, H, W] into `prefix`.json or .pdmodel and `prefix`.pdiparams.
+    """Traces a layer in eval mode and saves it as `prefix`.json (or .pdmodel) and `prefix`.pdiparams.
 
     Args:
-        size: (H, W) pixels; None leaves both free.
-        implementation: of the depthwise convolutions: 'custom', the large-kernel operator, or 'native'; None for what
-            LARGE_KERNEL_CONV_IMPL says, and for its 'auto' for the operator where it can be had.
+        layer: takes images [N, 3, H, W].
+        size: (H, W) in pixels; None leaves both free.
+        implementation: of the depthwise convolutions: 'custom' (the large-kernel operator) or 'native'. None uses
+            LARGE_KERNEL_CONV_IMPL; if that is unset or 'auto', the operator where it is available.
     """
     import paddle
 
-    from large_kernel import build  # running a program of standard operators needs nothing of it
+    from large_kernel import build  # not at the top: a program of standard operators runs without it
     from large_kernel.conv import VARIABLE
     before = os.environ.get(VARIABLE)
     if implementation is None and before in (None, '', 'auto'):
@@ -41,9 +50,9 @@ def save_paddle_program(layer, prefix, size=None, implementation=None):
 
 
 def load_paddle_program(prefix, threads=1):
-    """Runs `prefix`.json or .pdmodel with Paddle Inference and oneDNN.
+    """Loads `prefix`.json (or .pdmodel) and `prefix`.pdiparams with Paddle Inference and oneDNN.
 
-    A program that holds the large-kernel operator needs `large_kernel.load_operator()` before.
+    For a program that contains the large-kernel operator, call `large_kernel.load_operator()` first.
     """
     from paddle import inference
     config = inference.Config(program_file(prefix), prefix + '.pdiparams')
@@ -52,20 +61,20 @@ def load_paddle_program(prefix, threads=1):
     config.set_cpu_math_library_num_threads(threads)
     config.disable_glog_info()
     predictor = inference.create_predictor(config)
-    source = predictor.get_input_handle(predictor.get_input_names()[0])
-    result = predictor.get_output_handle(predictor.get_output_names()[0])
+    images_handle = predictor.get_input_handle(predictor.get_input_names()[0])
+    output_handle = predictor.get_output_handle(predictor.get_output_names()[0])
 
-    @_nothing_on_stdout()
+    @_silent_stdout()
     def run(images):
-        source.copy_from_cpu(images)
+        images_handle.copy_from_cpu(images)
         predictor.run()
-        return result.copy_to_cpu()
+        return output_handle.copy_to_cpu()
     return run
 
 
 @contextlib.contextmanager
-def _nothing_on_stdout():
-    """Standard output is for results, but Paddle's oneDNN tells there what it supports."""
+def _silent_stdout():
+    """Discards what native code prints to standard output: Paddle's oneDNN lists its features there."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, 'w') as nothing:
@@ -73,21 +82,21 @@ def _nothing_on_stdout():
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # what C and C++ have not written yet
+        ctypes.CDLL(None).fflush(None)  # C and C++ may still hold the text in a buffer
         os.dup2(kept, 1)
         os.close(kept)
 
 
 def load_onnx_program(path, threads=1):
-    """Runs an ONNX file with ONNX Runtime.
+    """Loads an ONNX file with ONNX Runtime.
 
     Raises:
-        UserError: there is no onnxruntime package here.
+        UserError: the onnxruntime package is not installed.
     """
     try:
         import onnxruntime
     except ImportError:
-        raise UserError('an ONNX file is checked with ONNX Runtime: pip install onnxruntime') from None
+        raise UserError('checking an ONNX file needs ONNX Runtime: pip install onnxruntime') from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])

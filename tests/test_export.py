@@ -1,4 +1,4 @@
-"""Exports: what is written runs elsewhere and is the same function, or nothing is written."""
+"""Exports: the programs run in other processes and match the original model, or nothing is written."""
 import json
 import os
 import subprocess
@@ -62,7 +62,7 @@ import paddle_env
 from deploy.runtimes import load_paddle_program
 images, expected = np.load('x.npy'), np.load('y.npy')
 np.testing.assert_allclose(load_paddle_program('run/model_native')(images), expected, atol=1e-4)
-assert 'large_kernel_' not in open('/proc/self/maps').read()  # the operator's library
+assert 'large_kernel_' not in open('/proc/self/maps').read()  # the library of the operator
 import large_kernel
 large_kernel.load_operator()
 assert 'large_kernel_' in open('/proc/self/maps').read()
@@ -78,7 +78,7 @@ def test_a_run_is_exported_and_its_programs_run_in_a_fresh_process(
     run.mkdir()
     config = get_config(tiny_yaml, ['DATA.DATA_PATH', str(list_dataset)])
     (run / 'config.yaml').write_text(config_text(config))
-    half = {name: array.astype('float16') for name, array in model_arrays(model).items()}  # as O2 leaves them
+    half = {name: array.astype('float16') for name, array in model_arrays(model).items()}  # as with AMP level O2
     save(run / 'best_ema.pdparams', {name: array * 0 for name, array in half.items()}, 'model_ema', model_ema=half)
     done = run_script('export.py', f'--pretrained={run}', '-output=exports/run', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_forms_and_sizes(settings, model, tmp_path, form, dynamic):
 
 @needs_operator
 @pytest.mark.parametrize('form', ['training', 'merged', 'fused'])
-def test_widths_that_stand_in_blocks(tiny_yaml, tmp_path, form):
+def test_channel_counts_in_the_nchw16c_layout(tiny_yaml, tmp_path, form):
     widths = ['MODEL.CHANNELS', '[16, 32, 16, 48]']
     model = randomise_norms(build_replknet(get_config(tiny_yaml, widths)))
     save(tmp_path / 'w.pdparams', model_arrays(model))
@@ -147,7 +147,7 @@ def test_onnx(settings, model, tmp_path, form, dynamic):
 
 @pytest.mark.parametrize(('module', 'words'), [('onnx', 'pip install onnx'),
                                                ('onnxruntime', 'pip install onnxruntime')])
-def test_a_missing_package_is_one_line_and_leaves_nothing(settings, tmp_path, monkeypatch, module, words):
+def test_a_missing_package_is_a_one_line_error_and_nothing_is_written(settings, tmp_path, monkeypatch, module, words):
     if module == 'onnxruntime':
         pytest.importorskip('onnx')
     monkeypatch.setitem(sys.modules, module, None)
@@ -156,7 +156,7 @@ def test_a_missing_package_is_one_line_and_leaves_nothing(settings, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_compiler_the_standard_program_is_written(settings, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_only_the_native_program_is_written(settings, tmp_path, monkeypatch, capsys):
     def fail():
         raise large_kernel.build.BuildError('no C++ compiler')
     monkeypatch.setattr(exporting, 'load_operator', fail)
@@ -164,7 +164,7 @@ def test_without_a_compiler_the_standard_program_is_written(settings, tmp_path, 
     assert list(certificate['programs']) == ['model_native'] and 'no C++ compiler' in capsys.readouterr().err
 
 
-def test_the_certificate_names_the_group_that_is_wrong(settings, tmp_path, monkeypatch):
+def test_the_error_names_the_group_that_differs(settings, tmp_path, monkeypatch):
     def wrong(model, form, final_norm):
         twin = fuse(model)
         bias = twin.transitions[1][0].conv.bias
@@ -176,14 +176,14 @@ def test_the_certificate_names_the_group_that_is_wrong(settings, tmp_path, monke
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_a_program_that_differs_is_refused_like_a_layer(settings, tmp_path, monkeypatch):
+def test_a_program_that_differs_is_refused(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, 'load_paddle_program', lambda path, threads: lambda x: np.ones((len(x), 4)))
     with pytest.raises(CertificateError, match='logits of model'):
         export(settings(), tmp_path / 'out')
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_are_no_numbers_are_refused(settings, model, tmp_path):
+def test_weights_that_are_nan_are_refused(settings, model, tmp_path):
     arrays = model_arrays(model)
     arrays['stages.2.blocks.1.pw_conv_1.conv.weight'] = arrays['stages.2.blocks.1.pw_conv_1.conv.weight'] * np.nan
     save(tmp_path / 'nan.pdparams', arrays)
@@ -192,14 +192,14 @@ def test_weights_that_are_no_numbers_are_refused(settings, model, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_over_the_tolerance_ends_with_status_1_and_leaves_nothing(run_script, tiny_yaml, weights, tmp_path):
+def test_over_the_tolerance_the_status_is_1_and_nothing_is_written(run_script, tiny_yaml, weights, tmp_path):
     done = run_script('export.py', f'-cfg={tiny_yaml}', f'-pretrained={weights}', '-output=out', '-tolerance=1e-12',
                       cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('nothing is exported: ')
     assert 'Traceback' not in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_replaced_only_when_told_and_only_an_export(settings, tmp_path):
+def test_only_an_export_is_replaced_and_only_with_overwrite(settings, tmp_path):
     out = tmp_path / 'out'
     out.mkdir()
     (out / 'precious.txt').write_text('mine')
@@ -221,14 +221,14 @@ def test_an_existing_folder_is_replaced_only_when_told_and_only_an_export(settin
 @pytest.mark.parametrize(('flags', 'words'), [
     (['-form=folded'], "invalid choice: 'folded'"), (['-format=onxx'], "'onxx': choose from paddle, onnx"),
     (['-image_size=32', '-dynamic'], 'not allowed with argument'), ([], '-output')])
-def test_flags_that_are_wrong_are_one_line(capsys, tiny_yaml, flags, words):
+def test_wrong_flags_are_one_line_errors(capsys, tiny_yaml, flags, words):
     with pytest.raises(SystemExit) as caught:
         read_arguments([f'-cfg={tiny_yaml}', '-pretrained=W', *flags, *(['-output=X'] if flags else [])])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and words in error and error.count('\n') == 1
 
 
-def test_missing_settings_and_weights(tiny_yaml, tmp_path):
+def test_missing_settings_and_weights_are_errors(tiny_yaml, tmp_path):
     with pytest.raises(UserError, match='-cfg is missing'):
         read_arguments(['-output=X', '-pretrained=W.pdparams'])
     with pytest.raises(UserError, match='-pretrained is missing'):
@@ -251,29 +251,29 @@ def test_merged_weights_have_no_training_form(settings, tmp_path):
     export(config, tmp_path / 'out')
 
 
-def test_pictures_of_a_folder(settings, tmp_path):
-    pictures = tmp_path / 'pictures'
+def test_images_from_a_folder(settings, tmp_path):
+    folder = tmp_path / 'images'
     with pytest.raises(FileNotFoundError, match='no such folder'):
-        export(settings(), tmp_path / 'out', pictures=pictures)
-    pictures.mkdir()
+        export(settings(), tmp_path / 'out', pictures=folder)
+    folder.mkdir()
     with pytest.raises(UserError, match='empty'):
-        export(settings(), tmp_path / 'out', pictures=pictures)
-    Image.fromarray(np.zeros((40, 50), np.uint8)).save(pictures / 'grey.png')
-    assert '1 pictures (' in export(settings(), tmp_path / 'out', pictures=pictures)['compared_on']
-    (pictures / 'a.png').write_text('text')
+        export(settings(), tmp_path / 'out', pictures=folder)
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(folder / 'grey.png')
+    assert '1 images (' in export(settings(), tmp_path / 'out', pictures=folder)['compared_on']
+    (folder / 'a.png').write_text('text')
     with pytest.raises(UserError, match='a.png: cannot read the image'):
-        export(settings(), tmp_path / 'other', pictures=pictures)
+        export(settings(), tmp_path / 'other', pictures=folder)
 
 
 @pytest.mark.parametrize(('build', 'size', 'gmacs'), [(replknet_31b, 224, 15.354), (replknet_31b, 384, 45.119),
                                                       (replknet_31l, 384, 95.989), (replknet_xl, 320, 128.730)])
-def test_multiply_accumulates_are_the_published_ones(build, size, gmacs):
+def test_multiply_accumulates_match_the_published_figures(build, size, gmacs):
     with paddle.LazyGuard():
         model = build(merged=True)
     assert multiply_accumulates(model, size, size) / 1e9 == pytest.approx(gmacs, abs=1e-3)
 
 
-def test_differences_over_several_batches():
+def test_difference_over_several_batches():
     difference = Difference()
     difference.add(np.array([1.0, -8.0]), np.array([1.5, -8.0]))
     difference.add(np.array([2.0]), np.array([0.0]))
@@ -282,7 +282,7 @@ def test_differences_over_several_batches():
     assert np.isnan(difference.largest)
 
 
-def test_top1_agreement_and_groups_that_are_equal(model):
+def test_top1_agreement_and_equal_groups(model):
     logits = [np.eye(4)[[0, 1, 2]], np.eye(4)[[3]]]
     found = iter([np.eye(4)[[0, 1, 3]], np.eye(4)[[3]]])
     difference, _, agreement = compare_outputs(logits, lambda images: next(found), [None, None], 4)

@@ -1,4 +1,4 @@
-"""predict.py and its Predictor, on a run whose model has random weights and on pictures of every kind."""
+"""predict.py and Predictor, with a run of random weights and images in every mode and format."""
 import csv
 import json
 import re
@@ -24,8 +24,8 @@ from run_folder.metrics import best_checkpoint
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-    """A data folder of 12 pictures in 4 classes: every mode, sizes from 1 pixel, paths with spaces."""
+def data_dir(tmp_path_factory):
+    """A data folder of 12 images in 4 classes: every mode, sizes from 1 pixel, paths with spaces."""
     folder = tmp_path_factory.mktemp('all kinds')
     rng = np.random.default_rng(0)
     colours = np.kron(rng.integers(0, 256, (5, 7, 3)), np.ones((9, 9, 1))).astype(np.uint8)
@@ -48,17 +48,17 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, tiny_yaml, pictures):
-    """A run folder in which the EMA was better; weights of the two differ."""
+def run(tmp_path_factory, tiny_yaml, data_dir):
+    """A run folder where the EMA had the best accuracy; its weights differ from those of the model."""
     folder = tmp_path_factory.mktemp('run')
-    config = get_config(tiny_yaml, ['DATA.DATA_PATH', str(pictures)])
+    config = get_config(tiny_yaml, ['DATA.DATA_PATH', str(data_dir)])
     (folder / 'config.yaml').write_text(config_text(config))
     rest = {'optimizer': {}, 'epoch': 2, 'step': 4, 'best': {}, 'config': config_text(config)}
     for seed, (key, name) in enumerate((('model', 'best.pdparams'), ('model_ema', 'best_ema.pdparams'))):
         paddle.seed(seed)
         model = build_replknet(config)
         for layer in model.sublayers():
-            if isinstance(layer, paddle.nn.BatchNorm2D):  # takes the statistics of a batch, so that signals do not fade
+            if isinstance(layer, paddle.nn.BatchNorm2D):  # statistics of one batch, so that signals do not fade
                 layer._momentum = 0.0
         model(paddle.randn([8, 3, 32, 32]))
         arrays = model_arrays(model)
@@ -77,45 +77,45 @@ def exported(tmp_path_factory, run):
 
 
 @pytest.fixture(scope='module')
-def evaluated(tmp_path_factory, run_script, run, pictures):
-    """What main_single_gpu.py says of the best weights, and the folder that it wrote."""
+def evaluated(tmp_path_factory, run_script, run, data_dir):
+    """The last line that main_single_gpu.py prints when it evaluates the best weights, and the folder that it wrote."""
     folder = tmp_path_factory.mktemp('evaluations') / 'new'
-    done = run_script('main_single_gpu.py', f'-data_path={pictures}', '-device=cpu', '-eval', f'-output={folder}',
+    done = run_script('main_single_gpu.py', f'-data_path={data_dir}', '-device=cpu', '-eval', f'-output={folder}',
                       f'-pretrained={run}/best_ema.pdparams')
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1], folder
 
 
-def listed(pictures):
-    return [f'{pictures}/{line.rsplit(" ", 1)[0]}' for line in (pictures / 'val_list.txt').read_text().splitlines()]
+def listed(data_dir):
+    return [f'{data_dir}/{line.rsplit(" ", 1)[0]}' for line in (data_dir / 'val_list.txt').read_text().splitlines()]
 
 
 def call(monkeypatch, capsys, *arguments):
-    """Status, output and errors of predict.py in this process."""
+    """Runs predict.py in this process; returns its status, standard output and standard error."""
     monkeypatch.setattr('sys.argv', ['predict.py', *map(str, arguments)])
     status = exit_status(predict.main)
     return (status, *capsys.readouterr())
 
 
 @pytest.mark.parametrize('backend', ['dygraph', 'inference'])
-def test_the_figures_are_those_of_the_evaluation(run_script, run, pictures, evaluated, tmp_path, backend):
+def test_the_metrics_match_those_of_an_evaluation(run_script, run, data_dir, evaluated, tmp_path, backend):
     expected, _ = evaluated
-    done = run_script('predict.py', pictures / 'val_list.txt', f'-model={run}', f'-output={tmp_path}/out.csv',
+    done = run_script('predict.py', data_dir / 'val_list.txt', f'-model={run}', f'-output={tmp_path}/out.csv',
                       f'-backend={backend}', '-batch_size=5')
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected + '\n'
     assert f'{run}/best_ema.pdparams, {backend}' in done.stderr
     with open(tmp_path / 'out.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    assert [row['picture'] for row in rows] == listed(pictures)
+    assert [row['picture'] for row in rows] == listed(data_dir)
     correct = sum(row['class_1'] == row['label'] for row in rows)
     assert 0 < correct < 12 and f'Acc@1 {100 * correct / 12:.3f} ' in expected
     assert all(row['name_1'] == ['ant', 'bee', 'cow', 'doe'][int(row['class_1'])] for row in rows)
     assert all(sum(float(row[f'score_{k}']) for k in (1, 2, 3, 4)) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
-def test_all_forms_give_the_same_and_features_lead_to_the_logits(run, exported, pictures, tmp_path):
-    paths = listed(pictures)
+def test_all_backends_and_exports_agree_and_features_give_the_logits(run, exported, data_dir, tmp_path):
+    paths = listed(data_dir)
     expected = Predictor(str(run), device='cpu', backend='dygraph', batch_size=1)(paths)
     tops = [p.classes for p in expected]
     assert len({tuple(top) for top in tops}) > 1
@@ -143,9 +143,9 @@ def test_all_forms_give_the_same_and_features_lead_to_the_logits(run, exported, 
     assert np.allclose([p.logits for p in predictor(paths)], [p.logits for p in expected], atol=1e-4)
 
 
-def test_pictures_in_memory_and_one_alone(run, pictures):
+def test_images_in_memory_and_single_images(run, data_dir):
     predictor = Predictor(str(run), device='cpu', backend='dygraph', topk=2)
-    path = f'{pictures}/sub folder/a b.jpg'
+    path = f'{data_dir}/sub folder/a b.jpg'
     from_file, = predictor(path)
     from_memory, = predictor(Image.open(path))
     assert np.array_equal(from_file.logits, from_memory.logits)
@@ -153,16 +153,16 @@ def test_pictures_in_memory_and_one_alone(run, pictures):
     assert predictor([]) == []
 
 
-def test_damaged_pictures_are_told_at_the_end_and_the_others_done(run, pictures, tmp_path, monkeypatch, capsys):
+def test_unreadable_images_are_listed_at_the_end(run, data_dir, tmp_path, monkeypatch, capsys):
     for name in ('1.png', '3.png'):
-        (tmp_path / name).write_bytes((pictures / 'rgb.png').read_bytes())
-    (tmp_path / '2.png').write_bytes((pictures / 'rgb.png').read_bytes()[:60])
+        (tmp_path / name).write_bytes((data_dir / 'rgb.png').read_bytes())
+    (tmp_path / '2.png').write_bytes((data_dir / 'rgb.png').read_bytes()[:60])
     (tmp_path / 'list.txt').write_text('1.png 0\n2.png 0\n3.png\nnone.png 1\n')
-    (tmp_path / 'notes.md').write_text('no picture')
+    (tmp_path / 'notes.md').write_text('no image')
     status, out, err = call(monkeypatch, capsys, tmp_path / 'list.txt', f'-model={run}', f'-output={tmp_path}/o.jsonl',
                             '-features', '-batch_size=1', f'-save_images={tmp_path}/sheets', '-device=cpu')
     assert status == 1
-    assert re.search(r'2.png: cannot read .*\n.*none.png: no such image\n2 of 4 pictures could not be read\n$', err)
+    assert re.search(r'2.png: cannot read .*\n.*none.png: no such image\n2 of 4 images could not be read\n$', err)
     assert re.fullmatch(r'Acc@1 \S+ Acc@5 100.000 loss \S+ images 1\n', out)
     records = [json.loads(line) for line in (tmp_path / 'o.jsonl').read_text().splitlines()]
     assert [r['picture'][-5:] for r in records] == ['1.png', '2.png', '3.png', 'e.png']
@@ -170,44 +170,44 @@ def test_damaged_pictures_are_told_at_the_end_and_the_others_done(run, pictures,
         ['features', 'label', 'top'], ['error', 'label'], ['features', 'top'], ['error', 'label']]
     assert records[0]['top'] == records[2]['top'] and len(records[0]['features']) == 10
     status, out, err = call(monkeypatch, capsys, tmp_path, f'-model={run}', '-device=cpu', '-topk=1')
-    assert status == 1 and err.endswith('1 of 4 pictures could not be read\n')
+    assert status == 1 and err.endswith('1 of 4 images could not be read\n')
     assert [line.split(':')[0] for line in out.splitlines()] == [
         f'{tmp_path}/{name}' for name in ('1.png', '3.png', 'sheets/sheet_0001.png')]
 
 
-def test_features_beside_a_csv(run, pictures, tmp_path, monkeypatch, capsys):
-    status, *_ = call(monkeypatch, capsys, pictures / 'rgb.png', pictures / 'none.png', f'-model={run}', '-features',
+def test_features_next_to_a_csv(run, data_dir, tmp_path, monkeypatch, capsys):
+    status, *_ = call(monkeypatch, capsys, data_dir / 'rgb.png', data_dir / 'none.png', f'-model={run}', '-features',
                       f'-output={tmp_path}/o.csv', '-device=cpu')
     assert status == 1
     with np.load(tmp_path / 'o.npz') as arrays:
-        assert arrays['pictures'].tolist() == [f'{pictures}/rgb.png'] and arrays['features'].shape == (1, 10)
+        assert arrays['pictures'].tolist() == [f'{data_dir}/rgb.png'] and arrays['features'].shape == (1, 10)
 
 
-def test_mistakes_are_one_line_with_status_2(run, exported, pictures, tmp_path, monkeypatch, capsys):
-    (tmp_path / 'list.txt').write_text(f'{pictures}/rgb.png 4\n')
+def test_mistakes_are_one_line_errors_with_status_2(run, exported, data_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'list.txt').write_text(f'{data_dir}/rgb.png 4\n')
     (tmp_path / 'empty').mkdir()
     bare = tmp_path / 'bare.pdparams'
     bare.write_bytes((run / 'best.pdparams').read_bytes())
-    picture, model = pictures / 'rgb.png', f'-model={run}'
+    image, model = data_dir / 'rgb.png', f'-model={run}'
     for arguments, words in (
-            ([picture, '-model=none'], '-model=none: no such file or folder'),
-            ([picture, f'-model={bare}'], 'name its settings with -cfg'),
-            ([picture, f'-model={tmp_path}/empty'], 'no checkpoint'),
-            ([picture, model, '-output=out.txt'], 'ends with .csv or .jsonl'),
-            ([picture, model, f'-output={tmp_path}/none/o.csv'], 'there is no folder'),
-            ([picture, model, '-features'], '-output=NAME.jsonl'),
-            ([picture, model, '-backend=onnx'], 'choose from auto, dygraph, inference'),
-            ([picture, model, '-topk=0'], 'from 1 up'),
-            ([picture, f'-model={exported}', '-features', f'-output={tmp_path}/o.csv'], 'export it with -features'),
+            ([image, '-model=none'], '-model=none: no such file or folder'),
+            ([image, f'-model={bare}'], 'name its settings file with -cfg'),
+            ([image, f'-model={tmp_path}/empty'], 'no checkpoint'),
+            ([image, model, '-output=out.txt'], 'ends with .csv or .jsonl'),
+            ([image, model, f'-output={tmp_path}/none/o.csv'], 'there is no folder'),
+            ([image, model, '-features'], '-output=NAME.jsonl'),
+            ([image, model, '-backend=onnx'], 'choose from auto, dygraph, inference'),
+            ([image, model, '-topk=0'], 'must be at least 1'),
+            ([image, f'-model={exported}', '-features', f'-output={tmp_path}/o.csv'], 'export it with -features'),
             ([tmp_path / 'list.txt', model], 'label 4, but the model has 4 classes'),
             ([tmp_path / 'none.txt', model], 'no such list'),
-            ([tmp_path / 'empty', model], 'no pictures'),
-            ([picture, model, f'-save_images={pictures}'], 'is not empty')):
+            ([tmp_path / 'empty', model], 'no images'),
+            ([image, model, f'-save_images={data_dir}'], 'is not empty')):
         status, _, err = call(monkeypatch, capsys, *arguments)
         lines = [line for line in err.splitlines() if not line.startswith('weights of')]
         assert status == 2 and len(lines) == 1 and words in lines[0], (words, err)
     (tmp_path / 'classes.txt').write_text('one\ntwo\n')
-    status, _, err = call(monkeypatch, capsys, picture, f'-model={bare}', f'-cfg={run}/config.yaml')
+    status, _, err = call(monkeypatch, capsys, image, f'-model={bare}', f'-cfg={run}/config.yaml')
     assert status == 2 and 'names 2 classes, the model has 4' in err
 
 
@@ -220,11 +220,11 @@ def test_the_best_checkpoint_of_a_run(run, tmp_path):
         assert best_checkpoint(tmp_path) == str(tmp_path / name)
 
 
-def test_a_run_keeps_the_names_of_its_classes(evaluated):
+def test_a_run_keeps_its_class_names(evaluated):
     assert (evaluated[1] / 'classes.txt').read_text() == 'ant\nbee\ncow\ndoe\n'
 
 
-def test_names_of_imagenet():
+def test_imagenet_class_names():
     names = read_class_names(IMAGENET)
     assert len(set(names)) == 1000
     known = {0: 'tench', 1: 'goldfish', 65: 'sea snake', 207: 'golden retriever', 281: 'tabby', 340: 'zebra',
@@ -234,17 +234,17 @@ def test_names_of_imagenet():
     assert {index: names[index] for index in known} == known
 
 
-def test_contact_sheets_mark_right_and_wrong(pictures, tmp_path):
-    def said(number, **more):
-        return Prediction(f'{pictures}/rgb.png', [number], ['a name that is far too long for its place'], [0.5], **more)
+def test_contact_sheets_mark_right_and_wrong(data_dir, tmp_path):
+    def predicted(number):
+        return Prediction(f'{data_dir}/rgb.png', [number], ['a name that is far too long for its place'], [0.5])
 
     with ContactSheets(tmp_path / 'sheets') as sheets:
-        sheets.add(said(1), 1, 'bee')
-        sheets.add(said(1), 2, 'cow')
-        sheets.add(said(1))
-        sheets.add(Prediction(f'{pictures}/no\udce9.png', error='no such image'), 1, 'bee')
+        sheets.add(predicted(1), 1, 'bee')
+        sheets.add(predicted(1), 2, 'cow')
+        sheets.add(predicted(1))
+        sheets.add(Prediction(f'{data_dir}/no\udce9.png', error='no such image'), 1, 'bee')
         for _ in range(27):
-            sheets.add(said(1), 1, 'bee')
+            sheets.add(predicted(1), 1, 'bee')
     assert sorted(path.name for path in (tmp_path / 'sheets').iterdir()) == ['sheet_0001.png', 'sheet_0002.png']
     sheet = Image.open(tmp_path / 'sheets/sheet_0001.png')
     frames = [sheet.getpixel((index * (SIDE + 2 * MARGIN) + MARGIN - 2, MARGIN + 40)) for index in range(4)]
@@ -254,21 +254,21 @@ def test_contact_sheets_mark_right_and_wrong(pictures, tmp_path):
 
 @pytest.mark.parametrize(('model', 'missing', 'expected'), [
     ('run', None, 'dygraph'), ('run', 'no compiler', 'inference'), ('exported', None, 'inference')])
-def test_the_faster_backend_is_taken(request, monkeypatch, pictures, model, missing, expected):
+def test_auto_chooses_the_faster_backend(request, monkeypatch, data_dir, model, missing, expected):
     monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL', raising=False)
     monkeypatch.setattr(build, 'reason_unavailable', lambda: missing)
     predictor = Predictor(str(request.getfixturevalue(model)), device='cpu')
     assert predictor.backend == expected
-    assert predictor(f'{pictures}/rgb.png')[0].error is None
+    assert predictor(f'{data_dir}/rgb.png')[0].error is None
 
 
-def test_an_export_for_other_operators_runs_without_them(exported, pictures, tmp_path):
+def test_an_export_for_another_version_of_the_operators_runs_its_native_program(exported, data_dir, tmp_path):
     for keeps, folder in ((['model', 'model_native'], tmp_path / 'both'), (['model'], tmp_path / 'one')):
         shutil.copytree(exported, folder)
         certificate = json.loads((folder / 'certificate.json').read_text())
         programs = {name: certificate['programs'][name] for name in keeps}
         (folder / 'certificate.json').write_text(json.dumps({**certificate, 'operators': 1, 'programs': programs}))
     predictor = Predictor(str(tmp_path / 'both'))
-    assert predictor.origin.endswith('model_native') and predictor(f'{pictures}/rgb.png')[0].error is None
+    assert predictor.origin.endswith('model_native') and predictor(f'{data_dir}/rgb.png')[0].error is None
     with pytest.raises(UserError, match='export it again'):
         Predictor(str(tmp_path / 'one'))
