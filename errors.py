@@ -32,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class CheckpointError(UserError):
-    """A file is not a checkpoint, is corrupt, or contains more than data; the message is one line that names the file."""
+    """A file is not a checkpoint, is corrupt, or contains more than data; the message names it in one line."""
 
 
 # This environment variable names a file that the first process to report an error creates: if all processes of a run
