@@ -1,4 +1,4 @@
-"""What the main scripts share: settings from the command line, processes, and how a run ends."""
+"""What the main scripts share: reads the settings, starts the processes of a run and waits for their end."""
 import contextlib
 import io
 import logging
@@ -15,8 +15,8 @@ import paddle  # isort: skip
 import paddle.distributed as dist  # isort: skip
 import utils
 from config import get_arguments, get_config
-from dry_run import report
 from dry_run.plan import planned_device
+from dry_run.report import report
 from errors import REPORTED, UserError, exit_status
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run_folder.resume import choose_folder
@@ -26,37 +26,45 @@ from zoo import settings_file
 
 
 def read_settings(description, argv=None):
-    """Frozen settings and the kind of device from the command line.
+    """The settings and the device that a command line chooses.
 
-    Without -cfg the settings are those of the zoo for its names, else those beside the checkpoint that -resume or
-    -pretrained names.
+    Without -cfg, the settings belong to what -resume or -pretrained names: those of the zoo for the name of a model,
+    or the config.yaml next to a checkpoint.
+
+    Args:
+        description: help text of the script.
+        argv: arguments; None for those of this process.
+    Returns:
+        frozen settings, and the kind of device ('gpu', 'cpu', ...).
+    Raises:
+        UserError: the command line, the settings or the environment is wrong.
     """
     args = get_arguments(description, argv)
     resume = args.flags['resume'] if args.flags['resume'] != 'auto' else args.flags['output']
     cfg = args.cfg or settings_file(resume or args.flags['pretrained'])
     if not cfg:
-        raise UserError('-cfg is missing: name a file of settings, such as -cfg=./configs/replknet_31b.yaml')
+        raise UserError('-cfg is missing: give a settings file, such as -cfg=./configs/replknet_31b.yaml')
     config = get_config(cfg, args.opts, args.flags)
     implementation = os.environ.get(VARIABLE) or 'auto'
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
-    choose_folder(config)  # refuses another run's folder before any process starts
+    choose_folder(config)  # refuses the folder of another run before any process starts
     config.freeze()
     return config, planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
 
 
 def run_in_this_process(config, device):
-    """One process of a run; of several when Paddle's launcher or `run_in_processes` has started it."""
+    """Runs the settings in this process, which may be one of several that `run_in_processes` or Paddle started."""
     processes = int(os.environ.get('PADDLE_TRAINERS_NUM', '1'))
     if config.DRY_RUN:
         if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
-            print(report.report(config, device, processes))
+            print(report(config, device, processes))
         return
     if processes > 1:
-        os.environ.setdefault('FLAGS_stop_check_timeout', str(24 * 3600))  # seconds one process may wait for another
+        os.environ.setdefault('FLAGS_stop_check_timeout', str(24 * 3600))  # longest wait for another process
         if device == 'cpu':
-            os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'  # Paddle would take nccl where there are GPUs
-        with contextlib.redirect_stderr(io.StringIO()):  # Paddle lists its own flags there
+            os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'  # on a machine with GPUs, Paddle would choose nccl
+        with contextlib.redirect_stderr(io.StringIO()):  # Paddle prints its flags there
             dist.init_parallel_env()
     local = int(os.environ.get('PADDLE_LOCAL_SIZE', dist.get_world_size()))
     threads = paddle_env.set_threads(processes=local) if device == 'cpu' else 0
@@ -68,48 +76,57 @@ def run_in_this_process(config, device):
 
 
 def run_in_processes(config, device):
-    """Starts the processes of a run on this machine and waits for them; returns the exit status."""
+    """Starts the processes of a run on this machine and waits for them.
+
+    Returns:
+        the exit status.
+    Raises:
+        UserError: this machine does not have that many devices.
+    """
     count = config.NPROCS or (2 if device == 'cpu' else utils.device_count(device))
     if config.DRY_RUN:
-        print(report.report(config, device, max(1, count)))
+        print(report(config, device, max(1, count)))
         return 0
     if device != 'cpu' and count > utils.device_count(device):
-        raise UserError(f'-nprocs={count}: there are {utils.device_count(device)} {device} devices here')
+        raise UserError(f'-nprocs={count}: this machine has {utils.device_count(device)} {device} devices')
     if count == 1:
         return exit_status(run_in_this_process, config, device)
     with tempfile.TemporaryDirectory() as folder:
-        logging.getLogger().setLevel(logging.WARNING)  # Paddle tells there which ports it found
+        logging.getLogger().setLevel(logging.WARNING)  # Paddle logs the ports it found
         os.environ[REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
-        resource_tracker.ensure_running()  # before `deferred`, see there: the ranks start with the signals blocked
-        with stop.deferred():  # a signal becomes the exit status when the ranks, who say where, have ended
+        resource_tracker.ensure_running()  # see `deferred`; the ranks must start with the signals blocked
+        with stop.deferred():  # a signal sets the exit status once the ranks, which report it, have ended
             context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
             return _wait(context.processes)
 
 
 def _child(config, device):
-    stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent acts on it
+    stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
     end_with_parent()
     sys.exit(exit_status(run_in_this_process, config, device))
 
 
 def _wait(processes):
-    """Waits for all; when one fails the others, which may wait for it, are stopped. Returns the exit status.
+    """Waits for the processes, and passes a stop signal on: they then agree on a step after which to stop.
 
-    A signal is handed on: the processes agree on a step after which they stop.
+    When one fails, the others, which may be waiting for it, are stopped.
+
+    Returns:
+        the exit status.
     """
     ended = {}
-    while not any(ended.values()) and len(ended) < len(processes) and not stop.asked:
+    while not any(ended.values()) and len(ended) < len(processes) and not stop.received:
         time.sleep(0.1)
         ended = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode is not None}
-    if stop.asked:
+    if stop.received:
         for process in processes:
             process.terminate()
-    # without a signal they have little time to end by themselves, as they do after a mistake that all of them made
-    # and before its own time is over this process must have killed those that hang
-    _stop(processes, STOP_SECONDS - 7 if stop.asked else 5)
+    # after a signal they finish their step, but this process must have killed those that hang before its own time is
+    # up; otherwise they only need to end by themselves, as they do when all of them report the same mistake
+    _stop(processes, STOP_SECONDS - 7 if stop.received else 5)
     for rank, code in ended.items():
-        if code not in (0, 1, 2, 143) and not stop.asked:  # these have said why
+        if code not in (0, 1, 2, 143) and not stop.received:  # the process has printed the reason for these
             print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '
                   'the others were stopped', file=sys.stderr, flush=True)
     codes = {p.exitcode for p in processes}
@@ -117,26 +134,26 @@ def _wait(processes):
 
 
 def _stop(processes, patience):
-    """Gives the processes `patience` seconds to end by themselves, then ends them."""
+    """Gives the processes `patience` seconds to end by themselves, then terminates and finally kills them."""
     for end in ('terminate', 'kill'):
         deadline = time.monotonic() + patience
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 getattr(process, end)()
-        patience = 2  # one that was asked again goes at once, or waits for another in a call that lets no thread run
+        patience = 2  # a second SIGTERM ends a process at once, unless it hangs in a call that blocks all threads
     for process in processes:
         process.join()
 
 
 def run_single(description):
-    """Trains or evaluates in this process, as the command line says."""
+    """Trains or evaluates in this process, according to the command line."""
     run_in_this_process(*read_settings(description))
 
 
 def run_multi(description):
-    """The same with one process per device."""
+    """Trains or evaluates with one process per device, according to the command line."""
     settings = read_settings(description)
-    if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher has started this process
+    if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher started this process
         return run_in_this_process(*settings)
     return run_in_processes(*settings)

@@ -11,7 +11,7 @@ import sys
 from training.signals import stop
 
 if __name__ == '__main__':
-    stop.listen(signal.SIGTERM, signal.SIGINT)  # before what takes a while to import and starts threads
+    stop.listen(signal.SIGTERM, signal.SIGINT)  # before the imports that take long and start threads
     from errors import exit_status
     from launcher import run_single
     sys.exit(exit_status(run_single, __doc__))

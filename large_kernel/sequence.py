@@ -9,7 +9,7 @@ import paddle
 from large_kernel import operators
 from large_kernel.conv import runs_custom
 
-BLOCK = 16  # channels per block in packed weights and NCHW16c feature maps; kBlock in csrc
+BLOCK = 16  # channels per block in packed weights and NCHW16c feature maps; kChannelBlock in csrc
 _BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
 
 

@@ -1,7 +1,7 @@
 """Run by test_gradients.py: the steps of every combination of features against plain forward and backward passes.
 
 Prints a JSON line per combination and rank: the largest deviation of a gradient and of a running statistic, relative to
-the largest element of its tensor, or to 1/1000 of the largest of all where a tensor is zero but for rounding.
+the largest element of its tensor, or for tensors that are zero up to rounding to 1/1000 of the largest element of all.
 """
 import itertools
 import json
@@ -17,6 +17,7 @@ from replknet import RepLKNet
 from training.amp import Amp, LossScaler
 from training.engine import STREAM_PADDLE, train_one_epoch
 from training.optim import parameter_groups
+from training.setup import StepSettings, TrainingParts
 
 MICRO_BATCHES = 3  # per rank: with two per step the last step has one
 
@@ -51,15 +52,16 @@ def statistics(model):
 def trained(rank, world, accum, recompute, scaled):
     model = build(recompute)
     optimizer = Recorder(model)
-    train_one_epoch(paddle.DataParallel(model) if world > 1 else model,
-                    [micro_batch(rank, i) for i in range(MICRO_BATCHES)], F.cross_entropy, optimizer, epoch=1,
-                    first_step=0, lr_at=lambda step: 0.01, amp=Amp(get_config(), 'cpu'), accum_iter=accum,
-                    scaler=LossScaler() if scaled else None)
+    parts = TrainingParts(
+        model=paddle.DataParallel(model) if world > 1 else model, criterion=F.cross_entropy, optimizer=optimizer,
+        lr_at=lambda step: 0.01, amp=Amp(get_config(), 'cpu'), scaler=LossScaler() if scaled else None,
+        settings=StepSettings(accum))
+    train_one_epoch(parts, [micro_batch(rank, i) for i in range(MICRO_BATCHES)], epoch=1, first_step=0)
     return optimizer.gradients, statistics(model)
 
 
 def plain(world, accum):
-    """The gradients, and the statistics of each rank, by passes over the ranks' micro-batches one after another."""
+    """The gradients, and each rank's statistics, from plain passes over the micro-batches of all ranks in turn."""
     model = build(False)
     optimizer = Recorder(model)
     optimizer.set_lr(0.01)

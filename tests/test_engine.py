@@ -1,4 +1,5 @@
-"""One epoch and one evaluation: what is counted, averaged, skipped and stopped."""
+"""One epoch and one evaluation: what they count, average and skip, and when training stops."""
+import dataclasses
 import math
 import types
 
@@ -15,6 +16,7 @@ from training.ema import ModelEMA
 from training.engine import MAX_SKIPPED_STEPS, evaluate, train_one_epoch
 from training.optim import build_optimizer, parameter_groups
 from training.progress import epoch_sums
+from training.setup import StepSettings, TrainingParts
 from utils import accuracy_line
 
 CPU = Amp(get_config(), 'cpu')
@@ -31,10 +33,17 @@ def batches(sizes, classes=3, seed=0):
              paddle.to_tensor(rng.integers(0, classes, n))) for n in sizes]
 
 
-def train(model, loader, lr=0.1, optimizer=None, criterion=None, **kwargs):
-    optimizer = optimizer or build_optimizer('sgd', parameter_groups(model, 0.0))
-    kwargs = {'epoch': 1, 'first_step': 0, 'lr_at': lambda step: lr, 'amp': CPU, **kwargs}
-    return train_one_epoch(model, loader, criterion or nn.CrossEntropyLoss(), optimizer, **kwargs)
+def train(model, loader, lr=0.1, **kwargs):
+    """`train_one_epoch` with plain SGD on the CPU; keywords as for it, `TrainingParts` and `StepSettings`."""
+
+    def taken(kind):
+        return {field.name: kwargs.pop(field.name) for field in dataclasses.fields(kind) if field.name in kwargs}
+
+    parts = {'criterion': nn.CrossEntropyLoss(), 'lr_at': lambda step: lr, 'amp': CPU,
+             'settings': StepSettings(**taken(StepSettings)), **taken(TrainingParts)}
+    if 'optimizer' not in parts:
+        parts['optimizer'] = build_optimizer('sgd', parameter_groups(model, 0.0))
+    return train_one_epoch(TrainingParts(model, **parts), loader, **{'epoch': 1, 'first_step': 0, **kwargs})
 
 
 @pytest.mark.parametrize(('sizes', 'accum'), [([2] * 6, 3), ([2] * 5, 2), ([2] * 7, 4), ([2], 4)])
@@ -114,15 +123,14 @@ def test_a_loss_that_is_not_finite_names_the_layers_whose_gradients_are_not(brok
     paddle.seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
-    def criterion(logits, labels):  # infinite, with the gradients as told
+    def criterion(logits, labels):  # infinite, and so are the gradients of the broken layers
         finite = sum((p * 0).sum() for i, layer in enumerate(model) for p in layer.parameters() if i not in broken)
         infinite = sum((p * math.inf).sum() for i in broken for p in model[i].parameters())
         return finite + infinite + paddle.to_tensor(math.inf)
 
     loader = [(paddle.ones([2, 4]), paddle.zeros([2], 'int64'))]
     with pytest.raises(TrainingStopped, match=rf'step 0 \(epoch 1\): .* rank 0, lr 0.1, {words}'):
-        train_one_epoch(model, loader, criterion, build_optimizer('sgd', parameter_groups(model, 0.0)), epoch=1,
-                        first_step=0, lr_at=lambda step: 0.1, amp=CPU)
+        train(model, loader, criterion=criterion)
 
 
 @pytest.mark.parametrize('done', [0, 1, 2])
@@ -146,7 +154,7 @@ def test_an_epoch_in_two_parts_is_the_epoch(done):
             train(parts, loader, votes=lambda: [7], after_step=stop, **arguments)
         assert seen == [(step, 7) for step in range(1, done + 1)]
 
-    class Rest(list):  # what a loader that starts behind the first batches yields; its length is the whole epoch's
+    class Rest(list):  # a loader that skips the first batches; its length is still that of the whole epoch
         def __iter__(self):
             return iter(loader[2 * done:])
 
@@ -186,12 +194,12 @@ def test_a_loss_scale_that_is_too_high_comes_down_to_one_that_fits(grad_clip):
 def test_a_run_that_only_overflows_stops():
     with pytest.raises(TrainingStopped, match='in a row overflowed'):
         train(linear(), overflowing(batches([1] * MAX_SKIPPED_STEPS), range(MAX_SKIPPED_STEPS)), scaler=LossScaler())
-    with pytest.raises(TrainingStopped, match='in a row overflowed'):  # it goes over the end of an epoch
+    with pytest.raises(TrainingStopped, match='in a row overflowed'):  # the count continues across epochs
         train(linear(), overflowing(batches([1] * 2), range(2)), scaler=LossScaler(),
               sums=epoch_sums(skipped_in_a_row=MAX_SKIPPED_STEPS - 2))
 
 
-def test_the_loss_scale_doubles_after_enough_good_steps_and_goes_on_after_a_restart():
+def test_the_loss_scale_doubles_after_enough_good_steps_and_continues_after_a_restart():
     scaler = LossScaler(8.0, growth_steps=3)
     values = []
     for finite in (True, True, False, True, True, True, True, True):
@@ -210,7 +218,7 @@ def test_the_settings_of_loss_scaling_are_used():
     assert Amp(get_config(None, opts + ['AMP_DTYPE', 'bfloat16']), 'gpu').scaler() is None
 
 
-def test_weight_decay_follows_its_schedule_where_there_is_one():
+def test_weight_decay_follows_its_schedule():
     model = linear()
     optimizer = build_optimizer('adamw', parameter_groups(model, 0.5))
     before = model[1].weight.numpy()
@@ -244,17 +252,17 @@ def test_evaluation_counts_top_1_and_top_5(classes):
     assert metrics['images'] == 11
 
 
-def test_evaluation_of_another_number_of_images_than_the_dataset_has_is_an_error():
+def test_evaluating_another_number_of_images_than_the_dataset_has_is_an_error():
     with pytest.raises(RuntimeError, match='11 images of a dataset of 12'):
         evaluate(linear(), batches([11]), 12, CPU)
 
 
-def test_accuracy_line_has_its_fixed_form():
+def test_accuracy_line_has_a_fixed_format():
     metrics = {'acc1': 97.5, 'acc5': 100 * 359 / 360, 'loss': 0.12341, 'images': 360}
     assert accuracy_line(metrics) == 'Acc@1 97.500 Acc@5 99.722 loss 0.1234 images 360'
 
 
-def test_mixed_precision_on_the_cpu_is_off_and_said_once(monkeypatch):
+def test_mixed_precision_on_the_cpu_is_off_and_logged_once(monkeypatch):
     lines = []
     monkeypatch.setattr('utils.logger.info', lines.append)
     config = get_config(None, ['AMP', 'True'])

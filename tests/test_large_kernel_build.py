@@ -1,4 +1,4 @@
-"""Building the operator: cache, several processes, no compiler; the kernels alone, sanitized and for other targets."""
+"""Building the operator: cache, several processes, no compiler. The kernels alone: sanitizers and other targets."""
 import os
 import platform
 import shutil
@@ -19,7 +19,7 @@ TARGETS = {
     'baseline': ['-O1'],
     'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
 }
-LONG = ('avx2', 'native')  # take minutes
+LONG = ('avx2', 'native')  # several minutes each
 
 needs_operator = pytest.mark.skipif(build.reason_unavailable() is not None,
                                     reason=f'no C++ operator: {build.reason_unavailable()}')
@@ -67,7 +67,7 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert ahead.returncode == 0 and 'will be used: custom' in out and 'built' not in err
 
 
-def test_no_compiler_warns_once_and_another_implementation_serves(tmp_path):
+def test_no_compiler_warns_once_and_another_implementation_is_used(tmp_path):
     env = environment(tmp_path, CXX='/nonexistent/g++')
     process = python(['-c', CONVOLVE], env)
     out, err = process.communicate(timeout=120)
@@ -79,7 +79,7 @@ def test_no_compiler_warns_once_and_another_implementation_serves(tmp_path):
     assert ahead.returncode == 0 and 'not available' in out and '/nonexistent/g++' in out and 'Traceback' not in err
 
 
-def test_custom_asked_for_where_it_cannot_be_built_is_one_line(tmp_path):
+def test_custom_that_cannot_be_built_is_a_one_line_error(tmp_path):
     env = environment(tmp_path, CXX='/nonexistent/g++', LARGE_KERNEL_CONV_IMPL='custom')
     process = python(['-c', CONVOLVE], env)
     _, err = process.communicate(timeout=120)
@@ -105,7 +105,7 @@ def test_a_failed_build_names_the_compilers_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(platform.system() != 'Linux', reason='the operator is built on Linux only')
-def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_replaced_by_a_temporary_folder(tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     monkeypatch.setenv('LARGE_KERNEL_CACHE_DIR', str(tmp_path / 'file' / 'cache'))
@@ -129,7 +129,7 @@ def test_a_library_that_is_missing_or_broken_is_a_build_error(tmp_path, monkeypa
 def test_a_library_built_without_pythons_headers_has_no_direct_call(tmp_path, monkeypatch):
     monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
     compile_, _ = build._commands(['g++'], tmp_path, tmp_path / 'library.so')
-    assert str(tmp_path) not in compile_  # as a folder of headers
+    assert str(tmp_path) not in compile_  # as an include folder
     source, library = tmp_path / 'empty.cc', tmp_path / 'empty.so'
     source.write_text('')
     subprocess.run([COMPILER, '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
@@ -138,8 +138,11 @@ def test_a_library_built_without_pythons_headers_has_no_direct_call(tmp_path, mo
 
 @pytest.fixture(scope='module')
 def programs(tmp_path_factory, pytestconfig):
-    """The kernels without Paddle, tests/sanitize/main.cc, compiled for several targets at once: {target: path}, without
-    those targets that this compiler lacks."""
+    """tests/sanitize/main.cc, the kernels without Paddle, compiled for several targets in parallel.
+
+    Returns:
+        {target: path}, without the targets that this compiler does not support.
+    """
     folder, compilers = tmp_path_factory.mktemp('kernels'), {}
     empty = folder / 'empty.cc'
     empty.write_text('int main() {}\n')
@@ -157,13 +160,13 @@ def programs(tmp_path_factory, pytestconfig):
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
 @pytest.mark.parametrize('target', [pytest.param(t, marks=pytest.mark.long) if t in LONG else t for t in TARGETS])
 def test_kernels_alone(programs, target):
-    """Shapes in buffers of exactly the tensors' size, as with a small first-level cache and with a large one."""
+    """Shapes in buffers of exactly the tensors' size, for the code of a small and of a large L1 cache."""
     if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this processor has no AVX2')
     if target not in programs:
-        pytest.skip(f'{COMPILER} lacks {" ".join(TARGETS[target])}')
+        pytest.skip(f'{COMPILER} does not support {" ".join(TARGETS[target])}')
     shapes = '2' if target == 'sanitized' else '3'
     result = subprocess.run([str(programs[target]), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'},
                             capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    assert result.stdout.count(', 0 failures') == 2  # as if the first-level cache were small, and large
+    assert result.stdout.count(', 0 failures') == 2  # one line for each size of the L1 cache

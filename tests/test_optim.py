@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizers' arithmetic and gradient clipping."""
+"""Parameter groups, the arithmetic of the optimizers, and gradient clipping."""
 import json
 import types
 
@@ -14,7 +14,7 @@ from training.optim import build_optimizer, clip_gradients, layer_id, parameter_
 def test_layer_ids_are_the_official_ones(golden):
     official = json.loads((golden / 'layer_ids_31b.json').read_text())
     names = {name: parameter for name, parameter in replknet_31b().named_parameters() if not parameter.stop_gradient}
-    # translate official names by carrying each id through the name mapping as a tensor
+    # each id is carried through the mapping of names as the value of a tensor
     shapes = json.loads((golden / 'official_keys_31b.json').read_text())['tensors']
     tensors = {name: np.full(shape, official.get(name, -1), 'float32') for name, shape in shapes.items()}
     ours = {name: int(array.flat[0]) for name, array in to_paddle_names(tensors).items() if name in names}
@@ -74,7 +74,7 @@ def lion(w, g, lr, decay, t, betas, eps, state):
 
 
 def adan(w, g, lr, decay, t, betas, eps, state):
-    """Xie et al., Adan, algorithm 1, whose betas are one minus these; averages start at 0 and are corrected for it."""
+    """Xie et al., Adan, algorithm 1, whose betas are one minus these; with bias correction of the averages."""
     b1, b2, b3 = 1 - np.array(betas)
     difference = g - state.get('g', g)
     state['g'] = g
@@ -86,7 +86,7 @@ def adan(w, g, lr, decay, t, betas, eps, state):
 
 
 def lamb(w, g, lr, decay, t, betas, eps, state):
-    """You et al., Large Batch Optimization for Deep Learning, algorithm 2; no trust ratio where nothing decays."""
+    """You et al., Large Batch Optimization for Deep Learning, algorithm 2; no trust ratio without weight decay."""
     m, v = adam_moments(state, g, t, betas)
     update = m / (np.sqrt(v) + eps) + decay * w
     return w - lr * update * (np.linalg.norm(w) / np.linalg.norm(update) if w.ndim > 1 else 1)
@@ -97,7 +97,7 @@ OPTIMIZERS = [adamw, sgd, momentum, nadam, lion, adan, lamb]
 
 @pytest.mark.parametrize('rule', OPTIMIZERS)
 def test_optimizers_follow_their_published_rule(rule):
-    """Thirty steps against float64: rates and decays that change, layer-wise scales, no decay on 1-D parameters."""
+    """Thirty steps against float64: changing rates and decays, layer-wise scales, no decay on 1-D parameters."""
     model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
     betas = (0.9, 0.8, 0.95) if rule is adan else (0.9, 0.95)
     optimizer = build_optimizer(rule.__name__, parameter_groups(model, 0.1, 0.7), betas=betas, eps=1e-3)
@@ -122,11 +122,11 @@ def test_optimizers_follow_their_published_rule(rule):
 
 
 @pytest.mark.parametrize('name', ['nadam', 'lion', 'adan'])
-def test_half_precision_weights_are_the_rounded_ones_of_a_single_precision_run(name):
+def test_half_precision_weights_are_the_rounded_weights_of_a_single_precision_run(name):
     def build():
         paddle.seed(0)
         model = paddle.nn.Linear(16, 8)
-        model.to(dtype='bfloat16')  # both start from values that bfloat16 holds
+        model.to(dtype='bfloat16')  # so that both start from values that bfloat16 can represent
         return model, parameter_groups(model, 0.1)
 
     (single, _), (half, groups) = build(), build()
@@ -158,7 +158,7 @@ def mixed_gradients():
 
 @pytest.mark.parametrize(('limit', 'mode', 'single', 'half'), [
     (1.0, 'norm', -0.3, 0.4), (100.0, 'norm', -3.0, 4.0), (3.5, 'value', -3.0, 3.5), (1.0, 'value', -1.0, 1.0)])
-def test_clipping_takes_half_and_single_precision_together(limit, mode, single, half):
+def test_clipping_handles_half_and_single_precision_together(limit, mode, single, half):
     parameters = mixed_gradients()
     assert float(clip_gradients(parameters, limit, mode)) == pytest.approx(10)
     np.testing.assert_allclose(parameters[0].grad.numpy(), single, rtol=1e-5)

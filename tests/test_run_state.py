@@ -1,4 +1,4 @@
-"""What a checkpoint takes of a run and gives back."""
+"""The state of a run is captured and restored, and the wrong one is refused."""
 import math
 
 import numpy as np
@@ -13,17 +13,17 @@ from training.optim import build_optimizer, parameter_groups
 from training.run_state import RunState, refuse_other_run
 
 
-def build(global_batch=8, steps_per_epoch=10, opts=()):
+def build(global_batch=8, steps_per_epoch=10):
     model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
     optimizer = build_optimizer('adamw', parameter_groups(model, 0.05))
-    config = get_config(None, ['SAVE', '', *opts])
-    return RunState(config, model, ModelEMA(model, 0.9), optimizer, None, steps_per_epoch, global_batch, False)
+    config = get_config(None, ['SAVE', '', 'DATA.BATCH_SIZE', global_batch])
+    return RunState(config, model, ModelEMA(model, 0.9), optimizer, None, steps_per_epoch, own_statistics=False)
 
 
 def test_a_state_with_weights_that_are_not_finite_is_not_captured():
     state = build()
     state.model.head.weight.set_value(paddle.full(state.model.head.weight.shape, math.nan))
-    with pytest.raises(TrainingStopped, match=r'weights are not finite: head.weight; the last checkpoint stays'):
+    with pytest.raises(TrainingStopped, match=r'weights are not finite: head.weight; the last checkpoint is kept'):
         state.capture()
 
 
@@ -52,7 +52,8 @@ def test_with_another_global_batch_no_image_of_the_epoch_is_seen_twice(global_ba
 def test_a_finished_run_and_another_one_are_refused():
     state = build()
     captured = state.capture()
-    with pytest.raises(UserError, match=r'file: is of a run with other settings: TRAIN.BASE_LR 0.004 -> 1.0; set'):
+    words = r'file: belongs to a run with other settings: TRAIN.BASE_LR 0.004 -> 1.0; restore these settings, or'
+    with pytest.raises(UserError, match=words):
         refuse_other_run(get_config(None, ['TRAIN.BASE_LR', 1.0]), captured, 'file')
     state.epochs = 300
     with pytest.raises(UserError, match='all 300 epochs are done'):

@@ -1,4 +1,4 @@
-"""The main scripts as a user runs them: real processes, real files, one and several ranks."""
+"""The main scripts as a user runs them: real processes and files, with one and with several ranks."""
 import json
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, run_script, list_dataset, tiny_yaml):
-    """Folders of a whole run of two epochs in one process and of one in two processes, with the output of each."""
+    """{processes: (run folder, output)} of complete runs of two epochs in one and in two processes."""
     runs = {}
     for count, script in ((1, 'main_single_gpu.py'), (2, 'main_multi_gpu.py')):
         folder = tmp_path_factory.mktemp('runs') / f'run{count}'
@@ -49,17 +49,17 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     folder, output = trained[count]
     assert {'config.yaml', 'log.txt', 'metrics.jsonl', 'last.pdparams', 'previous.pdparams', 'best.pdparams',
             'best_ema.pdparams', 'epoch_0001.pdparams', 'epoch_0002.pdparams'} == set(os.listdir(folder))
-    assert len(LINE.findall(output)) == 4  # two epochs, model and EMA
+    assert len(LINE.findall(output)) == 4  # in two epochs, of the model and its EMA
     assert all(line.endswith('images 11') for line in LINE.findall(output))
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     records = [r for r in lines if r['event'] != 'step']
     assert [(r['event'], r['epoch'], r.get('weights')) for r in records] == [
         (event, epoch, weights) for epoch in (1, 2)
         for event, weights in (('train', None), ('eval', 'model'), ('eval', 'model_ema'))]
-    steps = 3 if count == 1 else 2  # 13 images: 6 micro-batches of 2, or 3 global ones of 2 x 2; two per step
+    steps = 3 if count == 1 else 2  # 13 images: 6 micro-batches of 2, or 3 of 2 x 2; two per step
     assert [r['step'] for r in records if r['event'] == 'train'] == [steps, 2 * steps]
     assert records[0]['images'] == 12
-    # warm-up over the first epoch, the cosine over the second; BASE_LR as it is, whatever the batch
+    # warm-up over the first epoch, cosine over the second; BASE_LR is not scaled to the global batch
     lr_at = Schedule(base_lr=1e-2, start_lr=1e-6, end_lr=1e-6, warmup_steps=steps, total_steps=2 * steps)
     assert [r['lr'] for r in records if r['event'] == 'train'] == [lr_at(steps - 1), lr_at(2 * steps - 1)]
     reported = [r for r in lines if r['event'] == 'step']
@@ -73,7 +73,7 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_resuming_continues_as_if_never_stopped(trained, run_script, list_dataset, tmp_path, count):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, run_script, list_dataset, tmp_path, count):
     folder, _ = trained[count]
     again = tmp_path / 'again'
     done = run_script('main_single_gpu.py' if count == 1 else 'main_multi_gpu.py', '-device=cpu',
@@ -81,13 +81,13 @@ def test_resuming_continues_as_if_never_stopped(trained, run_script, list_datase
     assert done.returncode == 0, done.stderr
     states = [read_checkpoint(f'{run}/last.pdparams') for run in (again, folder)]
     for state in states:
-        del state['metrics_bytes'], state['numbered']  # what lies beside it
+        del state['metrics_bytes'], state['numbered']  # these describe other files of the folder
     assert_same(*states)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('name', ['sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb'])
-def test_every_optimizer_resumes_as_if_never_stopped(run_script, list_dataset, tiny_yaml, tmp_path, name):
+def test_every_optimizer_resumes_exactly(run_script, list_dataset, tiny_yaml, tmp_path, name):
     flags = [f'-data_path={list_dataset}', '-device=cpu', '-accum_iter=2']
     opts = ['-opts', 'SAVE_FREQ', '1', 'TRAIN.OPTIMIZER.NAME', name, 'TRAIN.WEIGHT_DECAY_END', '0.2',
             'TRAIN.OPTIMIZER.BETAS', '[0.98, 0.92, 0.99]' if name == 'adan' else '[0.9, 0.99]',
@@ -99,11 +99,11 @@ def test_every_optimizer_resumes_as_if_never_stopped(run_script, list_dataset, t
         assert done.returncode == 0, done.stderr
     states = [read_checkpoint(f'{run}/last.pdparams') for run in (whole, resumed)]
     for state in states:
-        del state['metrics_bytes'], state['numbered']  # what lies beside it
+        del state['metrics_bytes'], state['numbered']  # these describe other files of the folder
     assert_same(*states)
 
 
-def test_resuming_in_place_goes_on_where_the_checkpoint_is(trained, run_script, list_dataset, tmp_path):
+def test_resuming_in_place_continues_from_the_checkpoint(trained, run_script, list_dataset, tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
     for name in ('config.yaml', 'metrics.jsonl'):
@@ -111,7 +111,7 @@ def test_resuming_in_place_goes_on_where_the_checkpoint_is(trained, run_script, 
     (folder / 'last.pdparams').write_bytes((trained[1][0] / 'epoch_0001.pdparams').read_bytes())
     done = run_script('main_single_gpu.py', '-device=cpu', f'-resume={folder}', f'-data_path={list_dataset}')
     assert done.returncode == 0, done.stderr
-    assert (folder / 'metrics.jsonl').read_text().count('\n') == 12  # those of the second epoch are new
+    assert (folder / 'metrics.jsonl').read_text().count('\n') == 12  # the lines of the second epoch were written again
     assert read_checkpoint(folder / 'last.pdparams')['epoch'] == 2
 
 
@@ -131,7 +131,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes(trained, run_script,
     assert f'Acc@1 {best:.3f} ' in lines[0]
 
 
-def test_paddle_s_launcher_starts_the_same_run(trained, list_dataset, tiny_yaml, tmp_path):
+def test_the_launcher_of_paddle_starts_the_same_run(trained, list_dataset, tiny_yaml, tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2', '--log_dir', str(tmp_path / 'log'),
@@ -144,7 +144,7 @@ def test_paddle_s_launcher_starts_the_same_run(trained, list_dataset, tiny_yaml,
 
 
 SRUN = """#!/bin/sh
-# one task on each of two machines, which are both this one
+# one task on each of two machines; both are this machine
 for node in 0 1; do
     SLURM_NODEID=$node "$@" >"task$node" 2>&1 &
     tasks="$tasks $!"
@@ -155,11 +155,11 @@ exit "$status"
 """
 
 
-def test_two_machines_train_as_two_processes_of_one(trained, list_dataset, tiny_yaml, tmp_path):
+def test_two_machines_train_like_two_processes_on_one(trained, list_dataset, tiny_yaml, tmp_path):
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin/srun').write_text(SRUN)
     (tmp_path / 'bin/srun').chmod(0o755)
-    with socket.socket() as free:  # the port that the script makes of the job's number
+    with socket.socket() as free:  # the port that the script derives from the number of the job
         free.bind(('', 20000 + os.getpid() % 10000))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_NNODES': '2', 'SLURM_JOB_ID': str(os.getpid()),
            'SLURM_SUBMIT_DIR': ROOT,
@@ -174,14 +174,14 @@ def test_two_machines_train_as_two_processes_of_one(trained, list_dataset, tiny_
                 read_checkpoint(trained[2][0] / 'last.pdparams')['model'])
     records = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
     assert [r['processes'] for r in records if r['event'] == 'train'] == [2, 2]
-    # each machine has one process, so both have the local rank 0; the first of all alone writes and speaks
+    # each machine has one process, so both have local rank 0; only global rank 0 writes and prints
     assert len(LINE.findall(outputs[0])) == 4 and not LINE.search(outputs[1])
     assert sorted(os.listdir(tmp_path / f'log/{os.getpid()}')) == ['0', '1']
     alone = socket.gethostbyname(socket.getfqdn()).startswith('127.')
     assert ('where no other machine reaches it' in done.stderr) == alone
 
 
-def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, tmp_path):
+def test_two_processes_with_accumulation_compute_the_gradients_of_one(run_script, tmp_path):
     done = run_script('tests/two_process_gradients.py', tmp_path / 'out', 'plain', PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     one, first, second = (np.load(f'{tmp_path}/out.{name}.npz') for name in ('one', '0', '1'))
@@ -192,13 +192,13 @@ def test_two_processes_with_accumulation_give_the_gradients_of_one(run_script, t
     np.testing.assert_allclose(first['loss'], one['loss'], rtol=1e-5)
     np.testing.assert_allclose(first['mean'], [1.5, 2.5])
     np.testing.assert_allclose(second['mean'], [1.5, 2.5])
-    for rank in (first, second):  # three optimizer steps; an evaluation sums once, at its end
+    for rank in (first, second):  # one in each of three optimizer steps, and one at the end of an evaluation
         assert rank['exchanges'].tolist() == [3, 1]
         assert re.match(r'step 2 \(epoch 1\): the loss is not finite on rank 1, lr', str(rank['stopped']))
 
 
 @pytest.mark.long
-def test_ranks_wait_for_each_other_longer_than_gloo_does(run_script, tmp_path):
+def test_ranks_wait_for_each_other_beyond_the_timeout_of_gloo(run_script, tmp_path):
     done = run_script('tests/two_process_gradients.py', tmp_path / 'out', 'wait', PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'out.0.npz').exists() and (tmp_path / 'out.1.npz').exists()
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_in_one_line(run_script, list
     assert time.monotonic() - began < 60
 
 
-def test_a_killed_rank_takes_the_others_down(list_dataset, tiny_yaml, tmp_path):
+def test_when_a_rank_is_killed_the_others_are_stopped(list_dataset, tiny_yaml, tmp_path):
     process = subprocess.Popen(
         [sys.executable, f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
          f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
@@ -235,7 +235,7 @@ def test_a_killed_rank_takes_the_others_down(list_dataset, tiny_yaml, tmp_path):
 
 
 def mistakes(folder, dataset, yaml, run):
-    """(name, flags, words of the message)"""
+    """Yields (name, flags, words of the message) for every mistake."""
     half = folder / 'half'
     half.mkdir()
     (half / 'val_list.txt').write_text('nothing here.jpg 0\n')
@@ -254,7 +254,7 @@ def mistakes(folder, dataset, yaml, run):
     yield 'data path is a file', [f'-cfg={yaml}', f'-data_path={junk}', '-device=cpu'], 'cannot be read'
     yield 'optimizer', [*base, f'-resume={run}', '-opts', 'TRAIN.OPTIMIZER.NAME', 'sgd'], "NAME 'adamw' -> 'sgd'"
     yield 'output is a file', [*base, f'-output={junk}'], 'is a file; name a folder'
-    yield 'no picture', [f'-cfg={yaml}', f'-data_path={half}', '-device=cpu'], 'val_list.txt:1: '
+    yield 'no image', [f'-cfg={yaml}', f'-data_path={half}', '-device=cpu'], 'val_list.txt:1: '
     yield 'label', [f'-cfg={yaml}', f'-data_path={bad}', '-device=cpu'], 'val_list.txt:1: label 4 is out of range'
     yield 'weights not there', [*base, '-eval', '-pretrained=no.pdparams'], 'no.pdparams'
     yield 'weights damaged', [*base, '-eval', f'-pretrained={junk}'], 'junk.pdparams'
@@ -286,8 +286,8 @@ def test_several_processes_report_a_mistake_once(run_script, tiny_yaml, tmp_path
     assert done.stderr.count('\n') == 1 and 'no such list file' in done.stderr
 
 
-def test_a_picture_that_is_damaged_later_stops_with_its_line(run_script, tiny_yaml, tmp_path):
-    (tmp_path / 'a.jpg').write_bytes(b'\xff\xd8 no picture')
+def test_a_damaged_image_stops_the_run_and_names_its_line(run_script, tiny_yaml, tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(b'\xff\xd8 no image')
     (tmp_path / 'train_list.txt').write_text('a.jpg 0\n' * 4)
     (tmp_path / 'val_list.txt').write_text('a.jpg 0\n')
     for workers in (0, 1):
@@ -300,7 +300,7 @@ def test_a_picture_that_is_damaged_later_stops_with_its_line(run_script, tiny_ya
 @pytest.mark.parametrize(('flags', 'words'), [
     ([], 'all 2 epochs are done'),
     (['-opts', 'TRAIN.BASE_LR', '0.02', 'SEED', '7'], 'TRAIN.BASE_LR 0.01 -> 0.02; SEED 42 -> 7;')])
-def test_a_finished_or_another_run_s_folder_is_never_written(trained, run_script, list_dataset, tiny_yaml, flags,
+def test_the_folder_of_a_finished_or_another_run_is_never_written(trained, run_script, list_dataset, tiny_yaml, flags,
                                                              words):
     folder, _ = trained[1]
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
@@ -310,11 +310,11 @@ def test_a_finished_or_another_run_s_folder_is_never_written(trained, run_script
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
-def test_another_number_of_processes_goes_on_at_the_epoch_s_learning_rate(trained, run_script, list_dataset, tmp_path):
+def test_another_number_of_processes_keeps_the_learning_rate_of_the_epoch(trained, run_script, list_dataset, tmp_path):
     done = run_script('main_multi_gpu.py', f'-resume={trained[1][0]}/epoch_0001.pdparams', '-device=cpu',
                       f'-data_path={list_dataset}', f'-output={tmp_path}/run')
     assert done.returncode == 0, done.stderr
-    assert 'has 3 steps; with this global batch its epochs are 2' in done.stdout
+    assert 'has 3 steps, which with this global batch correspond to 2' in done.stdout
     records = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
     record = next(r for r in records if r['event'] == 'train')
     assert (record['epoch'], record['step']) == (2, 4)
@@ -331,7 +331,7 @@ def test_an_older_checkpoint_or_an_evaluation_never_writes_into_the_run(trained,
 
 
 def test_training_without_mixup_and_with_the_other_options(run_script, list_dataset, tiny_yaml, tmp_path):
-    """Both alphas 0, as the fine-tuning recipes have them, layer-wise decay, clipping, recomputation, no EMA."""
+    """Both alphas 0, as in the fine-tuning recipes, layer-wise decay, clipping, recomputation, no EMA."""
     done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
                       '-device=cpu', '-amp', '-num_workers=1', '-opts', 'TRAIN.MIXUP_PROB', '0',
                       'TRAIN.MIXUP_ALPHA', '0', 'TRAIN.CUTMIX_ALPHA', '0', 'TRAIN.LAYER_DECAY', '0.7',
@@ -362,22 +362,22 @@ def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tm
         [sys.executable, f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
          f'-output={tmp_path}/run', '-device=cpu', '-opts', 'TRAIN.NUM_EPOCHS', '100000'],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # a suite in the background of a shell ignores SIGINT, and so would what it starts
+        # a test suite in the background of a shell ignores SIGINT, which its children inherit
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert any('epoch 1' in line for line in process.stdout), process.communicate()[1]
     if name == 'SIGINT':
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     else:
         process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=30)  # ends when the last process has closed its end of the pipes
+    _, errors = process.communicate(timeout=30)  # returns once the last process has closed its end of the pipes
     assert process.returncode == {'SIGTERM': 143, 'SIGINT': 130, 'SIGKILL': -9}[name]
-    if name != 'SIGKILL':  # then a rank may find the other gone before it looks for the one that started both
-        assert re.fullmatch(r'(stopped by a signal.*\n)?', errors)  # silent outside of training
+    if name != 'SIGKILL':  # after it, a rank may notice that the other is gone before it notices that the parent is
+        assert re.fullmatch(r'(stopped by a signal.*\n)?', errors)  # outside of training nothing is printed
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
-    (['-last_epoch=2', '-opts', 'TRAIN.NUM_EPOCHS', '3'], 'is of epoch 1, -last_epoch says 2'),
+    (['-last_epoch=2', '-opts', 'TRAIN.NUM_EPOCHS', '3'], 'the checkpoint is of epoch 1, but -last_epoch is 2'),
     (['-opts', 'MODEL.CHANNELS', '[4,6,8,12]'], 'MODEL.CHANNELS [4, 6, 8, 10] -> [4, 6, 8, 12]'),
     (['-opts', 'TRAIN.NUM_EPOCHS', '1'], 'all 1 epochs are done')])
 def test_a_checkpoint_that_does_not_fit_is_not_resumed(trained, run_script, list_dataset, tmp_path, flags, words):
@@ -386,7 +386,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_resumed(trained, run_script, list
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
 
-def test_fine_tuning_to_other_classes_drops_the_head_and_says_so(trained, run_script, list_dataset, tmp_path):
+def test_fine_tuning_to_other_classes_drops_the_head_and_logs_it(trained, run_script, list_dataset, tmp_path):
     flags = [f'-pretrained={trained[1][0]}/best.pdparams', f'-data_path={list_dataset}', '-device=cpu']
     classes = ['-opts', 'MODEL.NUM_CLASSES', '6', 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.MIXUP_PROB', '0']
     done = run_script('main_single_gpu.py', *flags, f'-output={tmp_path}/run', *classes)

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay over a run: shapes, ends, and the edges of warm-up and cool-down."""
+"""Learning rate and weight decay over a run: shapes, end points, and edge cases of warm-up and cool-down."""
 import math
 
 import numpy as np
@@ -45,7 +45,7 @@ def test_a_decay_stops_at_the_end_rate(name):
 def test_edges(name, total, warmup, cooldown, expected):
     got = rates(total, name=name, warmup_steps=warmup, cooldown_steps=cooldown)
     np.testing.assert_allclose(got[:total], expected)
-    assert np.isfinite(got).all()  # two steps too many as well
+    assert np.isfinite(got).all()  # also for two steps beyond the end
 
 
 def test_a_schedule_is_built_from_the_settings():
@@ -58,7 +58,7 @@ def test_a_schedule_is_built_from_the_settings():
     assert [lr_at(s) for s in (3, 17, 18, 39, 47, 48)] == pytest.approx([2e-3, 2e-3, 2e-4, 2e-5, 2e-5, 5e-7])
 
 
-def test_weight_decay_stays_or_goes_along_a_cosine():
+def test_weight_decay_is_constant_or_follows_a_cosine():
     assert build_weight_decay(get_config(), 10)(7) == 0.05
     got = [build_weight_decay(get_config(None, ['TRAIN.WEIGHT_DECAY_END', 0.45]), 10)(s) for s in (0, 1, 5, 10, 11)]
     assert got == pytest.approx([0.05, 0.45 - 0.2 * (1 + math.cos(0.1 * math.pi)), 0.25, 0.45, 0.45])

@@ -1,4 +1,4 @@
-"""The shell scripts, in a copy of the project whose path holds a space."""
+"""The shell scripts, in a copy of the project whose path contains a space."""
 import os
 import re
 import shutil
@@ -20,14 +20,14 @@ def project(tmp_path_factory):
 
 
 def sh(project, script, *args, path=None, timeout=600):
-    """Runs a script with this test's interpreter as the active environment, from another folder."""
+    """Runs a script from another folder, with the interpreter of this test as the active environment."""
     env = {**os.environ, 'PATH': path or f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
     return subprocess.run(['sh', str(project / script), *args], capture_output=True, text=True, env=env, cwd='/',
                           timeout=timeout, stdin=subprocess.DEVNULL)
 
 
 def stub_python(folder, body):
-    """A folder for PATH in which the only interpreter is the given shell script."""
+    """Makes a folder for PATH whose only Python interpreter is a shell script with the given body."""
     folder.mkdir()
     for tool in ('sh', 'cat', 'cksum', 'dirname', 'mkdir', 'rmdir', 'sleep', 'find', 'rm', 'kill'):
         (folder / tool).symlink_to(shutil.which(tool))
@@ -36,7 +36,7 @@ def stub_python(folder, body):
     return str(folder)
 
 
-def test_arguments_go_to_the_main_script(project):
+def test_arguments_are_passed_to_the_main_script(project):
     done = sh(project, 'run_train_multi.sh', '-cfg=no such.yaml')
     assert done.returncode == 2 and done.stderr == 'no such.yaml: no such config file\n'
     done = sh(project, 'run_eval_multi.sh', f'-cfg={project}/configs/replknet_31b.yaml', '-device=cpu', '-nprocs=1')
@@ -44,7 +44,7 @@ def test_arguments_go_to_the_main_script(project):
     assert not (project / '.venv').exists()  # the active environment has paddle
 
 
-def test_evaluation_before_the_demo_has_run_says_so(project):
+def test_evaluation_before_the_demo_names_the_script_to_run_first(project):
     done = sh(project, 'run_eval_multi.sh')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'run_train_multi.sh first' in done.stderr
 
@@ -64,7 +64,7 @@ REAL = f'exec "{sys.executable}" "$@"'
     ('exit 1', 'python3 -m venv failed'),
     ('mkdir -p "$3/bin"; printf "#!/bin/sh\\nexit 1\\n" > "$3/bin/python"; /bin/chmod +x "$3/bin/python"',
      'pip could not install')])
-def test_a_set_up_that_fails_says_why_and_can_be_run_again(project, tmp_path, venv, words):
+def test_a_setup_that_fails_says_why_and_can_be_run_again(project, tmp_path, venv, words):
     body = f'case "$*" in "- paddle") echo paddle ;; "-m venv"*) {venv} ;; *) {REAL} ;; esac'
     for _ in range(2):
         done = sh(project, 'setup_env.sh', path=stub_python(tmp_path / 'bin', body), timeout=30)
@@ -74,12 +74,12 @@ def test_a_set_up_that_fails_says_why_and_can_be_run_again(project, tmp_path, ve
     shutil.rmtree(project / '.venv', ignore_errors=True)
 
 
-def test_the_demo_reaches_its_accuracy_and_evaluates_to_the_same(project):
+def test_the_demo_reaches_its_accuracy_and_evaluation_confirms_it(project):
     done = sh(project, 'run_train_multi.sh')
     assert done.returncode == 0, done.stderr
     best = re.search(r'best model: epoch \d+ (Acc@1 (\S+) Acc@5 \S+) in (output/\S+)/best.pdparams', done.stdout)
     assert best and float(best[2]) >= 97
-    assert f'run folder {best[3]}' in ' '.join(done.stdout.splitlines()[-2:])  # curves may follow
+    assert f'run folder {best[3]}' in ' '.join(done.stdout.splitlines()[-2:])  # a line about the curves may follow
     again = sh(project, 'run_eval_multi.sh')
     assert again.returncode == 0, again.stderr
     assert re.fullmatch(f'{re.escape(best[1])} loss \\S+ images 360', again.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Run by test_runs.py: two processes must move a model as one process with all the data does, and stop together."""
+"""Run by test_runs.py: two processes must update a model as one process with all the data does, and stop together."""
 import itertools
 import sys
 import time
@@ -16,10 +16,11 @@ from training.amp import Amp
 from training.engine import evaluate, train_one_epoch
 from training.optim import build_optimizer, parameter_groups
 from training.running_statistics import average_statistics
+from training.setup import StepSettings, TrainingParts
 
 
 def build():
-    """A RepLKNet whose batch norms use their running statistics, and so do not see the split of the data."""
+    """A RepLKNet whose batch norms use their running statistics, so that the split of the data does not matter."""
     model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
     for layer in model.sublayers():
         if isinstance(layer, nn.BatchNorm2D):
@@ -35,16 +36,17 @@ def data():
 def train(batches, accum_iter, criterion=nn.functional.cross_entropy):
     paddle.seed(0)
     model = build()
-    wrapped = paddle.DataParallel(model) if dist.get_world_size() > 1 else model
-    optimizer = build_optimizer('sgd', parameter_groups(model, 0.0))
+    parts = TrainingParts(
+        model=paddle.DataParallel(model) if dist.get_world_size() > 1 else model, criterion=criterion,
+        optimizer=build_optimizer('sgd', parameter_groups(model, 0.0)), lr_at=lambda step: 0.1,
+        amp=Amp(get_config(), 'cpu'), settings=StepSettings(accum_iter))
     loader = [(paddle.to_tensor(x), paddle.to_tensor(y)) for x, y in batches]
-    metrics = train_one_epoch(wrapped, loader, criterion, optimizer, epoch=1, first_step=0,
-                              lr_at=lambda step: 0.1, amp=Amp(get_config(), 'cpu'), accum_iter=accum_iter)
+    metrics = train_one_epoch(parts, loader, epoch=1, first_step=0)
     return {name: p.numpy() for name, p in model.named_parameters()}, metrics
 
 
 def count_exchanges(batches):
-    """Small all-reduces that an epoch of training and an evaluation ask for, apart from the gradients."""
+    """Numbers of small all-reduces in an epoch of training and in an evaluation, apart from the gradients."""
     calls, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor: calls.append(tensor.shape) or all_reduce(tensor)
     try:
@@ -58,7 +60,7 @@ def count_exchanges(batches):
 
 
 def wait(path):
-    """Rank 0 comes to an evaluation after gloo would have lost its patience, which is 30 s."""
+    """Rank 0 starts its evaluation later than gloo's timeout, which is 30 s."""
     dist.init_parallel_env()
     utils.barrier()
     time.sleep(35 * (dist.get_rank() == 0))

@@ -1,1 +1,1 @@
-"""How a run trains: its parts, its loop, and its state to resume from."""
+"""Training: the parts of a run, its loop, and the state from which it resumes."""

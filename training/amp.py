@@ -1,4 +1,4 @@
-"""Automatic mixed precision: autocast, O2 weights and dynamic loss scaling."""
+"""Automatic mixed precision: autocast, half-precision weights (O2) and dynamic loss scaling."""
 import paddle
 
 import utils
@@ -6,9 +6,9 @@ from training.optim import change_gradients
 
 
 class Amp:
-    """Mixed precision as the settings ask for it and the device allows.
+    """Mixed precision according to the settings AMP, AMP_DTYPE, AMP_LEVEL, AMP_LOSS_SCALE and AMP_LOSS_SCALE_STEPS.
 
-    On the CPU Paddle's autocast changes nothing, so there it is off and the log says so once.
+    Paddle's autocast has no effect on the CPU, so there mixed precision is off, and the log says so once.
     """
 
     def __init__(self, config, device):
@@ -19,11 +19,11 @@ class Amp:
             utils.log_once('-amp: Paddle has no mixed precision on the CPU; computing in float32')
 
     def autocast(self):
-        """Context of a forward pass."""
+        """Context manager for a forward pass."""
         return paddle.amp.auto_cast(enable=self.enabled, level=self.level, dtype=self.dtype)
 
     def decorate(self, model, optimizer=None):
-        """Casts the weights to half precision under O2 (the optimizer keeps float32 master weights); returns both."""
+        """Casts the weights to half precision under O2, with float32 master weights in the optimizer; returns both."""
         if not self.enabled or self.level != 'O2':
             return model, optimizer
         if optimizer is None:
@@ -31,35 +31,39 @@ class Amp:
         return paddle.amp.decorate(models=model, optimizers=optimizer, level='O2', dtype=self.dtype)
 
     def scaler(self):
-        """Dynamic loss scaling for float16, None where it is not needed."""
+        """A LossScaler for float16; None for other dtypes, which do not need one."""
         if self.enabled and self.dtype == 'float16':
             return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
 
 
 class LossScaler:
-    """Multiplies the loss, divides the gradients, and adapts the factor.
+    """Dynamic loss scaling: multiplies the loss, divides the gradients, and adapts the factor.
 
-    Paddle's GradScaler is not used: at an overflow it fails with numpy 2.4 and prints, and on the CPU it is off.
+    It replaces Paddle's GradScaler, which fails on an overflow with NumPy 2.4 and does nothing on the CPU.
+
     Args:
-        scale: first factor; a step whose gradients overflow halves it, down to 1.
-        growth_steps: steps in a row without overflow after which it doubles.
+        scale: initial factor. A step whose gradients overflow halves it, down to 1.
+        growth_steps: after this many steps in a row without overflow, the factor doubles.
+    Attributes:
+        value: current factor.
+        good_steps: steps without overflow since the factor last changed.
     """
 
     def __init__(self, scale=65536.0, growth_steps=2000):
         self.value, self.growth_steps = scale, growth_steps
-        self.good_steps = 0  # in a row
+        self.good_steps = 0
 
     def scale(self, loss):
-        """The loss to go backward from."""
+        """The loss to call `backward` on."""
         return loss * self.value
 
     def unscale(self, parameters):
-        """Gradients of the scaled loss become those of the loss, in place."""
+        """Divides the gradients by the factor, in place."""
         change_gradients(parameters, lambda gradient: gradient.scale_(1 / self.value))
 
     def update(self, finite):
-        """Adapts the factor after a step whose gradients were finite, or were not."""
+        """Adapts the factor after a step, given whether its gradients were finite."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value = max(1.0, self.value / 2)

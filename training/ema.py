@@ -1,15 +1,17 @@
-"""Exponential moving average of a model: weights and batch-norm statistics."""
+"""Exponential moving average of a model: its weights and batch-norm statistics."""
 import copy
 
 import paddle
 
 
 class ModelEMA:
-    """A second model whose weights follow the first one's: ema = decay * ema + (1 - decay) * model.
+    """A copy of a model that follows its weights: ema = decay * ema + (1 - decay) * model.
 
     Args:
-        model: the model to follow, before mixed precision turns its weights to half.
-        decay: per update; the recipe's 0.9999 is meant for one update per optimizer step.
+        model: the model to follow, before mixed precision casts its weights to half.
+        decay: share of the average that an update keeps; the paper's 0.9999 is per optimizer step.
+    Attributes:
+        module: the averaged model, in evaluation mode.
     """
 
     def __init__(self, model, decay):
@@ -22,8 +24,8 @@ class ModelEMA:
 
     @paddle.no_grad()
     def update(self, model):
-        """Call once after every optimizer step that was not skipped."""
-        if self._followed is not model:  # a state dict of hundreds of tensors takes longer than the update
+        """Moves the average towards `model`; to be called after every optimizer step that was not skipped."""
+        if self._followed is not model:  # collecting a state dict of hundreds of tensors takes longer than the update
             source = model.state_dict()
             self._followed = model
             self._pairs = [(average, source[name]) for name, average in self.module.state_dict().items()]

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers and gradient clipping."""
+"""Parameter groups, optimizers, and gradients: their norm, clipping, and which of them are not finite."""
 import re
 
 import paddle
@@ -6,12 +6,20 @@ import paddle
 from errors import UserError
 from training.optimizers import Adan, Lamb, Lion, NAdam
 
+MAX_LAYER_ID = 13
+
 
 def layer_id(name, num_stages=4):
-    """Group of a parameter for layer-wise learning-rate decay (fine-tuning recipe of the official code).
+    """Depth of a parameter for layer-wise learning-rate decay, as in the fine-tuning recipe of the official code.
 
-    Stem 0; stage 0 and transition 0: 1; stage 1 and transition 1: 2; stage 2: 3 + block // 4, up to 11;
+    Stem: 0; stage 0 and transition 0: 1; stage 1 and transition 1: 2; stage 2: 3 + block // 4, at most 11;
     transition 2: 11; stage 3: 12; final norm and head: 13.
+
+    Args:
+        name: of the parameter, such as 'stages.2.blocks.5.pw_conv_1.conv.weight'.
+        num_stages: of the model.
+    Raises:
+        UserError: the model does not have 4 stages.
     """
     if num_stages != 4:
         raise UserError(f'TRAIN.LAYER_DECAY is defined for 4 stages; this model has {num_stages}: set it to 1.0')
@@ -26,20 +34,18 @@ def layer_id(name, num_stages=4):
     return MAX_LAYER_ID
 
 
-MAX_LAYER_ID = 13
-
-
 def parameter_groups(model, weight_decay, layer_decay=1.0):
     """Groups of trained parameters for a Paddle optimizer.
 
-    Biases, norms and other 1-D parameters get no weight decay. With `layer_decay` below 1 a parameter's learning
-    rate is scaled by layer_decay ** (13 - layer_id).
+    Biases, norms and other 1-D parameters get no weight decay. With `layer_decay` below 1, the learning rate of a
+    parameter is scaled by layer_decay ** (13 - layer_id).
+
     Returns:
-        list of {'params', 'weight_decay', 'learning_rate'}; 'learning_rate' is the scale, as Paddle takes it.
+        list of {'params', 'weight_decay', 'learning_rate'}; 'learning_rate' is the scale, as Paddle expects.
     """
     groups = {}
     for name, parameter in model.named_parameters():
-        if parameter.stop_gradient:  # running statistics are parameters to Paddle
+        if parameter.stop_gradient:  # for Paddle, running statistics are parameters as well
             continue
         decays = parameter.ndim > 1
         scale = 1.0
@@ -52,12 +58,14 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
 
 
 def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
-    """Optimizer over `parameter_groups`; its learning rate is set before every step.
+    """An optimizer over the groups of `parameter_groups`, with a learning rate of 0 until `set_lr` is called.
 
     Args:
-        name: 'adamw', 'nadam', 'lion', 'adan' or 'lamb' (decay acts on the weights), or 'sgd' or 'momentum' (decay is
-            added to the gradients).
-        betas: three for 'adan', else two, of which 'momentum' uses the first.
+        name: 'adamw', 'nadam', 'lion', 'adan' or 'lamb' (weight decay acts on the weights), or 'sgd' or 'momentum'
+            (weight decay is added to the gradients).
+        groups: see `parameter_groups`.
+        betas: three numbers for 'adan', otherwise two; 'momentum' uses only the first, 'sgd' none.
+        eps: constant added to denominators; unused by 'lion', 'sgd' and 'momentum'.
     """
     optimizer = paddle.optimizer
     common = {'learning_rate': 0.0, 'parameters': groups}
@@ -73,7 +81,7 @@ def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
 
 
 def set_weight_decay(optimizer, weight_decay):
-    """Sets the weight decay of an optimizer's groups, but for that of 1-D parameters, which have none."""
+    """Sets the weight decay of an optimizer's parameters, except the 1-D ones, which have none."""
     for group in optimizer._param_groups:
         if group['params'][0].ndim == 1:
             continue
@@ -86,7 +94,7 @@ def set_weight_decay(optimizer, weight_decay):
 
 @paddle.no_grad()
 def gradient_norm(parameters):
-    """Norm of the gradients of all parameters together; float32 scalar tensor."""
+    """L2 norm over the gradients of all parameters, as a float32 scalar tensor."""
     return sum(p.grad.astype('float32').square().sum() for p in parameters if p.grad is not None).sqrt()
 
 
@@ -94,12 +102,14 @@ def gradient_norm(parameters):
 def clip_gradients(parameters, limit, mode='norm'):
     """Clips the gradients in place.
 
-    Paddle's optimizers clip each parameter group by its own norm, and its `clip_grad_norm_` does not take the mixture
-    of half and single precision that O2 has.
+    Paddle's optimizers clip each parameter group by its own norm, and its `clip_grad_norm_` does not support the mix of
+    half and single precision under O2.
+
     Args:
-        limit: of the norm of all gradients together (mode 'norm'), or of each element's size (mode 'value').
+        limit: largest norm over all gradients (mode 'norm'), or largest absolute value of an element (mode 'value').
+        mode: 'norm' or 'value'.
     Returns:
-        the norm before clipping, as `gradient_norm`.
+        the norm before clipping, see `gradient_norm`.
     """
     norm = gradient_norm(parameters)
     if mode == 'norm':
@@ -112,9 +122,24 @@ def clip_gradients(parameters, limit, mode='norm'):
 
 @paddle.no_grad()
 def change_gradients(parameters, change):
-    """Applies `change`, which works in place and in float32, to every gradient."""
+    """Calls `change` on every gradient, to modify it in place; half-precision gradients are changed in float32."""
     for gradient in (p.grad for p in parameters if p.grad is not None):
         single = gradient if gradient.dtype == paddle.float32 else gradient.astype('float32')
         change(single)
         if single is not gradient:
             paddle.assign(single.astype(gradient.dtype), output=gradient)
+
+
+def nonfinite_gradients(model):
+    """Describes, for an error message, in which parts of a model gradients are not finite."""
+    parts, trained = {}, [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    for name, parameter in trained:
+        if not bool(paddle.isfinite(parameter.grad.astype('float32')).all()):
+            part = '.'.join(name.split('.')[:2 if name.startswith(('stages', 'transitions')) else 1])
+            parts.setdefault(part, []).append(name)
+    broken = sum(map(len, parts.values()))
+    if broken in (0, len(trained)):
+        return 'no gradient is finite' if broken else 'all gradients are finite'
+    return 'gradients not finite in ' + ', '.join(
+        f'{part} ({names[0][len(part) + 1:]}{f" and {len(names) - 1} more" if len(names) > 1 else ""})'
+        for part, names in parts.items())

@@ -1,21 +1,22 @@
-"""Optimizers that Paddle lacks, has in one of its versions only, or cannot decay by parameter group.
+"""Optimizers that Paddle lacks, has in some versions only, or cannot run with a weight decay per parameter group.
 
-The updates work in place: a new tensor of the weight's size takes the CPU longer than the arithmetic.
+The updates work in place: on the CPU, allocating a tensor the size of the weight takes longer than the arithmetic.
 """
 import paddle
 
 
 class _DecoupledOptimizer(paddle.optimizer.Optimizer):
-    """Base of optimizers written with tensor operations; weight decay acts on the weight, not on the gradient.
+    """Base class of optimizers written with tensor operations, whose weight decay acts on the weight.
 
-    A subclass names its state and updates it and the weight in place. Half-precision weights with O2 are the rounded
-    copies of float32 masters, to which state and update belong.
+    A subclass names its state, and updates the state and the weight in place. Under O2 the half-precision weights are
+    rounded copies of float32 master weights; state and update then belong to the master weights.
+
     Args:
-        parameters: groups as `optim.parameter_groups` makes them.
+        parameters: groups of `optim.parameter_groups`.
         betas, eps: constants of the update.
     """
-    _MOMENTS = ()  # state of the weight's shape, 0 at first
-    _COUNTERS = {'step': 0.0}  # state of one float64, with its first value; on the device, where no read waits for it
+    _MOMENTS = ()  # names of state tensors with the shape of the weight, initially 0
+    _COUNTERS = {'step': 0.0}  # float64 state, {name: initial value}; kept on the device, so that reading never waits
 
     def __init__(self, parameters, betas, eps):
         super().__init__(learning_rate=0.0, parameters=parameters)
@@ -41,12 +42,12 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
         state = {name: self._get_accumulator(name, weight) for name in (*self._MOMENTS, *self._COUNTERS)}
         paddle.increment(state['step'])
         rate = self.get_lr() * parameter.optimize_attr['learning_rate']
-        self._update(weight, gradient.astype(weight.dtype), rate, group['weight_decay'], **state)
+        self._update(weight, gradient.astype(weight.dtype), rate, group['weight_decay'], state)
         if weight is not parameter:
             paddle.assign(weight.astype(parameter.dtype), output=parameter)
 
-    def _update(self, weight, gradient, rate, decay, step, **state):
-        """Moves `weight` and `state` by optimizer step `step` (a tensor [1], from 1)."""
+    def _update(self, weight, gradient, rate, decay, state):
+        """Updates `weight` and `state` in place; `state` holds _MOMENTS, then _COUNTERS; its 'step' starts at 1."""
         raise NotImplementedError
 
     def _root(self, moment, correction):
@@ -55,12 +56,13 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
 
 
 class NAdam(_DecoupledOptimizer):
-    """Adam with Nesterov momentum (Dozat 2016); the momentum of step t is beta1 * (1 - 0.5 * 0.96 ** (t / 250))."""
+    """Adam with Nesterov momentum (Dozat 2016); the momentum at step t is beta1 * (1 - 0.5 * 0.96 ** (t / 250))."""
     _MOMENTS = ('moment1', 'moment2')
     _COUNTERS = {'step': 0.0, 'momentum_product': 1.0}
 
-    def _update(self, weight, gradient, rate, decay, step, momentum_product, moment1, moment2):
+    def _update(self, weight, gradient, rate, decay, state):
         beta1, beta2 = self._betas
+        moment1, moment2, step, momentum_product = state.values()
         momentum, next_momentum = (beta1 * (1 - 0.5 * 0.96 ** (t / 250)) for t in (step, step + 1))
         momentum_product.multiply_(momentum)
         moment1.lerp_(gradient, 1 - beta1)
@@ -73,11 +75,12 @@ class NAdam(_DecoupledOptimizer):
 
 
 class Lion(_DecoupledOptimizer):
-    """Steps by the sign of an interpolated momentum (arXiv 2302.06675)."""
+    """Steps in the direction of the sign of an interpolated momentum (arXiv 2302.06675)."""
     _MOMENTS = ('moment',)
 
-    def _update(self, weight, gradient, rate, decay, step, moment):
+    def _update(self, weight, gradient, rate, decay, state):
         beta1, beta2 = self._betas
+        moment, _ = state.values()
         change = paddle.lerp(gradient, moment, beta1).sign()
         weight.scale_(1 - rate * decay)
         weight.subtract_(change.scale_(rate))
@@ -87,12 +90,14 @@ class Lion(_DecoupledOptimizer):
 class Adan(_DecoupledOptimizer):
     """Adaptive Nesterov momentum from gradient differences (arXiv 2208.06677), with bias correction.
 
-    `betas` are the shares that the three averages keep: 0.98, 0.92, 0.99 where the paper writes 0.02, 0.08, 0.01.
+    `betas` are the shares that the three averages keep, one minus those of the paper: 0.98, 0.92, 0.99 for its 0.02,
+    0.08, 0.01.
     """
     _MOMENTS = ('moment1', 'difference', 'moment2', 'last_gradient')
 
-    def _update(self, weight, gradient, rate, decay, step, moment1, difference, moment2, last_gradient):
+    def _update(self, weight, gradient, rate, decay, state):
         beta1, beta2, beta3 = self._betas
+        moment1, difference, moment2, last_gradient, step = state.values()
         new = (gradient - last_gradient).multiply_(_as(weight, step > 1))
         moment1.lerp_(gradient, 1 - beta1)
         difference.lerp_(new, 1 - beta2)
@@ -107,7 +112,7 @@ class Adan(_DecoupledOptimizer):
 
 
 class Lamb(paddle.optimizer.Lamb):
-    """Paddle's LAMB (arXiv 1904.00962), with a weight decay per parameter group; groups without one step as Adam."""
+    """Paddle's LAMB (arXiv 1904.00962) with a weight decay per parameter group; without decay, a group uses Adam."""
 
     def append_regularization_ops(self, parameters_and_grads, regularization=None):
         return parameters_and_grads

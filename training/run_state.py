@@ -1,4 +1,4 @@
-"""What changes in a run, to and from a checkpoint: with it a run continues as if it had never stopped."""
+"""The state of a training run, saved to and restored from a checkpoint, so that a resumed run loses nothing."""
 import math
 import os
 
@@ -15,44 +15,54 @@ from utils import logger
 
 
 class RunState:
-    """The parts of a run that change. Random draws are none of them: they follow from seed, epoch, sample and step.
+    """Everything that changes during a run.
+
+    Random number generators are not part of it: every draw follows from the seed and the epoch, sample or step.
 
     Args:
         config: frozen settings.
         model, ema, optimizer, scaler: ema and scaler may be None.
         steps_per_epoch: optimizer steps.
-        global_batch: images per optimizer step, of all ranks.
-        own_statistics: whether each rank has running statistics of its own inside an epoch (no SyncBatchNorm).
+        own_statistics: whether the running statistics of the ranks differ within an epoch (no SyncBatchNorm).
     Attributes:
-        epochs: done, with their evaluation; sums: of the steps of the epoch in work, see `engine.epoch_sums`.
+        epochs: finished epochs, including their evaluation.
+        sums: totals over the steps of the current epoch, see `progress.epoch_sums`.
         best: {'model' or 'model_ema': metrics of its best evaluation, with the epoch}.
-        numbered: {file: accuracy} of the numbered checkpoints, see `RunFolder.save_evaluated`.
+        numbered: {file name: {'epoch', 'acc1', 'weights'}} of the numbered checkpoints, see `RunFolder.save_evaluated`.
     """
 
-    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, global_batch, own_statistics):
+    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics):
         self.config, self.model, self.ema, self.optimizer, self.scaler = config, model, ema, optimizer, scaler
-        self.steps_per_epoch, self.global_batch, self.own_statistics = steps_per_epoch, global_batch, own_statistics
+        self.steps_per_epoch, self.own_statistics = steps_per_epoch, own_statistics
         self.epochs, self.sums, self.best, self.numbered = config.TRAIN.LAST_EPOCH, epoch_sums(), {}, {}
 
     @property
+    def global_batch(self):
+        """Images per optimizer step, over all ranks."""
+        return self.config.DATA.BATCH_SIZE * self.config.TRAIN.ACCUM_ITER * utils.world_size()
+
+    @property
     def step(self):
-        """Optimizer steps done."""
+        """Optimizer steps done in the whole run."""
         return self.epochs * self.steps_per_epoch + self.sums['steps']
 
     @property
     def epoch_trained(self):
-        """Whether the epoch in work lacks only its evaluation."""
+        """Whether only the evaluation of the current epoch is left."""
         return self.sums['steps'] == self.steps_per_epoch
 
     def end_epoch(self):
+        """Counts the current epoch as finished and starts the totals of the next one."""
         self.epochs += 1
         self.sums = epoch_sums(self.sums['skipped_in_a_row'])
 
     def capture(self):
-        """The state for `checkpoint.save_checkpoint`, None but on rank 0; every rank calls it.
+        """The state for a checkpoint on rank 0, None on the other ranks. Every rank calls it.
 
+        Returns:
+            dict with the entries that `run_folder.checkpoint` documents.
         Raises:
-            TrainingStopped: a weight is not finite; such a state must not replace a good one.
+            TrainingStopped: a weight is not finite; such a state must not replace a good checkpoint.
         """
         modules = {'model': self.model, **({'model_ema': self.ema.module} if self.ema is not None else {})}
         statistics = {}
@@ -63,9 +73,10 @@ class RunState:
         state = {key: checkpoint.model_arrays(module) for key, module in modules.items()}
         broken = [name for name, array in state['model'].items() if not np.isfinite(array).all()]
         if broken:
-            raise TrainingStopped(f'step {self.step} (epoch {self.epochs + 1}): weights are not finite: '
-                                  f'{", ".join(broken[:4])}{", ..." if broken[4:] else ""}; the last checkpoint stays')
-        for key, rows in statistics.items():  # where one set is wanted, it is the mean of all ranks'
+            names = ', '.join(broken[:4] + ['...'] * bool(broken[4:]))
+            raise TrainingStopped(f'step {self.step} (epoch {self.epochs + 1}): weights are not finite: {names}; '
+                                  'the last checkpoint is kept')
+        for key, rows in statistics.items():  # the weights by themselves get the mean over the ranks
             state[key].update({name: array.mean(axis=0) for name, array in rows.items()})
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
@@ -75,37 +86,44 @@ class RunState:
                 'processes': utils.world_size()}
 
     def restore(self, state, path):
-        """Takes over a `capture`, in this order: EMA, optimizer, loss scaler, place; the model has its weights.
+        """Restores what `capture` returned: EMA, optimizer, loss scaler and position; the model has its weights.
 
+        Args:
+            state: contents of a checkpoint.
+            path: its file, for messages.
         Raises:
-            UserError: it is finished.
+            UserError: its run is finished, or it does not fit the model or the optimizer.
         """
         if state['epoch'] >= self.config.TRAIN.NUM_EPOCHS:
-            raise UserError(f"{path}: all {state['epoch']} epochs are done; for more set TRAIN.NUM_EPOCHS, for another "
-                            'run choose another folder')
+            raise UserError(f"{path}: all {state['epoch']} epochs are done; to train longer, raise TRAIN.NUM_EPOCHS; "
+                            'for a new run, choose another folder')
         if self.ema is not None:
             load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
         checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path)
-        if self.scaler is not None and 'scaler' in state:  # else it was trained on a device without
+        if self.scaler is not None and 'scaler' in state:  # absent when it was trained without loss scaling
             self.scaler.load_state_dict(state['scaler'])
         self.epochs, self.sums, self.best = state['epoch'], dict(state['sums']), dict(state['best'])
         self.numbered = {name: entry for name, entry in state['numbered'].items()
                          if os.path.exists(os.path.join(self.config.SAVE, name))}
         logger.info(f"resumed from {path}: {self.epochs} epochs, {state['step']} steps"
                     + (f", {self.sums['steps']} of them in epoch {self.epochs + 1}" if self.sums['steps'] else ''))
+        self._adapt_position(state)
+
+    def _adapt_position(self, state):
+        """Converts the steps of the current epoch to this global batch, and warns about what differs from before."""
         if state['processes'] != utils.world_size():
-            logger.warning(f"trained by {state['processes']} processes so far, by {utils.world_size()} from here on: "
-                           'the order of the images stays, the draws of mixup and drop path differ')
+            logger.warning(f"trained by {state['processes']} processes so far, by {utils.world_size()} from now on: "
+                           'the order of the images stays the same, the random draws of mixup and drop path change')
         if state['global_batch'] != self.global_batch:
-            # images of the epoch that were seen stay out; of the next step's some may be left out with them
+            # no image is seen twice in an epoch; rounding up may leave out some that were not seen
             steps = math.ceil(self.sums['steps'] * state['global_batch'] / self.global_batch)
             self.sums['steps'] = min(steps, self.steps_per_epoch)
         if self.step != state['step']:
-            logger.warning(f"the checkpoint has {state['step']} steps; with this global batch its epochs are "
-                           f'{self.step}: the learning rate goes on from there')
+            logger.warning(f"the checkpoint has {state['step']} steps, which with this global batch correspond to "
+                           f'{self.step}: the learning rate continues from there')
 
     def restore_statistics(self, state):
-        """Gives each rank its running statistics again; after paddle.DataParallel, which hands out those of rank 0."""
+        """Restores this rank's running statistics; after paddle.DataParallel, which broadcasts those of rank 0."""
         if state['statistics'] and state['processes'] == utils.world_size():
             set_statistics(self.model, state['statistics']['model'])
             if self.ema is not None:
@@ -113,10 +131,14 @@ class RunState:
 
 
 def refuse_other_run(config, state, path):
-    """Raises UserError where the settings are those of another run than the checkpoint's; logs what else differs."""
+    """Compares the settings with those of the checkpoint to resume, and logs the changes that are allowed.
+
+    Raises:
+        UserError: a setting differs that must stay the same throughout a run.
+    """
     refused, allowed = config_changes(state['config'], config)
     if refused:
-        raise UserError(f'{path}: is of a run with other settings: {"; ".join(refused)}; set them back, or start a new '
-                        'run from its weights with -pretrained')
+        raise UserError(f'{path}: belongs to a run with other settings: {"; ".join(refused)}; restore these settings, '
+                        'or start a new run from its weights with -pretrained')
     if allowed:
-        logger.info(f'settings changed since: {"; ".join(allowed)}')
+        logger.info(f'settings changed since the checkpoint: {"; ".join(allowed)}')

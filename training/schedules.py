@@ -1,4 +1,4 @@
-"""Learning rate and weight decay as pure functions of the optimizer step; a plot needs nothing else.
+"""Learning rate and weight decay as pure functions of the optimizer step, which makes them easy to plot.
 
     lr_at = build_schedule(config, steps_per_epoch, world)
     rates = [lr_at(step) for step in range(lr_at.total_steps)]
@@ -10,13 +10,15 @@ from typing import Tuple
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from `start_lr` to `base_lr`, a decay that stays above `end_lr`, and a cool-down at `end_lr`.
+    """Learning rate: linear warm-up from `start_lr` to `base_lr`, decay down to `end_lr`, cool-down at `end_lr`.
 
     Args:
-        total_steps, warmup_steps, cooldown_steps: optimizer steps; warm-up and cool-down are among the total.
-        name: 'cosine' and 'polynomial' (of degree `power`) fall from `base_lr` to `end_lr` between warm-up and
-            cool-down; 'step' multiplies by `decay_rate` every `decay_steps` after the warm-up, 'exponential' does the
-            same continuously, 'multistep' at each of `milestones` (steps of the run); 'constant' stays at `base_lr`.
+        base_lr, start_lr, end_lr: learning rates.
+        total_steps, warmup_steps, cooldown_steps: optimizer steps; the total includes warm-up and cool-down.
+        name: the decay between warm-up and cool-down. 'cosine' and 'polynomial' (of degree `power`) go from `base_lr`
+            to `end_lr`. 'step' multiplies by `decay_rate` every `decay_steps` steps, 'exponential' does so
+            continuously, and 'multistep' at each of `milestones` (steps of the run); none of the three goes below
+            `end_lr`. 'constant' stays at `base_lr`.
     """
     base_lr: float
     start_lr: float
@@ -31,7 +33,7 @@ class Schedule:
     power: float = 1.0
 
     def __call__(self, step):
-        """The rate of optimizer step `step`, from 0; beyond the last one it stays."""
+        """The learning rate of optimizer step `step`, counted from 0; defined beyond the last step as well."""
         if step < self.warmup_steps:
             return self.start_lr + (self.base_lr - self.start_lr) * step / self.warmup_steps
         decay_end = self.total_steps - self.cooldown_steps
@@ -51,12 +53,14 @@ class Schedule:
 
 
 def build_schedule(config, steps_per_epoch, world):
-    """The learning rate of a run as a function of the optimizer step.
+    """The learning-rate schedule of a run.
 
     Args:
         config: settings.
         steps_per_epoch: optimizer steps per epoch.
-        world: processes, for the global batch that TRAIN.LINEAR_SCALED_LR scales the rates to.
+        world: number of processes; with TRAIN.LINEAR_SCALED_LR, the rates are scaled to the resulting global batch.
+    Returns:
+        a Schedule.
     """
     train, decay = config.TRAIN, config.TRAIN.LR_SCHEDULER
     scale = 1.0
@@ -74,7 +78,12 @@ def build_schedule(config, steps_per_epoch, world):
 
 
 def build_weight_decay(config, total_steps):
-    """The weight decay as a function of the optimizer step: a cosine to WEIGHT_DECAY_END over the run, or constant."""
+    """Weight decay as a function of the optimizer step: constant, or a cosine to TRAIN.WEIGHT_DECAY_END over the run.
+
+    Args:
+        config: settings.
+        total_steps: optimizer steps of the run.
+    """
     start, end = config.TRAIN.WEIGHT_DECAY, config.TRAIN.WEIGHT_DECAY_END
     return lambda step: start if end < 0 else _cosine(start, end, min(1.0, step / total_steps))
 

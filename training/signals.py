@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks a run to save and to end, a second one ends it at once."""
+"""SIGTERM and SIGINT: the first one makes a run save and end, a second one ends it at once."""
 import contextlib
 import os
 import signal
@@ -8,27 +8,27 @@ import time
 
 from errors import Interrupted
 
-STOP_SECONDS = 28  # what clusters grant, 30, less the time to end
+STOP_SECONDS = 28  # clusters commonly allow 30 s after SIGTERM; the rest is for ending the processes
 
 
 class StopSignals:
-    """The signals of this process.
+    """The stop signals of this process.
 
-    They are blocked and waited for in a thread: a handler would interrupt system calls, which the libraries that
-    connect the ranks do not all bear.
+    They are blocked and received in a thread. A signal handler would interrupt system calls, and not all of the
+    libraries that connect the ranks cope with that.
 
     Attributes:
-        asked: number of the signal that came first, 0 before.
+        received: number of the first signal; 0 before.
     """
 
     def __init__(self):
-        self.asked = 0
+        self.received = 0
         self._numbers, self._deferred, self._lock = [], False, threading.Lock()
 
     def listen(self, *numbers):
-        """From here on these signals end the process with status 128 + number; call before other threads start.
+        """Makes these signals end the process with status 128 + number. To be called before other threads start.
 
-        A signal that the parent process has this one ignore stays ignored.
+        A signal that the process has inherited as ignored stays ignored.
         """
         if hasattr(signal, 'pthread_sigmask'):  # not on Windows
             self._numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -38,38 +38,39 @@ class StopSignals:
     def _wait(self):
         number = signal.sigwait(self._numbers)
         with self._lock:
-            self.asked = number
+            self.received = number
             if not self._deferred:
                 os._exit(128 + number)
-        if signal.sigtimedwait(self._numbers, STOP_SECONDS) is None:  # no second one
-            print(f'the step took longer than {STOP_SECONDS} s; the last checkpoint stays', file=sys.stderr, flush=True)
+        if signal.sigtimedwait(self._numbers, STOP_SECONDS) is None:  # no second signal
+            print(f'the step took longer than {STOP_SECONDS} s; the last checkpoint is kept', file=sys.stderr,
+                  flush=True)
         os._exit(128 + number)
 
     @contextlib.contextmanager
     def deferred(self):
-        """Within this block a signal is only noted in `asked`; at its end it raises `Interrupted`."""
+        """Within this block a first signal only sets `received`; the end of the block then raises `Interrupted`."""
         with self._lock:
             self._deferred = True
-        if self._numbers:  # again: multiprocessing unblocks them when it starts its tracker of resources
+        if self._numbers:  # once more: multiprocessing unblocks them when it starts its resource tracker
             signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         try:
             yield
         finally:
             with self._lock:
                 self._deferred = False
-        if self.asked:
+        if self.received:
             self.interrupt()
 
     def interrupt(self, where=''):
-        """Raises `Interrupted`; without a signal here, another rank has got one."""
-        raise Interrupted(self.asked or signal.SIGTERM, f'stopped by a signal{where}')
+        """Raises `Interrupted`, as SIGTERM when the signal went to another rank."""
+        raise Interrupted(self.received or signal.SIGTERM, f'stopped by a signal{where}')
 
 
 stop = StopSignals()
 
 
 def end_with_parent():
-    """Ends this process within a second after the one that started it, even if that was killed."""
+    """Makes this process end within a second after its parent process, even if the parent is killed."""
     parent = os.getppid()
 
     def watch():

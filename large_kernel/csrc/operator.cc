@@ -1,23 +1,24 @@
-// The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias`, depthwise, with their gradients,
-// `fused_conv`, depthwise or dense with what stands around it, for inference, `fused_convs`, a sequence of these, and
-// `batch_norm_act`, a batch norm with its activation, for training.
+// The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias` (depthwise, with gradients),
+// `fused_conv` (depthwise or dense with norms, activation and residual, for inference), `fused_convs` (a sequence of
+// these) and `batch_norm_act` (batch norm with its activation, for training). Here are argument checks, allocation of
+// results and registration; the computation is in the headers.
 #include <algorithm>
 #include <string>
 #include <vector>
 
-#include "dense.h"
+#include "batch_norm.h"
+#include "conv_gemm.h"
 #include "depthwise.h"
-#include "direct.h"
-#include "norm.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/core/dense_tensor.h"
+#include "python_entry.h"
 
 namespace phi::funcs {
-// Exported by Paddle builds with oneDNN; absent from others.
+// Exported by Paddle builds with oneDNN only.
 __attribute__((weak)) void TransDataLayoutFromOneDNN(DataLayout from, DataLayout to, const DenseTensor& in,
                                                      DenseTensor* out, Place place, bool always_copy);
-}
+}  // namespace phi::funcs
 
 namespace {
 
@@ -26,44 +27,47 @@ using paddle::Tensor;
 
 using Dims = std::vector<int64_t>;
 
-constexpr int kMaxKernel = 63;  // as in conv.py
+constexpr int kMaxKernel = 63;  // MAX_KERNEL in conv.py
 
-// Of a map [N, C, H, W], or [N, C / kBlock, H, W, kBlock] in blocks.
-bool is_blocked(const Dims& x) { return x.size() == 5 && x[4] == dwconv::kBlock; }
+// Whether a map is [N, C / 16, H, W, 16] (NCHW16c) and not [N, C, H, W].
+bool is_nchw16c(const Dims& x) { return x.size() == 5 && x[4] == large_kernel::kChannelBlock; }
 
-// [N, C, H, W]
-Dims plain_shape(const Dims& x) { return is_blocked(x) ? Dims{x[0], x[1] * x[4], x[2], x[3]} : x; }
+// [N, C, H, W] of either layout.
+Dims nchw_shape(const Dims& x) { return is_nchw16c(x) ? Dims{x[0], x[1] * x[4], x[2], x[3]} : x; }
 
-Dims out_shape(Dims x, int stride) {
+Dims output_shape(Dims x, int stride) {
   PD_CHECK(x.size() == 4, "a convolution takes [N, C, H, W], not ", x.size(), " dimensions");
-  for (int i = 2; i < 4; i++) x[i] = x[i] < 0 ? -1 : (x[i] - 1) / stride + 1;  // -1: not known before the run
+  for (int i = 2; i < 4; i++) x[i] = x[i] < 0 ? -1 : (x[i] - 1) / stride + 1;  // -1: unknown until the program runs
   return x;
 }
 
-Dims blocked_shape(const Dims& x) { return {x[0], x[1] / dwconv::kBlock, x[2], x[3], dwconv::kBlock}; }
+Dims nchw16c_shape(const Dims& x) {
+  return {x[0], x[1] / large_kernel::kChannelBlock, x[2], x[3], large_kernel::kChannelBlock};
+}
 
-// Whether these are shapes of an input, `in`, and of a weight of `large_kernel_conv`.
-bool fit(const Dims& in, const Dims& w, int stride) {
+// Whether these are the shapes of an input and a weight of `large_kernel_conv`.
+bool shapes_fit(const Dims& in, const Dims& w, int stride) {
   return in.size() == 4 && *std::min_element(in.begin(), in.end()) > 0 && w.size() == 4 && w[0] == in[1] && w[1] == 1 &&
          w[2] == w[3] && w[2] % 2 == 1 && w[2] <= kMaxKernel && (stride == 1 || stride == 2);
 }
 
-// `in` is the shape of x, [N, C, H, W].
-dwconv::Shape check(const Tensor& x, const Dims& in, const Tensor& weight, int stride) {
+// `in` is the shape of x as [N, C, H, W].
+large_kernel::Shape checked_shape(const Tensor& x, const Dims& in, const Tensor& weight, int stride) {
   PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
-           "large_kernel_conv needs input and weight of float32 on the CPU");
+           "large_kernel_conv needs a float32 input and weight on the CPU");
   const Dims w = weight.shape();
-  PD_CHECK(fit(in, w, stride),
-           "large_kernel_conv needs input [N, C, H, W] that is not empty, weight [C, 1, K, K] with odd K up to ", kMaxKernel,
-           ", and stride 1 or 2");
+  PD_CHECK(shapes_fit(in, w, stride),
+           "large_kernel_conv needs a non-empty input [N, C, H, W], a weight [C, 1, K, K] with odd K up to ",
+           kMaxKernel, ", and stride 1 or 2");
   return {(int)in[0], (int)in[1], (int)in[2], (int)in[3], (int)w[2], stride};
 }
 
-// Paddle Inference hands over what a oneDNN operator produced in oneDNN's own blocked layout.
-Tensor plain(const Tensor& x) {
+// Paddle Inference passes the results of oneDNN operators in oneDNN's own blocked layout.
+Tensor without_onednn_layout(const Tensor& x) {
   if (x.layout() != phi::DataLayout::ONEDNN) return x;
-  PD_CHECK(phi::funcs::TransDataLayoutFromOneDNN, "large_kernel_conv: oneDNN layout in a Paddle without oneDNN");
-  // Made by Paddle: in 2.6 its tensors are larger than its headers say.
+  PD_CHECK(phi::funcs::TransDataLayoutFromOneDNN,
+           "large_kernel_conv: the input has a oneDNN layout, which this Paddle cannot convert");
+  // Allocated by Paddle: its tensors in 2.6 are larger than its headers declare.
   const Tensor out = paddle::experimental::empty({1}, x.dtype(), phi::CPUPlace());
   phi::funcs::TransDataLayoutFromOneDNN(phi::DataLayout::ONEDNN, phi::DataLayout::NCHW,
                                         *std::static_pointer_cast<phi::DenseTensor>(x.impl()),
@@ -71,34 +75,35 @@ Tensor plain(const Tensor& x) {
   return out;
 }
 
-const float* read(const Tensor& t) { return static_cast<const float*>(t.data()); }
+const float* values(const Tensor& t) { return static_cast<const float*>(t.data()); }
 
-float* written(Tensor& t) { return static_cast<float*>(t.data()); }
+float* mutable_values(Tensor& t) { return static_cast<float*>(t.data()); }
 
 template <class T>
-dwconv::Map<T> map_of(T* data, const Dims& dims) {
-  const Dims plain = plain_shape(dims);
-  return {data, (int)plain[1], plain[2] * plain[3], is_blocked(dims)};
+large_kernel::FeatureMap<T> feature_map(T* data, const Dims& dims) {
+  const Dims plain = nchw_shape(dims);
+  return {data, (int)plain[1], plain[2] * plain[3], is_nchw16c(dims)};
 }
 
-// The values of a tensor of this many channels.
-const float* floats(const Tensor& t, std::int64_t count, const char* name) {
+// The values of a tensor [count].
+const float* channel_values(const Tensor& t, std::int64_t count, const char* name) {
   PD_CHECK(t.is_cpu() && t.dtype() == DataType::FLOAT32, "large_kernel: ", name, " must be float32 on the CPU");
   PD_CHECK(t.numel() == count, "large_kernel: ", name, " has ", t.numel(), " values for ", count, " channels");
-  return read(t);
+  return values(t);
 }
 
-Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
-  const Tensor x = plain(input);
-  const dwconv::Shape s = check(x, x.shape(), weight, stride);
+Tensor depthwise_forward(const Tensor& input, const Tensor& weight, const Tensor* bias, int stride) {
+  const Tensor x = without_onednn_layout(input);
+  const large_kernel::Shape s = checked_shape(x, x.shape(), weight, stride);
   PD_CHECK(!bias || bias->shape().size() == 1, "large_kernel_conv needs a bias [C]");
   Tensor y = paddle::experimental::empty({s.batch, s.channels, s.out_height(), s.out_width()}, x.dtype(), x.place());
-  dwconv::forward(map_of(read(x), x.shape()), read(weight), {nullptr, bias ? floats(*bias, s.channels, "bias") : nullptr}, s,
-                  map_of(written(y), y.shape()));
+  large_kernel::forward(feature_map(values(x), x.shape()), values(weight),
+                        {nullptr, bias ? channel_values(*bias, s.channels, "bias") : nullptr}, s,
+                        feature_map(mutable_values(y), y.shape()));
   return y;
 }
 
-// Of the weight of `fused_conv`, packed or not.
+// The output channels of a weight of `fused_conv`, packed or not.
 std::int64_t out_channels(const std::vector<int64_t>& weight) {
   return weight.size() == 3 ? weight[0] * weight[2] : weight[0];
 }
@@ -106,98 +111,104 @@ std::int64_t out_channels(const std::vector<int64_t>& weight) {
 using OptionalTensor = paddle::optional<Tensor>;
 using OptionalTensors = paddle::optional<std::vector<Tensor>>;
 
-// Batch norm with running statistics as scale and shift; `norm` holds weight, bias, mean and variance.
-struct Affine {
+// A batch norm with running statistics, folded into scale and shift. `norm` holds weight, bias, mean and variance.
+struct FoldedNorm {
   std::vector<float> scale, shift;
 
-  Affine(const OptionalTensors& norm, float epsilon, std::int64_t channels) {
+  FoldedNorm(const OptionalTensors& norm, float epsilon, std::int64_t channels) {
     if (!norm || norm->empty()) return;
-    PD_CHECK(norm->size() == 4, "fused_conv: a norm is weight, bias, mean and variance, not ", norm->size(), " tensors");
-    const float *weight = floats((*norm)[0], channels, "norm weight"), *bias = floats((*norm)[1], channels, "norm bias");
-    const float *mean = floats((*norm)[2], channels, "norm mean"), *variance = floats((*norm)[3], channels, "norm variance");
+    PD_CHECK(norm->size() == 4, "fused_conv: a norm is weight, bias, mean and variance, not ", norm->size(),
+             " tensors");
+    const float *weight = channel_values((*norm)[0], channels, "norm weight"),
+                *bias = channel_values((*norm)[1], channels, "norm bias");
+    const float *mean = channel_values((*norm)[2], channels, "norm mean"),
+                *variance = channel_values((*norm)[3], channels, "norm variance");
     for (std::int64_t c = 0; c < channels; c++) {
       scale.push_back(weight[c] / std::sqrt(variance[c] + epsilon));
       shift.push_back(bias[c] - mean[c] * scale[c]);
     }
   }
-  const float* scale_or_null() const { return scale.empty() ? nullptr : scale.data(); }
-  const float* shift_or_null() const { return shift.empty() ? nullptr : shift.data(); }
+  const float* scale_data() const { return scale.empty() ? nullptr : scale.data(); }
+  const float* shift_data() const { return shift.empty() ? nullptr : shift.data(); }
 };
 
-dwconv::Activation activation_of(const std::string& name) {
-  if (name == "relu") return dwconv::Activation::kRelu;
-  if (name == "gelu") return dwconv::Activation::kGelu;
-  PD_CHECK(name.empty(), "large_kernel: activation ", name, "; there are relu and gelu");
-  return dwconv::Activation::kNone;
+large_kernel::Activation parse_activation(const std::string& name) {
+  if (name == "relu") return large_kernel::Activation::kRelu;
+  if (name == "gelu") return large_kernel::Activation::kGelu;
+  PD_CHECK(name.empty(), "large_kernel: unknown activation ", name, ": expected relu or gelu");
+  return large_kernel::Activation::kNone;
 }
 
-// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part optional. The convolution is depthwise or dense, there
-// also with a packed weight [C_out / kBlock, C_in * K * K, kBlock]. With `blocked` the result is in blocks; the input may be
-// either way, the residual is as the result.
+// activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part but the convolution optional. A dense convolution
+// also takes a packed weight [C_out / 16, C_in * K * K, 16]. With `blocked` the result is NCHW16c; the input may have
+// either layout, the residual that of the result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
                               const OptionalTensors& out_norm, int kernel, int stride, const std::string& activation,
-                              float in_epsilon, float out_epsilon, bool blocked, bool depthwise) {
-  const Tensor x = plain(input);
-  const Dims in = plain_shape(x.shape()), w = weight.shape();
-  PD_CHECK(in.size() == 4 && (w.size() == 4 || (w.size() == 3 && w[2] == dwconv::kBlock)),
-           "fused_conv needs input [N, C, H, W] and weight [C_out, C_in, K, K], or either in blocks");
+                              float in_epsilon, float out_epsilon, bool nchw16c, bool depthwise) {
+  const Tensor x = without_onednn_layout(input);
+  const Dims in = nchw_shape(x.shape()), w = weight.shape();
+  PD_CHECK(in.size() == 4 && (w.size() == 4 || (w.size() == 3 && w[2] == large_kernel::kChannelBlock)),
+           "fused_conv needs input [N, C, H, W] or NCHW16c, and weight [C_out, C_in, K, K] or packed");
   PD_CHECK(kernel % 2 == 1 && (stride == 1 || stride == 2), "fused_conv takes odd kernels and stride 1 or 2");
-  PD_CHECK(x.numel() > 0 && weight.numel() > 0, "fused_conv needs an input and a weight that are not empty");
+  PD_CHECK(x.numel() > 0 && weight.numel() > 0, "fused_conv needs a non-empty input and weight");
   const bool packed = w.size() == 3, is_dense = !depthwise;
   PD_CHECK(packed ? is_dense && w[1] == in[1] * kernel * kernel
                   : w[1] == (is_dense ? in[1] : 1) && w[2] == kernel && w[3] == kernel,
            "fused_conv: a weight of ", w[1], " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
   PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1 && stride == 1) || !in_norm || in_norm->empty()),
-           "fused_conv: residuals are for dense convolutions, input norms for 1x1 ones");
+           "fused_conv: only dense convolutions take a residual, only dense 1x1 ones at stride 1 an input norm");
   const std::int64_t channels = out_channels(w);
-  PD_CHECK(!blocked || channels % dwconv::kBlock == 0, "fused_conv: ", channels, " channels cannot stand in blocks");
-  const Affine before(in_norm, in_epsilon, in[1]);
-  Affine after(out_norm, out_epsilon, channels);
+  PD_CHECK(!nchw16c || channels % large_kernel::kChannelBlock == 0, "fused_conv: ", channels,
+           " channels are not a multiple of 16, as NCHW16c needs");
+  const FoldedNorm before(in_norm, in_epsilon, in[1]);
+  FoldedNorm after(out_norm, out_epsilon, channels);
   if (bias) {
-    const float* b = floats(*bias, channels, "bias");
+    const float* b = channel_values(*bias, channels, "bias");
     after.shift.resize(channels);
     for (std::int64_t c = 0; c < channels; c++) after.shift[c] += b[c] * (after.scale.empty() ? 1.f : after.scale[c]);
   }
-  const dwconv::Epilogue epilogue = {after.scale_or_null(), after.shift_or_null(), activation_of(activation)};
-  Dims out = out_shape(in, stride);
+  const large_kernel::Epilogue epilogue = {after.scale_data(), after.shift_data(), parse_activation(activation)};
+  Dims out = output_shape(in, stride);
   out[1] = channels;
-  if (blocked) out = blocked_shape(out);
+  if (nchw16c) out = nchw16c_shape(out);
   Tensor y = paddle::experimental::empty(out, x.dtype(), x.place());
   if (!is_dense) {
-    dwconv::forward(map_of(read(x), x.shape()), read(weight), epilogue, check(x, in, weight, stride), map_of(written(y), out));
+    large_kernel::forward(feature_map(values(x), x.shape()), values(weight), epilogue,
+                          checked_shape(x, in, weight, stride), feature_map(mutable_values(y), out));
     return {y};
   }
-  const Tensor added = residual ? plain(*residual) : Tensor();
+  const Tensor added = residual ? without_onednn_layout(*residual) : Tensor();
   PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
-           "fused_conv needs input and weight of float32 on the CPU");
+           "fused_conv needs a float32 input and weight on the CPU");
   PD_CHECK(!residual || (added.shape() == out && added.dtype() == x.dtype()),
            "fused_conv needs a residual of the shape and dtype of the result");
-  const dwconv::Shape s = {(int)in[0], (int)in[1], (int)in[2], (int)in[3], kernel, stride};
+  const large_kernel::Shape s = {(int)in[0], (int)in[1], (int)in[2], (int)in[3], kernel, stride};
   auto run = [&](auto w) {
-    dwconv::dense(map_of(read(x), x.shape()), w, before.scale_or_null(), before.shift_or_null(), epilogue,
-                  residual ? read(added) : nullptr, s, map_of(written(y), out));
+    large_kernel::conv_gemm(feature_map(values(x), x.shape()), w, before.scale_data(), before.shift_data(), epilogue,
+                            residual ? values(added) : nullptr, s, feature_map(mutable_values(y), out));
   };
-  packed ? run(dwconv::Packed{read(weight)}) : run(read(weight));
+  packed ? run(large_kernel::PackedWeights{values(weight)}) : run(values(weight));
   return {y};
 }
 
 enum Part { kBias = 1, kInNorm = 2, kOutNorm = 4, kBlocked = 8, kDepthwise = 16 };
 
-// One after another what FusedConv computes; for each there is an element of the attributes, two of `epsilons`. `parameters` holds
-// of each the weight, and as `parts` says the bias, the norm before and the norm after. Residual 0 is the input x, i > 0 the
-// result of the i-th convolution, a negative one is none.
+// A sequence of FusedConv. Each attribute has one element per convolution, `epsilons` two. `parameters` holds for each
+// convolution its weight and, according to `parts`, the bias, in_norm and out_norm. Residual 0 is the input x, i > 0
+// the result of the i-th convolution, a negative index none.
 std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& parameters, const std::vector<int>& kernels,
-                               const std::vector<int>& strides, const std::vector<int>& parts, const std::vector<int>& residuals,
-                               const std::vector<std::string>& activations, const std::vector<float>& epsilons) {
+                               const std::vector<int>& strides, const std::vector<int>& parts,
+                               const std::vector<int>& residuals, const std::vector<std::string>& activations,
+                               const std::vector<float>& epsilons) {
   const std::size_t count = kernels.size();
   PD_CHECK(count > 0 && strides.size() == count && parts.size() == count && residuals.size() == count &&
                activations.size() == count && epsilons.size() == 2 * count,
-           "fused_convs needs attributes of every convolution");
+           "fused_convs needs one attribute of each kind per convolution");
   std::vector<Tensor> values = {x};
-  std::vector<std::size_t> needed(count + 1);  // by which convolutions last
+  std::vector<std::size_t> needed(count + 1);  // the last convolution that reads each map
   for (std::size_t i = 0; i < count; i++) {
-    PD_CHECK(residuals[i] <= (int)i, "fused_convs: a residual that is not computed before");
+    PD_CHECK(residuals[i] <= (int)i, "fused_convs: a residual has to be computed before it is added");
     needed[i] = i;
     if (residuals[i] >= 0) needed[residuals[i]] = i;
   }
@@ -222,70 +233,74 @@ std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& param
   return {values.back()};
 }
 
-// A gradient that nobody asked for comes back as zeros.
-std::vector<Tensor> run_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& dy, int stride,
-                                 bool input_grad, bool weight_grad) {
-  const dwconv::Shape s = check(x, x.shape(), weight, stride);
-  PD_CHECK(dy.is_cpu() && dy.dtype() == DataType::FLOAT32, "large_kernel_conv needs gradients of float32 on the CPU");
+// Gradients that are not requested are zeros.
+std::vector<Tensor> depthwise_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& dy,
+                                       int stride, bool input_grad, bool weight_grad) {
+  const large_kernel::Shape s = checked_shape(x, x.shape(), weight, stride);
+  PD_CHECK(dy.is_cpu() && dy.dtype() == DataType::FLOAT32, "large_kernel_conv needs float32 gradients on the CPU");
   auto make = [](const Tensor& like, bool wanted) {
-    return wanted ? paddle::experimental::empty_like(like) : paddle::experimental::full(like.shape(), 0, like.dtype(), like.place());
+    return wanted ? paddle::experimental::empty_like(like)
+                  : paddle::experimental::full(like.shape(), 0, like.dtype(), like.place());
   };
   std::vector<Tensor> grads = {make(x, input_grad), make(weight, weight_grad)};
   if (bias) grads.push_back(make(*bias, weight_grad));
-  dwconv::backward(read(x), read(weight), read(dy), s, input_grad ? written(grads[0]) : nullptr,
-                   weight_grad ? written(grads[1]) : nullptr, weight_grad && bias ? written(grads[2]) : nullptr);
+  large_kernel::backward(values(x), values(weight), values(dy), s, input_grad ? mutable_values(grads[0]) : nullptr,
+                         weight_grad ? mutable_values(grads[1]) : nullptr,
+                         weight_grad && bias ? mutable_values(grads[2]) : nullptr);
   return grads;
 }
 
 std::vector<Tensor> Forward(const Tensor& x, const Tensor& weight, int stride, bool, bool) {
-  return {run_forward(x, weight, nullptr, stride)};
+  return {depthwise_forward(x, weight, nullptr, stride)};
 }
 
 std::vector<Tensor> ForwardBias(const Tensor& x, const Tensor& weight, const Tensor& bias, int stride, bool, bool) {
-  return {run_forward(x, weight, &bias, stride)};
+  return {depthwise_forward(x, weight, &bias, stride)};
 }
 
 std::vector<Tensor> Backward(const Tensor& x, const Tensor& weight, const Tensor& dy, int stride, bool input_grad,
                              bool weight_grad) {
-  return run_backward(x, weight, nullptr, dy, stride, input_grad, weight_grad);
+  return depthwise_backward(x, weight, nullptr, dy, stride, input_grad, weight_grad);
 }
 
-std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dy, int stride,
-                                 bool input_grad, bool weight_grad) {
-  return run_backward(x, weight, &bias, dy, stride, input_grad, weight_grad);
+std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dy,
+                                 int stride, bool input_grad, bool weight_grad) {
+  return depthwise_backward(x, weight, &bias, dy, stride, input_grad, weight_grad);
 }
 
-dwconv::NormShape check_norm(const Tensor& x, std::initializer_list<const Tensor*> of_channels) {
+large_kernel::BatchNormShape checked_norm_shape(const Tensor& x, std::initializer_list<const Tensor*> of_channels) {
   const Dims dims = x.shape();
-  PD_CHECK(dims.size() == 4 && x.numel() > 0, "batch_norm_act needs an input [N, C, H, W] that is not empty");
+  PD_CHECK(dims.size() == 4 && x.numel() > 0, "batch_norm_act needs a non-empty input [N, C, H, W]");
   auto fits = [](const Tensor& t) { return t.is_cpu() && t.dtype() == DataType::FLOAT32; };
   bool good = fits(x);
   for (const Tensor* t : of_channels) good = good && fits(*t) && t->numel() == dims[1];
-  PD_CHECK(good, "batch_norm_act needs an input of float32 on the CPU, and weight, bias and statistics [C] like it");
+  PD_CHECK(good, "batch_norm_act needs a float32 input on the CPU, and float32 weight, bias and statistics [C]");
   return {(int)dims[0], (int)dims[1], dims[2] * dims[3]};
 }
 
-// As Paddle's own batch norm does it, the running statistics are written where they are; nothing else is told about that.
+// Like Paddle's own batch norm, this updates the running statistics in place.
 std::vector<Tensor> BatchNormAct(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
                                  const Tensor& running_variance, float momentum, float epsilon,
                                  const std::string& activation) {
-  const dwconv::NormShape s = check_norm(x, {&weight, &bias, &running_mean, &running_variance});
+  const large_kernel::BatchNormShape s = checked_norm_shape(x, {&weight, &bias, &running_mean, &running_variance});
   Tensor y = paddle::experimental::empty_like(x), mean = paddle::experimental::empty_like(weight),
          variance = paddle::experimental::empty_like(weight);
-  dwconv::norm_forward(read(x), read(weight), read(bias), epsilon, activation_of(activation), s, written(y), written(mean),
-                       written(variance), momentum, const_cast<float*>(read(running_mean)),
-                       const_cast<float*>(read(running_variance)));
+  large_kernel::batch_norm_forward(values(x), values(weight), values(bias), epsilon, parse_activation(activation), s,
+                                   mutable_values(y), mutable_values(mean), mutable_values(variance), momentum,
+                                   const_cast<float*>(values(running_mean)),
+                                   const_cast<float*>(values(running_variance)));
   return {y, mean, variance};
 }
 
 std::vector<Tensor> BatchNormActGrad(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                      const Tensor& variance, const Tensor& dy, float, float epsilon,
                                      const std::string& activation) {
-  const dwconv::NormShape s = check_norm(x, {&weight, &bias, &mean, &variance});
+  const large_kernel::BatchNormShape s = checked_norm_shape(x, {&weight, &bias, &mean, &variance});
   Tensor dx = paddle::experimental::empty_like(x), dweight = paddle::experimental::empty_like(weight),
          dbias = paddle::experimental::empty_like(bias);
-  dwconv::norm_backward(read(x), read(weight), read(bias), read(mean), read(variance), read(dy), epsilon,
-                        activation_of(activation), s, written(dx), written(dweight), written(dbias));
+  large_kernel::batch_norm_backward(values(x), values(weight), values(bias), values(mean), values(variance), values(dy),
+                                    epsilon, parse_activation(activation), s, mutable_values(dx),
+                                    mutable_values(dweight), mutable_values(dbias));
   return {dx, dweight, dbias};
 }
 
@@ -298,20 +313,20 @@ std::vector<DataType> NormDtypes(const DataType& x, const DataType& weight, cons
   return {x, weight, weight};
 }
 
-std::vector<Dims> InferShape(const Dims& x, const Dims&, int stride, bool, bool) { return {out_shape(x, stride)}; }
+std::vector<Dims> InferShape(const Dims& x, const Dims&, int stride, bool, bool) { return {output_shape(x, stride)}; }
 std::vector<Dims> InferShapeBias(const Dims& x, const Dims&, const Dims&, int stride, bool, bool) {
-  return {out_shape(x, stride)};
+  return {output_shape(x, stride)};
 }
 std::vector<DataType> InferDtype(const DataType& x, const DataType&) { return {x}; }
 
 using OptionalDims = paddle::optional<Dims>;
 using OptionalDimsList = paddle::optional<std::vector<Dims>>;
 std::vector<Dims> FusedShape(const Dims& x, const Dims& weight, const OptionalDims&, const OptionalDims&,
-                             const OptionalDimsList&, const OptionalDimsList&, int, int stride, const std::string&, float,
-                             float, bool blocked, bool) {
-  Dims y = out_shape(plain_shape(x), stride);
+                             const OptionalDimsList&, const OptionalDimsList&, int, int stride, const std::string&,
+                             float, float, bool nchw16c, bool) {
+  Dims y = output_shape(nchw_shape(x), stride);
   y[1] = out_channels(weight);
-  return {blocked ? blocked_shape(y) : y};
+  return {nchw16c ? nchw16c_shape(y) : y};
 }
 std::vector<DataType> FusedDtype(const DataType& x, const DataType&, const paddle::optional<DataType>&,
                                  const paddle::optional<DataType>&, const paddle::optional<std::vector<DataType>>&,
@@ -351,11 +366,11 @@ PD_BUILD_GRAD_OP(large_kernel_conv_bias)
     .SetKernelFn(PD_KERNEL(BackwardBias));
 
 PD_BUILD_OP(fused_conv)
-    .Inputs({"X", "Filter", paddle::Optional("Bias"), paddle::Optional("Residual"), paddle::Optional(paddle::Vec("InNorm")),
-             paddle::Optional(paddle::Vec("OutNorm"))})
+    .Inputs({"X", "Filter", paddle::Optional("Bias"), paddle::Optional("Residual"),
+             paddle::Optional(paddle::Vec("InNorm")), paddle::Optional(paddle::Vec("OutNorm"))})
     .Outputs({"Out"})
-    .Attrs({"kernel: int", "stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float", "blocked: bool",
-            "depthwise: bool"})
+    .Attrs({"kernel: int", "stride: int", "activation: std::string", "in_epsilon: float", "out_epsilon: float",
+            "blocked: bool", "depthwise: bool"})
     .SetKernelFn(PD_KERNEL(FusedConv))
     .SetInferShapeFn(PD_INFER_SHAPE(FusedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(FusedDtype));
@@ -363,8 +378,8 @@ PD_BUILD_OP(fused_conv)
 PD_BUILD_OP(fused_convs)
     .Inputs({"X", paddle::Vec("Parameters")})
     .Outputs({"Out"})
-    .Attrs({"kernels: std::vector<int>", "strides: std::vector<int>", "parts: std::vector<int>", "residuals: std::vector<int>",
-            "activations: std::vector<std::string>", "epsilons: std::vector<float>"})
+    .Attrs({"kernels: std::vector<int>", "strides: std::vector<int>", "parts: std::vector<int>",
+            "residuals: std::vector<int>", "activations: std::vector<std::string>", "epsilons: std::vector<float>"})
     .SetKernelFn(PD_KERNEL(FusedConvs));
 
 PD_BUILD_OP(batch_norm_act)
@@ -383,8 +398,8 @@ PD_BUILD_GRAD_OP(batch_norm_act)
 
 #if __has_include(<Python.h>)
 static bool fits(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride) {
-  return fit(x.shape(), weight.shape(), stride) && (!bias || bias->shape() == Dims{x.shape()[1]});
+  return shapes_fit(x.shape(), weight.shape(), stride) && (!bias || bias->shape() == Dims{x.shape()[1]});
 }
 
-PyMODINIT_FUNC PyInit_large_kernel_direct() { return direct::make_module<run_forward, fits>(); }
+PyMODINIT_FUNC PyInit_large_kernel_direct() { return python_entry::make_module<depthwise_forward, fits>(); }
 #endif

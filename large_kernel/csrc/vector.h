@@ -1,5 +1,6 @@
-// Vectors of float for the machine this is compiled for, and the way between them and planes in memory.
-// Only GCC/clang vector extensions: AVX-512, AVX and any other target (NEON, SSE) come from the same source.
+// SIMD vectors of float for the target of this compilation, and transposition between NCHW planes and vectors of
+// channels. GCC/Clang vector extensions only: AVX-512, AVX and all other targets (NEON, SSE) are compiled from the same
+// source.
 #pragma once
 #include <unistd.h>
 
@@ -12,9 +13,9 @@
 #include <immintrin.h>
 #endif
 
-#define DW_INLINE __attribute__((always_inline)) inline
+#define LK_INLINE __attribute__((always_inline)) inline
 
-namespace dwconv {
+namespace large_kernel {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRegisters = 32;
@@ -28,15 +29,17 @@ constexpr int kLanes = 4, kRegisters = 16;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
 typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU32 __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI32 __attribute__((vector_size(kLanes * 4)));
 
-DW_INLINE Vec splat(float value) { return value - Vec{}; }
+LK_INLINE Vec splat(float value) { return value - Vec{}; }
 
-// a / b to a unit in the last place, where 1 / b is a normal number; much faster than dividing 16 lanes.
-DW_INLINE Vec divide(Vec a, Vec b) {
+// a / b, accurate to one unit in the last place where 1 / b is a normal number. Much faster than a division of 16
+// lanes.
+LK_INLINE Vec divide(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  const Vec reciprocal = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);  // GCC 12 warns of its own header without the mask
+  // the mask avoids a GCC 12 warning in its own header
+  const Vec reciprocal = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
   const Vec quotient = a * reciprocal;
   return quotient + reciprocal * (a - b * quotient);
 #else
@@ -46,280 +49,290 @@ DW_INLINE Vec divide(Vec a, Vec b) {
 
 // ---- kLanes consecutive elements, at any address ----
 
-DW_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
-DW_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+LK_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+LK_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 
-// The first n <= kLanes elements only; what lies behind them is not touched.
+// Only the first n <= kLanes elements; memory past them is not accessed.
 #if defined(__AVX512F__)
-DW_INLINE Vec load_part(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
-DW_INLINE void store_part(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+LK_INLINE Vec load_partial(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+LK_INLINE void store_partial(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
 #elif defined(__AVX2__)
-DW_INLINE __m256i first(int n) {
+LK_INLINE __m256i lane_mask(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-DW_INLINE Vec load_part(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, first(n)); }
-DW_INLINE void store_part(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
+LK_INLINE Vec load_partial(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, lane_mask(n)); }
+LK_INLINE void store_partial(float* p, Vec v, int n) { _mm256_maskstore_ps(p, lane_mask(n), (__m256)v); }
 #else
-DW_INLINE Vec load_part(const float* p, int n) {
+LK_INLINE Vec load_partial(const float* p, int n) {
   Vec v = {};
   std::memcpy(&v, p, n * sizeof(float));
   return v;
 }
-DW_INLINE void store_part(float* p, Vec v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
+LK_INLINE void store_partial(float* p, Vec v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
 #endif
 
-// The same for any n: nothing where n <= 0, all lanes where n >= kLanes.
-DW_INLINE Vec load_first(const float* p, std::ptrdiff_t n) {
-  return n >= kLanes ? load(p) : n > 0 ? load_part(p, (int)n) : Vec{};
+// The same for any n: no lanes if n <= 0, all lanes if n >= kLanes.
+LK_INLINE Vec load_clamped(const float* p, std::ptrdiff_t n) {
+  return n >= kLanes ? load(p) : n > 0 ? load_partial(p, (int)n) : Vec{};
 }
 
-DW_INLINE void store_first(float* p, Vec v, std::ptrdiff_t n) {
+LK_INLINE void store_clamped(float* p, Vec v, std::ptrdiff_t n) {
   if (n >= kLanes) return store(p, v);
-  if (n > 0) store_part(p, v, (int)n);
+  if (n > 0) store_partial(p, v, (int)n);
 }
 
-// And for an n that stays the same.
-struct First {
+// The same with n fixed in advance.
+struct LaneMask {
 #if defined(__AVX512F__)
   __mmask16 mask;
-  DW_INLINE explicit First(std::ptrdiff_t n) : mask(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0) {}
-  DW_INLINE Vec read(const float* p) const { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
-  DW_INLINE void write(float* p, Vec v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+  LK_INLINE explicit LaneMask(std::ptrdiff_t n) : mask(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0) {}
+  LK_INLINE Vec read(const float* p) const { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
+  LK_INLINE void write(float* p, Vec v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
 #else
   std::ptrdiff_t n;
-  DW_INLINE explicit First(std::ptrdiff_t n) : n(n) {}
-  DW_INLINE Vec read(const float* p) const { return load_first(p, n); }
-  DW_INLINE void write(float* p, Vec v) const { store_first(p, v, n); }
+  LK_INLINE explicit LaneMask(std::ptrdiff_t n) : n(n) {}
+  LK_INLINE Vec read(const float* p) const { return load_clamped(p, n); }
+  LK_INLINE void write(float* p, Vec v) const { store_clamped(p, v, n); }
 #endif
 };
 
-DW_INLINE Vec keep_first(Vec v, int n) {
-  Ints lane;
+LK_INLINE Vec keep_first(Vec v, int n) {
+  VecI32 lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
-  return (Vec)((Bits)v & (Bits)(lane < n));
+  return (Vec)((VecU32)v & (VecU32)(lane < n));
 }
 
-// Rows of `count` floats to and from tensors, a vector at a time where that stays before `end`. copy_row writes whole
-// vectors, zeros behind the row; write_row reads whole vectors and may write into what follows the row before `end`.
-DW_INLINE Vec load_row(const float* from, int count, const float* end) {
+// Copies of rows of `count` floats from and to tensors, in whole vectors unless these would pass `end`. copy_row writes
+// whole vectors, with zeros after the row; write_row reads whole vectors and may write past the row, though not past
+// `end`.
+LK_INLINE Vec load_row(const float* from, int count, const float* end) {
   if (count >= kLanes) return load(from);
   if (count <= 0) return Vec{};
-  return end - from >= kLanes ? keep_first(load(from), count) : load_part(from, count);
+  return end - from >= kLanes ? keep_first(load(from), count) : load_partial(from, count);
 }
 
-DW_INLINE void copy_row(const float* from, int count, const float* end, float* to) {
+LK_INLINE void copy_row(const float* from, int count, const float* end, float* to) {
   for (int i = 0; i < count; i += kLanes) store(to + i, load_row(from + i, count - i, end));
 }
 
-DW_INLINE void write_row(const float* from, int count, float* to, const float* end) {
+LK_INLINE void write_row(const float* from, int count, float* to, const float* end) {
   for (int i = 0; i < count; i += kLanes) {
     if (end - (to + i) >= kLanes) {
       store(to + i, load(from + i));
     } else {
-      store_part(to + i, load(from + i), count - i < kLanes ? count - i : kLanes);
+      store_partial(to + i, load(from + i), count - i < kLanes ? count - i : kLanes);
     }
   }
 }
 
-// ---- kLanes planes in memory <-> one vector per pixel ----
+// ---- kLanes planes in memory <-> one vector of channels per pixel ----
 
 #if defined(__clang__)
-#define DW_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define LK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define DW_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#define LK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI32{__VA_ARGS__})
 #endif
 
 // a0 b0 a1 b1 ... in two vectors, and the inverse.
-DW_INLINE void interleave(Vec a, Vec b, Vec* out) {
+LK_INLINE void interleave(Vec a, Vec b, Vec* out) {
 #if defined(__AVX512F__)
-  out[0] = DW_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  out[1] = DW_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  out[0] = LK_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  out[1] = LK_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif defined(__AVX__)
-  out[0] = DW_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  out[1] = DW_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  out[0] = LK_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  out[1] = LK_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
-  out[0] = DW_SHUFFLE(a, b, 0, 4, 1, 5);
-  out[1] = DW_SHUFFLE(a, b, 2, 6, 3, 7);
+  out[0] = LK_SHUFFLE(a, b, 0, 4, 1, 5);
+  out[1] = LK_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 
-DW_INLINE void deinterleave(Vec a, Vec b, Vec* even, Vec* odd) {
+LK_INLINE void deinterleave(Vec a, Vec b, Vec* even, Vec* odd) {
 #if defined(__AVX512F__)
-  *even = DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  *even = LK_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *odd = LK_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif defined(__AVX__)
-  *even = DW_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-  *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  *even = LK_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  *odd = LK_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
-  *even = DW_SHUFFLE(a, b, 0, 2, 4, 6);
-  *odd = DW_SHUFFLE(a, b, 1, 3, 5, 7);
+  *even = LK_SHUFFLE(a, b, 0, 2, 4, 6);
+  *odd = LK_SHUFFLE(a, b, 1, 3, 5, 7);
 #endif
 }
 
-DW_INLINE Vec reverse(Vec v) {
+LK_INLINE Vec reverse(Vec v) {
 #if defined(__AVX512F__)
-  return DW_SHUFFLE(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return LK_SHUFFLE(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 #elif defined(__AVX__)
-  return DW_SHUFFLE(v, v, 7, 6, 5, 4, 3, 2, 1, 0);
+  return LK_SHUFFLE(v, v, 7, 6, 5, 4, 3, 2, 1, 0);
 #else
-  return DW_SHUFFLE(v, v, 3, 2, 1, 0);
+  return LK_SHUFFLE(v, v, 3, 2, 1, 0);
 #endif
 }
 
-// The lanes of b moved up by one, the last one of a before them.
-DW_INLINE Vec move_up(Vec a, Vec b) {
+// The lanes of b shifted up by one; lane 0 is the last lane of a.
+LK_INLINE Vec shift_lanes_up(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return DW_SHUFFLE(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+  return LK_SHUFFLE(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
 #elif defined(__AVX__)
-  return DW_SHUFFLE(a, b, 7, 8, 9, 10, 11, 12, 13, 14);
+  return LK_SHUFFLE(a, b, 7, 8, 9, 10, 11, 12, 13, 14);
 #else
-  return DW_SHUFFLE(a, b, 3, 4, 5, 6);
+  return LK_SHUFFLE(a, b, 3, 4, 5, 6);
 #endif
 }
 
-// Shuffles that keep groups of four lanes (128 bits) together, or stay within them, are the fast ones.
-// The even and the odd groups of a and b.
-DW_INLINE void split_groups([[maybe_unused]] Vec* a, [[maybe_unused]] Vec* b) {
+LK_INLINE float sum_lanes(Vec v) {
 #if defined(__AVX512F__)
-  const Vec even = DW_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-  *b = DW_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  v += LK_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += LK_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += LK_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] + v[1];
+#else
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; lane++) sum += v[lane];
+  return sum;
+#endif
+}
+
+// Shuffles are fast if they move whole groups of four lanes (128 bits) or stay within a group. The even and the odd
+// groups of a and b.
+LK_INLINE void deinterleave_groups([[maybe_unused]] Vec* a, [[maybe_unused]] Vec* b) {
+#if defined(__AVX512F__)
+  const Vec even = LK_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  *b = LK_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   *a = even;
 #elif defined(__AVX__)
-  const Vec even = DW_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11);
-  *b = DW_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15);
+  const Vec even = LK_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11);
+  *b = LK_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15);
   *a = even;
 #endif
 }
 
 // a0 b0 a1 b1 and a2 b2 a3 b3 of each group.
-DW_INLINE void zip_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
+LK_INLINE void interleave_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
 #if defined(__AVX512F__)
-  *low = DW_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  *high = DW_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  *low = LK_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  *high = LK_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 #elif defined(__AVX__)
-  *low = DW_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
-  *high = DW_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  *low = LK_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  *high = LK_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else
-  *low = DW_SHUFFLE(a, b, 0, 4, 1, 5);
-  *high = DW_SHUFFLE(a, b, 2, 6, 3, 7);
+  *low = LK_SHUFFLE(a, b, 0, 4, 1, 5);
+  *high = LK_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 
 // a0 a1 b0 b1 and a2 a3 b2 b3 of each group.
-DW_INLINE void zip_pairs_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
+LK_INLINE void interleave_pairs_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
 #if defined(__AVX512F__)
-  *low = DW_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  *high = DW_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  *low = LK_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  *high = LK_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 #elif defined(__AVX__)
-  *low = DW_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-  *high = DW_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  *low = LK_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  *high = LK_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 #else
-  *low = DW_SHUFFLE(a, b, 0, 1, 4, 5);
-  *high = DW_SHUFFLE(a, b, 2, 3, 6, 7);
+  *low = LK_SHUFFLE(a, b, 0, 1, 4, 5);
+  *high = LK_SHUFFLE(a, b, 2, 3, 6, 7);
 #endif
 }
 
-// First the groups as a matrix of 4x4 matrices, then each of those.
-DW_INLINE void transpose(Vec* rows) {
+// A kLanes x kLanes matrix, transposed as a matrix of 4x4 blocks and then within each block.
+LK_INLINE void transpose(Vec* rows) {
 #pragma GCC unroll 2
   for (int distance = 4; distance < kLanes; distance *= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; i++) {
       Vec* const row = rows + i / distance * 2 * distance + i % distance;
-      split_groups(row, row + distance);
+      deinterleave_groups(row, row + distance);
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes; i += 4) {
     Vec pairs[4];
-    zip_in_groups(rows[i], rows[i + 1], pairs, pairs + 1);
-    zip_in_groups(rows[i + 2], rows[i + 3], pairs + 2, pairs + 3);
-    zip_pairs_in_groups(pairs[0], pairs[2], rows + i, rows + i + 1);
-    zip_pairs_in_groups(pairs[1], pairs[3], rows + i + 2, rows + i + 3);
+    interleave_in_groups(rows[i], rows[i + 1], pairs, pairs + 1);
+    interleave_in_groups(rows[i + 2], rows[i + 3], pairs + 2, pairs + 3);
+    interleave_pairs_in_groups(pairs[0], pairs[2], rows + i, rows + i + 1);
+    interleave_pairs_in_groups(pairs[1], pairs[3], rows + i + 2, rows + i + 3);
   }
 }
 
-// Calls full(i) for windows of kLanes elements that cover [0, count), the last one moved back to overlap the one before,
-// or part() where fewer than kLanes elements are all there is.
+// Calls full(i) for windows of kLanes elements that cover [0, count); the last window may overlap the one before. Calls
+// part() instead if count < kLanes.
 template <class Full, class Part>
-DW_INLINE void for_each_window(int count, Full full, Part part) {
+LK_INLINE void for_each_window(int count, Full full, Part part) {
   if (count < kLanes) return part();
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) full(i);
   if (i < count) full(count - kLanes);
 }
 
-// `channels` <= kLanes planes of `count` elements -> [count] vectors, `step` apart. Lanes without a channel repeat
-// the last one: what is computed in them is that channel's result once more, so unpack may write it again.
+// Transposes `channels` <= kLanes planes of `count` elements into [count] vectors, `step` vectors apart. Lanes past the
+// last channel repeat it, so that they compute the same result and unpack may write it twice.
 inline void pack(const float* planes, std::ptrdiff_t plane_stride, int channels, int count, Vec* out, int step = 1) {
   const float* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
-  for_each_window(
-      count,
-      [&](int i) {
-        Vec rows[kLanes];
+  for_each_window(count, [&](int i) {
+    Vec rows[kLanes];
 #pragma GCC unroll 16
-        for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
-        transpose(rows);
-        Vec* to = out + i * step;
+    for (int c = 0; c < kLanes; c++) rows[c] = load(plane[c] + i);
+    transpose(rows);
+    Vec* to = out + i * step;
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++, to += step) *to = rows[j];
-      },
-      [&] {
-        Vec rows[kLanes];
-        for (int c = 0; c < kLanes; c++) rows[c] = load_part(plane[c], count);
-        transpose(rows);
-        for (int j = 0; j < count; j++) out[j * step] = rows[j];
-      });
+    for (int j = 0; j < kLanes; j++, to += step) *to = rows[j];
+  }, [&] {
+    Vec rows[kLanes];
+    for (int c = 0; c < kLanes; c++) rows[c] = load_partial(plane[c], count);
+    transpose(rows);
+    for (int j = 0; j < count; j++) out[j * step] = rows[j];
+  });
 }
 
-// One value of each channel, in the lanes pack puts it.
-DW_INLINE Vec load_lanes(const float* p, int channels) {
+// One value per channel, in the lanes that pack uses.
+LK_INLINE Vec load_lanes(const float* p, int channels) {
   Vec v;
   for (int c = 0; c < kLanes; c++) v[c] = p[c < channels ? c : channels - 1];
   return v;
 }
 
 struct Identity {
-  DW_INLINE Vec operator()(Vec v) const { return v; }
+  LK_INLINE Vec operator()(Vec v) const { return v; }
 };
 
-// The inverse of pack. Writes finish(vector), which may differ by channel, plus `added`, planes like the result.
+// The inverse of pack. Writes finish(vector) plus `added`, which is laid out like the result; `finish` may differ by
+// channel.
 template <class F = Identity>
 inline void unpack(const Vec* in, int count, float* planes, std::ptrdiff_t plane_stride, int channels, F finish = {},
                    const float* added = nullptr) {
   float* plane[kLanes];
   for (int c = 0; c < kLanes; c++) plane[c] = planes + (c < channels ? c : channels - 1) * plane_stride;
   const std::ptrdiff_t to_added = added ? added - planes : 0;
-  for_each_window(
-      count,
-      [&](int i) {
-        Vec rows[kLanes];
+  for_each_window(count, [&](int i) {
+    Vec rows[kLanes];
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++) rows[j] = finish(in[i + j]);
-        transpose(rows);
-        if (added) {
+    for (int j = 0; j < kLanes; j++) rows[j] = finish(in[i + j]);
+    transpose(rows);
+    if (added) {
 #pragma GCC unroll 16
-          for (int c = 0; c < kLanes; c++) rows[c] += load(plane[c] + to_added + i);
-        }
+      for (int c = 0; c < kLanes; c++) rows[c] += load(plane[c] + to_added + i);
+    }
 #pragma GCC unroll 16
-        for (int c = 0; c < kLanes; c++) store(plane[c] + i, rows[c]);
-      },
-      [&] {
-        Vec rows[kLanes] = {};
-        for (int j = 0; j < count; j++) rows[j] = finish(in[j]);
-        transpose(rows);
-        for (int c = 0; c < channels; c++) {
-          store_part(plane[c], added ? rows[c] + load_part(plane[c] + to_added, count) : rows[c], count);
-        }
-      });
+    for (int c = 0; c < kLanes; c++) store(plane[c] + i, rows[c]);
+  }, [&] {
+    Vec rows[kLanes] = {};
+    for (int j = 0; j < count; j++) rows[j] = finish(in[j]);
+    transpose(rows);
+    for (int c = 0; c < channels; c++) {
+      store_partial(plane[c], added ? rows[c] + load_partial(plane[c] + to_added, count) : rows[c], count);
+    }
+  });
 }
 
-// Whether the first-level cache holds 48 KB. Most processors that have as much (Intel's servers since Ice Lake, AMD's since
-// Zen 5) also multiply and add two of the widest vectors in a cycle: beside products, loads and sums cost them more.
-inline bool has_large_cache() {
-#if defined(DW_LARGE_CACHE)  // tests want both
-  return DW_LARGE_CACHE;
+// Whether the L1 data cache has 48 KB. Most processors with such a cache (Intel servers since Ice Lake, AMD since Zen
+// 5) also execute two multiply-adds of the widest vectors per cycle, so that loads and additions are relatively more
+// expensive.
+inline bool has_large_l1() {
+#if defined(LK_LARGE_L1)  // the tests set this to cover both cases
+  return LK_LARGE_L1;
 #elif defined(_SC_LEVEL1_DCACHE_SIZE)
   static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
   return large;
@@ -344,4 +357,4 @@ class Scratch {
   float* data_;
 };
 
-}  // namespace dwconv
+}  // namespace large_kernel

@@ -1,10 +1,10 @@
-"""Runs that are killed, stopped and starved at random moments, continued, and compared with one that was left alone.
+"""Fault injection: runs are interrupted at random moments, resumed, and compared with an uninterrupted run.
 
-    python tests/faults/faults.py [-scale 1.0] [-seed 0] [CAMPAIGN ...]     # all: about half an hour on two cores
+    python tests/faults/faults.py [-scale 1.0] [-seed 0] [CAMPAIGN ...]     # all take about half an hour on two cores
 
-Every run is a real process of main_single_gpu.py or main_multi_gpu.py with the paper's whole recipe on a tiny model.
-A run that ends early is continued by the same command until it is over; then everything that its checkpoints hold and
-every line of metrics.jsonl, times aside, must equal the undisturbed run's, bit for bit.
+Every run is a real process of main_single_gpu.py or main_multi_gpu.py that trains a tiny model with the whole recipe of
+the paper. A run that ends early is resumed with the same command until it is complete. Then the contents of its
+checkpoints and the lines of metrics.jsonl must equal those of the uninterrupted run bit for bit, except for times.
 """
 import argparse
 import hashlib
@@ -52,15 +52,15 @@ SAVE_TOP_K: 1
 SAVE_LATEST_K: 1
 """
 TIMES = ('time', 'seconds', 'images_per_s', 'data_wait')
-SECONDS = 240  # for a run that takes few; only a hang lasts longer
+SECONDS = 240  # a run takes a few; one that takes longer than this hangs
 
 
 class Fleet:
-    """Runs of one kind, and what an undisturbed one of them leaves behind.
+    """Runs of one kind, and the contents of the run folder of an uninterrupted one.
 
     Args:
-        folder: where the runs go, with the data.
-        processes: of a run; with one, two workers load the data.
+        folder: for the data and the run folders.
+        processes: processes of a run; with one, it has two DataLoader workers.
     """
 
     def __init__(self, folder, processes):
@@ -86,13 +86,13 @@ class Fleet:
         return self.folder / f'run{self.count}'
 
     def start(self, folder, *flags, **environment):
-        """Starts or continues the run of a folder; its `lines` fill up while it runs."""
+        """Starts or resumes the run of a folder; its output is collected in `lines` and `errors` while it runs."""
         script = 'main_single_gpu.py' if self.processes == 1 else 'main_multi_gpu.py'
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), f'-cfg={self.settings}', f'-data_path={self.folder}/data',
              f'-output={folder}', '-device=cpu', *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=self.folder,
-            # a campaign in the background of a shell ignores SIGINT, and so would what it starts
+            # a campaign in the background of a shell ignores SIGINT, which its children inherit
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}/tests/faults/inject', **environment})
         process.lines, process.errors = [], ''
@@ -111,40 +111,41 @@ class Fleet:
         return process
 
     def end(self, process):
-        """Waits for the end of a run, of all its processes; returns the exit status."""
+        """Waits until all processes of a run have ended; returns the exit status, or 'hang'."""
         try:
             process.wait(SECONDS)
             for reader in process.readers:
-                reader.join(SECONDS)  # ends when the last process has closed its end of the pipe
+                reader.join(SECONDS)  # returns once the last process has closed its end of the pipe
                 if reader.is_alive():
                     raise subprocess.TimeoutExpired(process.args, SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return 'hang'
-        if 'epochs are done' in process.errors:  # it was stopped behind its last save
+        if 'epochs are done' in process.errors:  # it was stopped after its last save
             return 0
         return process.returncode
 
     def finish(self, folder, *but):
-        """Continues a run to its end and compares, files `but` aside; returns what is wrong, or ''."""
+        """Resumes a run to its end and compares it, except for the files `but`; returns what is wrong, or ''."""
         process = self.start(folder)
         status = self.end(process)
         if status != 0:
-            return f'{folder}: continuing ended with {status}: {process.errors}'
+            return f'{folder}: the resumed run ended with {status}: {process.errors}'
         return self.compare(folder, *but)
 
     def compare(self, folder, *but):
+        """Compares a run folder with that of the uninterrupted run, except for the files `but`."""
         found = contents(folder)
         wrong = [name for name in {**found, **self.expected}
                  if found.get(name) != self.expected.get(name) and name not in but]
-        return f'{folder}: differs from the undisturbed run: {wrong}' if wrong else ''
+        return f'{folder}: differs from the uninterrupted run: {wrong}' if wrong else ''
 
 
 def contents(folder):
-    """What a run has left behind: {file: digest of what it holds, but for times}."""
+    """The contents of a run folder without times: {file: digest, or for metrics.jsonl the records}."""
     found = {}
     for path in Path(folder).iterdir():
-        if path.suffix == '.pdparams' and path.name != 'previous.pdparams':  # its moment depends on the stops
+        if path.suffix == '.pdparams' and path.name != 'previous.pdparams':  # its epoch varies
             state = read_checkpoint(path)
             state.pop('metrics_bytes', None)
             found[path.name] = digest(state)
@@ -152,12 +153,12 @@ def contents(folder):
             records = [json.loads(line) for line in path.read_text().splitlines()]
             found[path.name] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
         elif path.name not in ('log.txt', 'config.yaml', 'previous.pdparams'):
-            found[path.name] = 'is left over'
+            found[path.name] = 'unexpected'
     return found
 
 
 def digest(value):
-    """SHA-256 of nested dicts of arrays and plain values."""
+    """SHA-256 of nested dicts with arrays and plain values."""
     if isinstance(value, dict):
         text = repr([(key, digest(value[key])) for key in sorted(value)]).encode()
     elif isinstance(value, np.ndarray):
@@ -168,7 +169,7 @@ def digest(value):
 
 
 def wait_for_steps(process, steps, seconds):
-    """Waits until a run has done some steps and for some seconds more, or has ended."""
+    """Waits until a run has done `steps` steps, and then for `seconds`, or until it has ended."""
     deadline = time.monotonic() + SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         if sum(' step ' in line for line in process.lines) >= steps:
@@ -181,16 +182,17 @@ def wait_for_steps(process, steps, seconds):
 
 
 def children(process):
-    """Process ids of the ranks of a run, or of the workers of its loader."""
+    """Process ids of the ranks of a run, or of its DataLoader workers."""
     command = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)]
     listing = subprocess.run(command, capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in listing.splitlines() if 'resource_tracker' not in line]
 
 
 def kills(fleet, count, rng):
-    """kill -9 at random moments, in training or while it starts: of the whole run, or of one process of it.
+    """Kills a whole run, or one of its processes, at random moments while it starts or trains.
 
-    The one is the main process, a rank or a worker that loads data; the others must end within 60 seconds, saying why.
+    The one is the main process, a rank or a DataLoader worker. When it is a child, the others must end within 60
+    seconds and report the reason.
     """
     failures, done = [], 0
     folder = fleet.new()
@@ -200,7 +202,7 @@ def kills(fleet, count, rng):
             wait_for_steps(process, 0, rng.uniform(0, 4))
         else:
             wait_for_steps(process, rng.randint(1, 9), rng.uniform(0, 0.2))
-        if process.poll() is not None:  # over before its moment came
+        if process.poll() is not None:  # the run ended before the moment of the kill
             status = fleet.end(process)
             failures.append(f'{folder}: ended with {status}: {process.errors}' if status else fleet.compare(folder))
             folder = fleet.new()
@@ -213,7 +215,7 @@ def kills(fleet, count, rng):
                 os.kill(rng.choice(pids), signal.SIGKILL)
             else:
                 os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it was ending by itself
+        except ProcessLookupError:  # the process was ending by itself
             pass
         status = fleet.end(process)
         done += 1
@@ -226,7 +228,7 @@ def kills(fleet, count, rng):
 
 
 def kills_inside_saves(fleet, count, rng):
-    """SIGKILL at random operations of the disk while a checkpoint, the settings or the metrics are written."""
+    """Kills a run at random disk operations, while it writes a checkpoint, the settings or the metrics."""
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
@@ -244,7 +246,7 @@ def kills_inside_saves(fleet, count, rng):
 
 
 def disk_errors(fleet, count, rng):
-    """Errors of the disk at random operations: the run goes on, or ends in one line and is continued."""
+    """Injects disk errors at random operations: the run continues, or ends with one line and can be resumed."""
     failures, done = [], 0
     while done < count:
         folder, kind = fleet.new(), rng.choice(['ENOSPC', 'EIO', 'EROFS', 'short', 'lost'])
@@ -255,11 +257,11 @@ def disk_errors(fleet, count, rng):
             operations = dict(enumerate(Path(log.name).read_text().splitlines(), 1))
         hit = [operations[point] for point in points if point in operations]
         done += len(hit)
-        said = any('not saved' in line or 'a line is lost' in line for line in process.lines)
-        if kind == 'lost':  # only of writes of checkpoints
+        reported = any('not saved' in line or 'a line is lost' in line for line in process.lines)
+        if kind == 'lost':  # affects only writes of checkpoints
             hit = [name for name in hit if re.match(r'write .*\.pdparams\.', name)]
-        if status == 0 and hit and kind != 'short' and not said:
-            failures.append(f'{folder}: {kind} at {points} was not said')
+        if status == 0 and hit and kind != 'short' and not reported:
+            failures.append(f'{folder}: {kind} at {points} was not reported')
         if 'Traceback' in process.errors or process.errors.count('\n') > 1 or status not in (0, 1, 2):
             failures.append(f'{folder}: {kind} at {points} ended with {status}: {process.errors}')
         elif list(folder.glob('.*')):
@@ -272,7 +274,7 @@ def disk_errors(fleet, count, rng):
 
 
 def signals(fleet, count, rng):
-    """SIGTERM or SIGINT at random moments: the run saves and ends with 143 or 130 within 30 seconds."""
+    """Sends SIGTERM or SIGINT at random moments: the run saves and ends with 143 or 130 within 30 seconds."""
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
@@ -282,16 +284,16 @@ def signals(fleet, count, rng):
         else:
             wait_for_steps(process, rng.randint(1, 9), rng.uniform(0, 0.2))
         number = rng.choice([signal.SIGTERM, signal.SIGINT])
-        asked = time.monotonic()
+        sent = time.monotonic()
         process.send_signal(number)
         status = fleet.end(process)
-        if status == 0:  # it came after the end
+        if status == 0:  # the signal came after the end
             failures.append(fleet.compare(folder))
             folder = fleet.new()
             continue
         done += 1
-        if status != 128 + number or time.monotonic() - asked > 30 or process.errors.count('\n') > 1:
-            failures.append(f'{folder}: {number.name} ended with {status} after {time.monotonic() - asked:.0f} s: '
+        if status != 128 + number or time.monotonic() - sent > 30 or process.errors.count('\n') > 1:
+            failures.append(f'{folder}: {number.name} ended with {status} after {time.monotonic() - sent:.0f} s: '
                             f'{process.errors}')
     failures.append(fleet.finish(folder))
     return done, [f for f in failures if f]
@@ -309,9 +311,9 @@ CAMPAIGNS = {  # name: (function, processes, points)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('-scale', type=float, default=1.0, help='share of the points of each campaign')
+    parser.add_argument('-scale', type=float, default=1.0, help='fraction of the points of each campaign')
     parser.add_argument('-seed', type=int, default=0)
-    parser.add_argument('campaigns', nargs='*', metavar='CAMPAIGN', help=f'out of: {", ".join(CAMPAIGNS)}')
+    parser.add_argument('campaigns', nargs='*', metavar='CAMPAIGN', help=f'one or more of: {", ".join(CAMPAIGNS)}')
     args = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The campaigns of faults.py in short, and what a damaged checkpoint, a lost worker and a changed command do."""
+"""Short campaigns of faults.py, and runs with a corrupt checkpoint, a killed worker or changed settings."""
 import contextlib
 import json
 import os
@@ -25,7 +25,7 @@ def fleets(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def stopped(fleets):
-    """Makes folders of runs of one process that were killed inside a save of their second epoch."""
+    """A function that kills a run of one process inside a save of its second epoch and returns its folder."""
 
     def make(folder=None, *flags):
         fleet = fleets[1]
@@ -43,7 +43,7 @@ SHORT = {'kill -9, one process': 2, 'kill -9, two processes': 1, 'kill -9 inside
 
 
 @pytest.mark.parametrize('name', CAMPAIGNS)
-def test_a_disturbed_run_ends_like_an_undisturbed_one(fleets, pytestconfig, name):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(fleets, pytestconfig, name):
     function, processes, points = CAMPAIGNS[name]
     count = points if pytestconfig.getoption('--long') else SHORT[name]
     done, failures = function(fleets[processes], count, random.Random(1))
@@ -60,7 +60,7 @@ def flip(path):
     (flip, 'do not match its SHA-256'),
     (lambda path: path.write_bytes(path.read_bytes()[:-50]), 'truncated'),
     (Path.unlink, 'no last.pdparams')])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(fleets, stopped, damage, words):
+def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_is_used(fleets, stopped, damage, words):
     folder = stopped()
     damage(folder / 'last.pdparams')
     process = fleets[1].start(folder)
@@ -80,19 +80,19 @@ def test_a_run_without_any_whole_checkpoint_is_refused_in_one_line(fleets, stopp
 
 def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_settings(fleets, stopped):
     fleet = fleets[1]
-    output = fleet.folder / 'output'  # where runs go without -output
+    output = fleet.folder / 'output'  # the place of runs without -output
     stopped('', '-resume=auto')
     run, = output.iterdir()
-    stopped('', '-resume=auto', '-opts', 'SEED', '7')  # other settings: another run
+    stopped('', '-resume=auto', '-opts', 'SEED', '7')  # with other settings, it starts another run
     other, = set(output.iterdir()) - {run}
-    for _ in range(2):  # continues; then that is over, and yet another run begins
+    for _ in range(2):  # the first resumes the run; as it is then complete, the second starts a new one
         process = fleet.start('', '-resume=auto')
         assert fleet.end(process) == 0, process.errors
     third, = set(output.iterdir()) - {run, other}
     assert fleet.compare(run) == fleet.compare(third) == ''
 
 
-def test_two_processes_never_work_at_the_same_run(fleets, stopped):
+def test_a_run_in_progress_cannot_be_resumed(fleets, stopped):
     folder = stopped()
     first = fleets[1].start(folder)
     wait_for_steps(first, 1, 0)
@@ -106,7 +106,7 @@ def test_two_processes_never_work_at_the_same_run(fleets, stopped):
     assert fleets[1].end(first) == 0 and fleets[1].compare(folder) == ''
 
 
-def test_another_number_of_processes_with_the_same_global_batch_goes_on_at_the_same_step(fleets, stopped):
+def test_another_number_of_processes_with_the_same_global_batch_continues_at_the_same_step(fleets, stopped):
     folder = stopped()
     command = [sys.executable, str(Path(__file__).parents[2] / 'main_multi_gpu.py'), f'-cfg={fleets[1].settings}',
                f'-data_path={fleets[1].folder}/data', f'-output={folder}', '-device=cpu', '-nprocs=2', '-accum_iter=1',
@@ -114,19 +114,19 @@ def test_another_number_of_processes_with_the_same_global_batch_goes_on_at_the_s
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     resumed = re.search(r'resumed from \S+ 1 epochs, \d+ steps, (\d) of them in epoch 2', done.stdout)
-    assert 'trained by 1 processes so far, by 2 from here on' in done.stdout
+    assert 'trained by 1 processes so far, by 2 from now on' in done.stdout
     steps = re.findall(r'epoch 2 step (\d)/8', done.stdout)  # 17 batches of 2 make 9 steps, 8 of 4 make 8
     assert steps == [str(step) for step in range(int(resumed[1]) + 1, 9)]
     assert json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])['epoch'] == 4
 
 
-def test_a_worker_of_the_loader_that_dies_ends_every_rank(fleets):
+def test_when_a_dataloader_worker_dies_every_rank_ends(fleets):
     fleet = fleets[2]
     process = fleet.start(fleet.new(), '-num_workers=1', '-opts', 'TRAIN.NUM_EPOCHS', '1000')
     wait_for_steps(process, 3, 0)
     rank = children(process)[0]
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:  # one that has done its work is not missed
+    while process.poll() is None and time.monotonic() < deadline:  # finished workers are not missed
         for worker in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(rank)], capture_output=True,
                                      text=True).stdout.split():
             with contextlib.suppress(ProcessLookupError):
@@ -136,16 +136,15 @@ def test_a_worker_of_the_loader_that_dies_ends_every_rank(fleets):
     assert 'a DataLoader worker exited with status -9' in process.errors
 
 
-def test_a_second_signal_ends_at_once(fleets, stopped):
+def test_a_second_signal_ends_the_run_at_once(fleets, stopped):
     process = fleets[1].start(stopped())
     wait_for_steps(process, 1, 0)
-    for _ in range(50):  # the first may still be at its step
+    for _ in range(50):  # the first one may still be waiting for the end of a step
         process.send_signal(signal.SIGTERM)
     assert fleets[1].end(process) == 143
 
 
-def test_the_undisturbed_run_is_what_it_is_compared_for(fleets):
-    """The comparison sees a single bit, a missing line and a file too many."""
+def test_the_uninterrupted_run_leaves_the_expected_files_and_the_comparison_notices_another(fleets):
     fleet = fleets[1]
     folder = fleet.folder / 'run1'
     assert fleet.compare(folder) == ''
@@ -156,6 +155,6 @@ def test_the_undisturbed_run_is_what_it_is_compared_for(fleets):
     for record in found['metrics.jsonl']:
         if 'acc1' in record:
             accuracy[record['epoch']] = max(record['acc1'], accuracy[record['epoch']])
-    # of the numbered ones the latest stays, and the more accurate of the two that were evaluated
+    # of the numbered checkpoints, the latest is kept and the more accurate of the two that were evaluated
     numbered = {'epoch_0004.pdparams', 'epoch_0002.pdparams' if accuracy[2] > accuracy[4] else 'epoch_0004.pdparams'}
     assert set(found) == {'last.pdparams', 'best.pdparams', 'best_ema.pdparams', 'metrics.jsonl'} | numbered

@@ -1,5 +1,6 @@
-// The kernels over a table of shapes, in buffers of exactly the tensors' size, against plain loops in double precision.
-// Built by the tests with and without sanitizers and for several instruction sets. Exits with 1 on a wrong value.
+// Runs the kernels over a table of shapes, in buffers of exactly the tensors' size, and compares them with plain loops
+// in double precision. The tests build it with and without sanitizers and for several instruction sets. Exits with 1 on
+// a wrong value.
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -9,21 +10,23 @@
 #include <thread>
 #include <vector>
 
-static bool large_cache;  // what depends on the size of the cache is run for either size
-#define DW_LARGE_CACHE large_cache
+static bool large_cache;  // code that depends on the size of the cache runs for both sizes
+#define LK_LARGE_L1 large_cache
 
-#include "dense.h"
+#include "batch_norm.h"
+#include "conv_gemm.h"
 #include "depthwise.h"
-#include "norm.h"
 
-using dwconv::Map;
-using dwconv::Shape;
+using large_kernel::FeatureMap;
+using large_kernel::Shape;
 
 namespace {
 
 struct Buffer {
-  // aligned as Paddle's tensors are
-  explicit Buffer(std::size_t n) : size(n), data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
+  // aligned like Paddle's tensors
+  explicit Buffer(std::size_t n)
+      : size(n),
+        data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
     std::fill_n(data.get(), n, 0.f);
   }
   struct Delete {
@@ -38,20 +41,25 @@ struct Buffer {
   }
 };
 
-// A map in a buffer of exactly its size.
-struct Held {
+// A feature map in a buffer of exactly its size.
+struct MapBuffer {
   Buffer buffer;
   int batch, channels;
   std::size_t pixels;
   bool blocked;
 
-  Held(int batch, int channels, std::size_t pixels, bool blocked)
-      : buffer(batch * channels * pixels), batch(batch), channels(channels), pixels(pixels), blocked(blocked) {}
-  // the same values, in the other layout if need be
-  Held(const Held& other, bool blocked) : Held(other.batch, other.channels, other.pixels, blocked) {
+  MapBuffer(int batch, int channels, std::size_t pixels, bool blocked)
+      : buffer(batch * channels * pixels),
+        batch(batch),
+        channels(channels),
+        pixels(pixels),
+        blocked(blocked) {}
+  // the same values, converted to the other layout if necessary
+  MapBuffer(const MapBuffer& other, bool blocked) : MapBuffer(other.batch, other.channels, other.pixels, blocked) {
     for (int image = 0; image < batch; image++) {
       for (int c = 0; c < channels; c++) {
-        for (std::size_t p = 0; p < pixels; p++) buffer.data[index(image, c, p)] = other.buffer.data[other.index(image, c, p)];
+        for (std::size_t p = 0; p < pixels; p++)
+          buffer.data[index(image, c, p)] = other.buffer.data[other.index(image, c, p)];
       }
     }
   }
@@ -59,8 +67,8 @@ struct Held {
     return blocked ? ((std::size_t)image * channels + c / 16 * 16) * pixels + p * 16 + c % 16
                    : ((std::size_t)image * channels + c) * pixels + p;
   }
-  Map<const float> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
-  Map<float> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  FeatureMap<const float> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+  FeatureMap<float> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
 };
 
 struct Reference {
@@ -69,21 +77,22 @@ struct Reference {
   void add(std::size_t i, double product) { sum[i] += product, magnitude[i] += std::fabs(product); }
 };
 
-// Worst error in units of float32's epsilon times the sum of magnitudes.
+// The worst error, in units of float32's epsilon times the sum of magnitudes.
 double worst(const Buffer& got, const Reference& want) {
   double result = 0;
   for (std::size_t i = 0; i < got.size; i++) {
     const double error = std::fabs(got.data[i] - want.sum[i]);
-    if (!(error <= 1e-30)) result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
+    if (!(error <= 1e-30))
+      result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
   }
   return result / std::ldexp(1.0, -23);
 }
 
-// With `offset`, x and dy are that much off zero, so that sums grow with the number of terms.
+// `offset` is added to x and dy, so that sums grow with the number of terms.
 bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
   const std::size_t planes = (std::size_t)s.batch * s.channels, area = (std::size_t)s.kernel * s.kernel;
-  Held map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
+  MapBuffer map(s.batch, s.channels, in, false), result(s.batch, s.channels, out, false);
   Buffer &x = map.buffer, &y = result.buffer;
   Buffer weight(s.channels * area), bias(s.channels), dy(planes * out);
   Buffer dx(planes * in), dweight(s.channels * area), dbias(s.channels);
@@ -93,8 +102,9 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
   }
   std::vector<float> shift(s.channels);
   for (int c = 0; c < s.channels; c++) shift[c] = bias.at(c);
-  dwconv::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
-  dwconv::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(), dbias.data.get());
+  large_kernel::forward(map.in(), weight.data.get(), {nullptr, shift.data()}, s, result.out());
+  large_kernel::backward(x.data.get(), weight.data.get(), dy.data.get(), s, dx.data.get(), dweight.data.get(),
+                         dbias.data.get());
 
   Reference ry(y.size), rdx(dx.size), rdweight(dweight.size), rdbias(dbias.size);
   for (std::size_t plane = 0; plane < planes; plane++) {
@@ -103,7 +113,7 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
       ry.add(plane * out + i, bias.at(c));
       rdbias.add(c, dy.at(plane * out + i));
     }
-    dwconv::for_each_tap(s, [&](std::size_t o, std::size_t i, std::size_t tap) {
+    large_kernel::for_each_tap(s, [&](std::size_t o, std::size_t i, std::size_t tap) {
       o += plane * out, i += plane * in, tap += c * area;
       ry.add(o, x.at(i) * weight.at(tap));
       rdx.add(i, dy.at(o) * weight.at(tap));
@@ -119,10 +129,10 @@ bool run(const Shape& s, std::mt19937& random, float offset = 0) {
     }
   }
   for (int layouts = 1; layouts < 4 && s.channels % 16 == 0; layouts++) {
-    const Held from(map, layouts & 1);
-    Held to(s.batch, s.channels, out, layouts & 2);
-    dwconv::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
-    const double error = worst(Held(to, false).buffer, ry);
+    const MapBuffer from(map, layouts & 1);
+    MapBuffer to(s.batch, s.channels, out, layouts & 2);
+    large_kernel::forward(from.in(), weight.data.get(), {nullptr, shift.data()}, s, to.out());
+    const double error = worst(MapBuffer(to, false).buffer, ry);
     if (error > 8) {
       std::printf("[%d, %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
                   s.stride, layouts, error);
@@ -136,7 +146,7 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
   const int area = s.kernel * s.kernel, terms = s.channels * area;
   const bool pointwise = area == 1 && s.stride == 1;
   const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
-  Held x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
+  MapBuffer x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
   Buffer weight((std::size_t)out_channels * terms);
   Buffer in_scale(s.channels), in_shift(s.channels), scale(out_channels), shift(out_channels);
   x.buffer.draw(random), weight.draw(random), added.buffer.draw(random);
@@ -146,9 +156,9 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
     if ((from_blocks && s.channels % 16) || ((to_blocks || packed) && out_channels % 16) || (norm && !pointwise)) {
       continue;
     }
-    const Held from(x, from_blocks), residual(added, to_blocks);
-    Held to(s.batch, out_channels, out, to_blocks);
-    const dwconv::Epilogue epilogue = {scale.data.get(), shift.data.get()};
+    const MapBuffer from(x, from_blocks), residual(added, to_blocks);
+    MapBuffer to(s.batch, out_channels, out, to_blocks);
+    const large_kernel::Epilogue epilogue = {scale.data.get(), shift.data.get()};
     const float *a = norm ? in_scale.data.get() : nullptr, *b = norm ? in_shift.data.get() : nullptr;
     if (packed) {
       Buffer blocks(weight.size);
@@ -156,19 +166,23 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
         const std::size_t o = i / terms, k = i % terms;
         blocks.data[(o / 16 * terms + k) * 16 + o % 16] = weight.at(i);
       }
-      dwconv::dense(from.in(), dwconv::Packed{blocks.data.get()}, a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      large_kernel::conv_gemm(from.in(), large_kernel::PackedWeights{blocks.data.get()}, a, b, epilogue,
+                              residual.buffer.data.get(), s, to.out());
     } else {
-      dwconv::dense(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue, residual.buffer.data.get(), s, to.out());
+      large_kernel::conv_gemm(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue,
+                              residual.buffer.data.get(), s, to.out());
     }
     Reference want(to.buffer.size);
     for (int image = 0; image < s.batch; image++) {
       for (int o = 0; o < out_channels; o++) {
         for (std::size_t p = 0; p < out; p++) {
-          want.add(to.index(image, o, p), shift.at(o)), want.add(to.index(image, o, p), added.buffer.at(added.index(image, o, p)));
+          want.add(to.index(image, o, p), shift.at(o)),
+              want.add(to.index(image, o, p), added.buffer.at(added.index(image, o, p)));
         }
         for (int k = 0; k < s.channels; k++) {
-          dwconv::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
-            const double w = weight.at((std::size_t)o * terms + k * area + tap) * scale.at(o), v = x.buffer.at(x.index(image, k, i));
+          large_kernel::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
+            const double w = weight.at((std::size_t)o * terms + k * area + tap) * scale.at(o),
+                         v = x.buffer.at(x.index(image, k, i));
             want.add(to.index(image, o, p), w * v * (norm ? in_scale.at(k) : 1));
             if (norm) want.add(to.index(image, o, p), w * in_shift.at(k));
           });
@@ -177,8 +191,8 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
     }
     const double error = worst(to.buffer, want);
     if (error > 8) {
-      std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels, s.height,
-                  s.width, s.kernel, s.stride, layouts, error);
+      std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels,
+                  s.height, s.width, s.kernel, s.stride, layouts, error);
       return false;
     }
   }
@@ -186,18 +200,18 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
 }
 
 // activation(v) and its derivative.
-double activated(dwconv::Activation a, double v) {
-  if (a == dwconv::Activation::kRelu) return std::max(v, 0.);
-  return a == dwconv::Activation::kGelu ? v * 0.5 * std::erfc(-v * std::sqrt(0.5)) : v;
+double activated(large_kernel::Activation a, double v) {
+  if (a == large_kernel::Activation::kRelu) return std::max(v, 0.);
+  return a == large_kernel::Activation::kGelu ? v * 0.5 * std::erfc(-v * std::sqrt(0.5)) : v;
 }
 
-double slope(dwconv::Activation a, double v) {
-  if (a == dwconv::Activation::kRelu) return v > 0;
-  if (a == dwconv::Activation::kNone) return 1;
+double slope(large_kernel::Activation a, double v) {
+  if (a == large_kernel::Activation::kRelu) return v > 0;
+  if (a == large_kernel::Activation::kNone) return 1;
   return 0.5 * std::erfc(-v * std::sqrt(0.5)) + v * std::exp(-v * v / 2) / std::sqrt(2 * M_PI);
 }
 
-bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt19937& random) {
+bool run_norm(const large_kernel::BatchNormShape& s, large_kernel::Activation activation, std::mt19937& random) {
   const std::size_t size = (std::size_t)s.batch * s.channels * s.pixels;
   Buffer x(size), dy(size), y(size), dx(size), weight(s.channels), bias(s.channels), mean(s.channels);
   Buffer variance(s.channels), dweight(s.channels), dbias(s.channels);
@@ -206,10 +220,12 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
   const float epsilon = 1e-5f;
   Buffer running_mean(s.channels), running_variance(s.channels);
   std::fill_n(running_mean.data.get(), s.channels, 0.f), std::fill_n(running_variance.data.get(), s.channels, 0.f);
-  dwconv::norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s, y.data.get(), mean.data.get(),
-                       variance.data.get(), 0, running_mean.data.get(), running_variance.data.get());
-  dwconv::norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(), variance.data.get(), dy.data.get(),
-                        epsilon, activation, s, dx.data.get(), dweight.data.get(), dbias.data.get());
+  large_kernel::batch_norm_forward(x.data.get(), weight.data.get(), bias.data.get(), epsilon, activation, s,
+                                   y.data.get(), mean.data.get(), variance.data.get(), 0, running_mean.data.get(),
+                                   running_variance.data.get());
+  large_kernel::batch_norm_backward(x.data.get(), weight.data.get(), bias.data.get(), mean.data.get(),
+                                    variance.data.get(), dy.data.get(), epsilon, activation, s, dx.data.get(),
+                                    dweight.data.get(), dbias.data.get());
   Reference ry(size), rdx(size), rmean(s.channels), rvariance(s.channels), rdweight(s.channels), rdbias(s.channels);
   auto each = [&](int c, auto f) {
     for (int image = 0; image < s.batch; image++) {
@@ -224,9 +240,9 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
     const double inverse = 1 / std::sqrt(rvariance.sum[c] + epsilon), scale = weight.at(c) * inverse;
     double size_g = 0, size_gd = 0;
     auto inner = [&](std::size_t i) { return scale * (x.at(i) - m) + bias.at(c); };
-    // how much rounding of what the activation acts on, and of its derivative, may move the gradient in front of it
+    // how much rounding of the activation's input and derivative may change the gradient of that input
     auto moved = [&](std::size_t i) {
-      const bool at_step = activation == dwconv::Activation::kRelu && std::fabs(inner(i)) < 1e-5;
+      const bool at_step = activation == large_kernel::Activation::kRelu && std::fabs(inner(i)) < 1e-5;
       return std::fabs(dy.at(i)) * (1 + std::fabs(scale) * (std::fabs(x.at(i)) + std::fabs(m)) + (at_step ? 1e9 : 0));
     };
     each(c, [&](std::size_t i) {
@@ -240,25 +256,33 @@ bool run_norm(const dwconv::NormShape& s, dwconv::Activation activation, std::mt
     each(c, [&](std::size_t i) {
       const double g = dy.at(i) * slope(activation, inner(i)), d = (x.at(i) - m) * inverse;
       rdx.sum[i] = scale * (g - rdbias.sum[c] / s.count() - d * rdweight.sum[c] / s.count());
-      rdx.magnitude[i] = std::fabs(scale) * (moved(i) + size_g / s.count() + (std::fabs(d) + std::fabs(m) * inverse * 0.5) * size_gd / s.count());
+      rdx.magnitude[i] = std::fabs(scale) * (moved(i) + size_g / s.count() +
+                                             (std::fabs(d) + std::fabs(m) * inverse * 0.5) * size_gd / s.count());
     });
   }
-  const double errors[] = {worst(y, ry), worst(mean, rmean), worst(variance, rvariance), worst(dx, rdx),
-                           worst(running_mean, rmean), worst(running_variance, rvariance), worst(dweight, rdweight), worst(dbias, rdbias)};
+  const double errors[] = {worst(y, ry),
+                           worst(mean, rmean),
+                           worst(variance, rvariance),
+                           worst(dx, rdx),
+                           worst(running_mean, rmean),
+                           worst(running_variance, rvariance),
+                           worst(dweight, rdweight),
+                           worst(dbias, rdbias)};
   for (double error : errors) {
     if (error > 8) {
-      std::printf("norm [%d, %d, %td], activation %d: error %g\n", s.batch, s.channels, s.pixels, (int)activation, error);
+      std::printf("norm [%d, %d, %td], activation %d: error %g\n", s.batch, s.channels, s.pixels, (int)activation,
+                  error);
       return false;
     }
   }
   return true;
 }
 
-// Whether every task is done once, by one chunk that begins where chunks do, with some threads slower than others.
+// Whether each task runs exactly once, in chunks of at most `chunk` tasks, if some threads are slower than others.
 bool run_shared(int count, int chunk, int threads, int present) {
   const int most = omp_get_max_threads();
   omp_set_num_threads(threads);
-  dwconv::SharedTasks tasks(count, chunk);
+  large_kernel::WorkStealingTasks tasks(count, chunk);
   std::vector<int> done(count);
   bool good = true;
 #pragma omp parallel num_threads(present)
@@ -271,11 +295,13 @@ bool run_shared(int count, int chunk, int threads, int present) {
   });
   omp_set_num_threads(most);
   for (int times : done) good = good && times == 1;
-  if (!good) std::printf("%d tasks, at most %d at a time, for %d threads, %d present: not each once\n", count, chunk, threads, present);
+  if (!good)
+    std::printf("%d tasks, at most %d at a time, for %d threads, %d present: not each once\n", count, chunk, threads,
+                present);
   return good;
 }
 
-// Runs the table and returns how many cases failed; `shapes` of each kernel and stride.
+// Runs the table and returns the number of failed cases; `shapes` of each kernel and stride.
 int run_all(int shapes) {
   std::mt19937 random(1 + large_cache);
   const int channels[] = {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 48}, kernels[] = {1, 3, 5, 7, 9, 13, 21, 31, 63};
@@ -285,8 +311,9 @@ int run_all(int shapes) {
     for (int stride = 1; stride <= 2; stride++) {
       for (int i = 0; i < shapes; i++, count++) {
         const int limit = kernel > 13 ? 24 : 40;
-        const Shape s = {1 + pick(3), channels[pick(12)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit),
-                         kernel, stride};
+        const Shape s = {
+            1 + pick(3), channels[pick(12)], i == 0 ? 1 : 1 + pick(limit), i == 1 ? 1 : 1 + pick(limit), kernel,
+            stride};
         bad += !run(s, random);
       }
     }
@@ -294,22 +321,27 @@ int run_all(int shapes) {
   for (const Shape& s : {Shape{1, 16, 56, 56, 31, 1}, Shape{2, 20, 28, 28, 29, 1}, Shape{1, 3, 112, 112, 3, 2},
                          Shape{1, 16, 90, 97, 3, 1}, Shape{1, 32, 151, 64, 5, 2}, Shape{1, 48, 22, 13, 31, 1},
                          Shape{1, 32, 26, 26, 63, 1}, Shape{1, 16, 27, 21, 51, 1},
-                         // rows as frequencies, in several strips or tiles
+                         // DFT along the rows, in several strips or tiles
                          Shape{1, 3, 150, 37, 31, 1}, Shape{2, 5, 17, 131, 21, 1}, Shape{1, 1, 20, 45, 63, 1},
                          Shape{1, 17, 21, 50, 63, 1}}) {
     bad += !run(s, random), count++;
   }
-  // kernels that reach from (nearly) every pixel of a small map to every other
+  // kernels that (nearly) cover a small map
   for (int i = 0; i < 12 * shapes; i++, count++) {
     const int most = i % 2 ? 8 : 16, height = 5 + pick(most - 4), width = (i % 2 ? 1 : 5) + pick(most - 4);
     const int longest = std::max(height, width), misses = i % 4 == 2 ? pick(longest / 2) : 0;
-    const Shape s = {1 + pick(i % 4 == 1 ? 34 : 6), channels[pick(12)], height, width,
-                     std::max(7, 2 * (longest - misses + (misses ? 0 : pick(3))) - 1), 1};
+    const Shape s = {1 + pick(i % 4 == 1 ? 34 : 6),
+                     channels[pick(12)],
+                     height,
+                     width,
+                     std::max(7, 2 * (longest - misses + (misses ? 0 : pick(3))) - 1),
+                     1};
     bad += !run(s, random);
   }
-  // the same, whose planes are computed in pairs, of images or of channels
-  for (const Shape& s : {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
-                         Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}, Shape{7, 3, 5, 5, 9, 1}}) {
+  // the same, with planes computed in pairs of images or of channels
+  for (const Shape& s :
+       {Shape{1, 1, 7, 7, 13, 1}, Shape{2, 1, 7, 7, 13, 1}, Shape{5, 1, 6, 5, 13, 1}, Shape{1, 2, 5, 4, 9, 1},
+        Shape{1, 15, 7, 7, 15, 1}, Shape{3, 4, 7, 7, 13, 1}, Shape{4, 3, 8, 8, 15, 1}, Shape{7, 3, 5, 5, 9, 1}}) {
     bad += !run(s, random), count++;
   }
   // batches whose sums are much larger than their terms
@@ -317,7 +349,7 @@ int run_all(int shapes) {
                          Shape{64, 3, 14, 14, 3, 2}, Shape{24, 3, 28, 28, 5, 1}, Shape{24, 16, 28, 28, 5, 1}}) {
     bad += !run(s, random, 1), count++;
   }
-  // written past the caches, in bands of rows and in planes
+  // written with non-temporal stores, in bands of rows and whole planes
   for (const Shape& s : {Shape{2, 84, 112, 112, 3, 2}, Shape{1, 84, 161, 160, 3, 2}, Shape{2, 340, 56, 56, 3, 2}}) {
     bad += !run(s, random), count++;
   }
@@ -326,16 +358,21 @@ int run_all(int shapes) {
     const Shape s = {1 + pick(3), channels[pick(12)], 1 + pick(9), 10 + pick(40), 3, 1 + pick(2)};
     bad += !run(s, random);
   }
-  // several parts of a map, one map for several threads, small maps together, windows
-  for (const Shape& s : {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
+  // several parts of a map, one map shared by several threads, groups of small maps, windows
+  for (const Shape& s :
+       {Shape{1, 32, 20, 41, 1, 1}, Shape{1, 16, 14, 14, 1, 1}, Shape{3, 48, 7, 7, 1, 1}, Shape{2, 3, 25, 31, 3, 2}}) {
     bad += !run_dense(s, 48, random), count++;
   }
   const int depths[] = {1, 3, 8, 16, 17, 70, 256, 511, 512, 513, 1040}, widths[] = {1, 16, 37, 48, 96, 112};
   for (int depth : depths) {
     for (int i = 0; i < shapes; i++, count++) {
       const bool window = depth < 70 && i % 2;
-      const Shape s = {1 + pick(3), depth, i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8), i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
-                       window ? 3 : 1, window ? 1 + pick(2) : 1};
+      const Shape s = {1 + pick(3),
+                       depth,
+                       i == 0 ? 1 : 1 + pick(i == 2 ? 40 : 8),
+                       i == 1 ? 1 : 1 + pick(i == 2 ? 20 : 8),
+                       window ? 3 : 1,
+                       window ? 1 + pick(2) : 1};
       bad += !run_dense(s, widths[pick(6)], random);
     }
   }
@@ -345,9 +382,11 @@ int run_all(int shapes) {
     }
   }
   for (int i = 0; i < 9 * shapes; i++, count++) {
-    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)}, (dwconv::Activation)(i % 3), random);
+    bad += !run_norm({1 + pick(4), channels[pick(12)], i < 3 ? 2 + i : 1 + pick(i % 2 ? 80 : 5000)},
+                     (large_kernel::Activation)(i % 3), random);
   }
-  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, dwconv::kLanes, large_cache ? "large" : "small");
+  std::printf("%d shapes, %d failures, %d lanes, %s cache\n", count, bad, large_kernel::kLanes,
+              large_cache ? "large" : "small");
   return bad;
 }
 

@@ -1,10 +1,11 @@
-"""Faults of the disk in a process that has this folder on its PYTHONPATH.
+"""Injects disk faults into a process that has this folder on its PYTHONPATH.
 
-    DISK_FAULT=KIND:N[,N...]    at the N-th operations on files that are being saved, counted from 1 in this process
+    DISK_FAULT=KIND:N[,N...]    the N-th disk operations of the process fail, counted from 1
 
-Operations are writes, fsync and renames of temporary files (`files.atomic_file`), and writes to metrics.jsonl. KIND:
-`kill` (half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (half is written, and said so), `lost` (of a
-checkpoint half is written, all said to be). DISK_FAULT_LOG names a file that gets a line for every operation.
+Operations are writes, fsync and renames of temporary files (`atomic_file.atomic_file`), and writes to metrics.jsonl.
+KIND is `kill` (half a write, then SIGKILL), `ENOSPC`, `EIO`, `EROFS`, `short` (a write of half the bytes that returns
+their number) or `lost` (a write of half the bytes of a checkpoint that reports all as written). DISK_FAULT_LOG names a
+file to which every operation adds a line.
 """
 import builtins
 import errno
@@ -18,7 +19,7 @@ _done = 0
 
 
 def _next(name):
-    """Counts an operation; the kind of fault that it has, or None."""
+    """Counts an operation; returns the kind of fault to inject into it, or None."""
     global _done
     _done += 1
     if 'DISK_FAULT_LOG' in os.environ:

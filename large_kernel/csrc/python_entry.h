@@ -1,6 +1,6 @@
-// What Python needs to call the depthwise operator at once: one question that all checks come down to, and for calls that want no
-// gradients the operator itself. Paddle's way to a custom operator takes 10 us, and 40 to 70 where a large map has driven its code
-// out of the caches; this one 3 and 6.
+// A direct entry from Python to the depthwise operator, which bypasses Paddle's dispatch of custom operators: a check
+// that covers all arguments in one call, and for calls without gradients the operator itself. Paddle's dispatch takes
+// longer than a small layer, above all after a large map has evicted its code from the caches.
 #pragma once
 #if __has_include(<Python.h>)
 #include <cstdlib>
@@ -10,24 +10,25 @@
 #include "paddle/utils/pybind.h"
 
 namespace paddle::pybind {
-// Weak, so that the operators can still be loaded where a Paddle does not export these.
+// Weak, so that the operators can still be loaded if a Paddle does not export these.
 __attribute__((weak)) bool PyCheckTensor(PyObject*);
 __attribute__((weak)) Tensor& CastPyArg2Tensor(PyObject*, Py_ssize_t);
 __attribute__((weak)) PyObject* ToPyObject(const Tensor&, bool);
 }  // namespace paddle::pybind
 
-namespace direct {
+namespace python_entry {
 
 using paddle::Tensor;
 
-// Whether LARGE_KERNEL_CONV_IMPL leaves the choice to us; what else it may say is conv.py's concern. os.environ writes through.
+// Whether LARGE_KERNEL_CONV_IMPL permits the operator; conv.py handles its other values. os.environ writes through to
+// getenv.
 inline bool is_chosen() {
   const char* name = std::getenv("LARGE_KERNEL_CONV_IMPL");
   const std::string_view text = name ? name : "";
   return text.empty() || text == "auto" || text == "custom";
 }
 
-// Whether the values of a Python object are float32 in the memory of the CPU, one after another.
+// Whether a Python object is a contiguous float32 tensor on the CPU.
 inline bool is_plain(PyObject* object) {
   if (!paddle::pybind::PyCheckTensor(object)) return false;
   const Tensor& t = paddle::pybind::CastPyArg2Tensor(object, 0);
@@ -43,13 +44,14 @@ struct ReleasedGil {
 typedef Tensor Forward(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride);
 typedef bool Fits(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride);
 
-// x, weight, bias or None, stride. Copies: while the lock is released, another thread may give the objects other tensors.
+// x, weight, bias or None, stride. The tensors are copied because another thread may replace those of the Python
+// objects while the GIL is released.
 struct Arguments {
   Tensor x, weight, held_bias;
   const Tensor* bias = nullptr;
   int stride = 0;
 
-  // Whether the operator computes with them without a closer look, which conv.py takes.
+  // Whether the operator takes these arguments as they are. If not, conv.py checks them in detail.
   template <Fits fits>
   bool read(PyObject* const* from, Py_ssize_t count) {
     const bool has_bias = count == 4 && from[2] != Py_None;
@@ -68,14 +70,14 @@ struct Arguments {
   }
 };
 
-// serves(x, weight, bias, stride): whether `forward` and the operator itself compute with these.
+// serves(x, weight, bias, stride): whether `forward` and the operator take these arguments.
 template <Fits fits>
 PyObject* serves(PyObject*, PyObject* const* from, Py_ssize_t count) {
   Arguments a;
   return PyBool_FromLong(a.read<fits>(from, count));
 }
 
-// forward(x, weight, bias, stride): the result, which asks for no gradients, or None where it does not serve.
+// forward(x, weight, bias, stride): the result, with stop_gradient set, or None if `serves` would return False.
 template <Forward run, Fits fits>
 PyObject* forward(PyObject*, PyObject* const* from, Py_ssize_t count) {
   Arguments a;
@@ -102,10 +104,11 @@ PyObject* make_module() {
   }
   auto fast = [](auto* function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); };
   static PyMethodDef methods[] = {{"serves", fast(serves<fits>), METH_FASTCALL, nullptr},
-                                  {"forward", fast(forward<run, fits>), METH_FASTCALL, nullptr}, {}};
+                                  {"forward", fast(forward<run, fits>), METH_FASTCALL, nullptr},
+                                  {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "large_kernel_direct", nullptr, -1, methods};
   return PyModule_Create(&module);
 }
 
-}  // namespace direct
+}  // namespace python_entry
 #endif

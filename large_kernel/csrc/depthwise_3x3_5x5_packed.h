@@ -1,16 +1,28 @@
-// 5x5 kernels, 3x3 ones on narrow maps and either in blocks, stride 1 and 2, on all but very large planes: channels in vector
-// lanes, over whole packed planes with a border of zeros, which stay in the caches.
+// 3x3 and 5x5 kernels at stride 1 and 2 on packed planes: all NCHW16c maps, and in NCHW 5x5 kernels and 3x3 kernels on
+// narrow maps. Forward and backward. Channels map to SIMD lanes; planes are packed with a border of zeros and stay in
+// the caches.
+//
+//   0 0 0 0 0 0 0     each cell is a vector of kLanes channels
+//   0 p p p p p 0     forward: strips of rows, runs of 7 outputs in registers
+//   0 p p p p p 0     backward: whole planes
+//   0 0 0 0 0 0 0
 #pragma once
-#include "rows.h"
+#include <algorithm>
+#include <cstring>
+#include <numeric>
 
-namespace dwconv {
+#include "depthwise_scalar.h"
+#include "feature_map.h"
+#include "finite.h"
+
+namespace large_kernel {
 
 constexpr int kStripPixels = 4096;
-constexpr int kPackedRun = 7;  // outputs computed together: the network's maps are multiples of 7 wide
+constexpr int kPackedRun = 7;  // outputs of a run: the widths of the network's maps are multiples of 7
 
-// R outputs of a row: in points to the first output's window, whose taps are those of `taps`.
+// R outputs of a row. `in` points to the window of the first output; `taps` are the taps of this window.
 template <int KY, int KX, int S, int R>
-DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, Vec* out, int out_step) {
+LK_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const TapView& taps, Vec* out, int out_step) {
   Vec sum[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) sum[r] = Vec{};
@@ -29,9 +41,9 @@ DW_INLINE void packed_run(const Vec* in, std::ptrdiff_t pitch, const Taps& taps,
   for (int r = 0; r < R; r++) out[r * out_step] = sum[r];
 }
 
-// A row of `width` outputs, written `out_step` apart.
+// A row of `width` outputs, `out_step` apart.
 template <int KY, int KX, int S>
-void packed_row(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, int width, Vec* out, int out_step) {
+void packed_row(const Vec* in, std::ptrdiff_t pitch, const TapView& taps, int width, Vec* out, int out_step) {
   int x = 0;
   for (; x + kPackedRun <= width; x += kPackedRun) {
     packed_run<KY, KX, S, kPackedRun>(in + x * S, pitch, taps, out + x * out_step, out_step);
@@ -39,15 +51,17 @@ void packed_row(const Vec* in, std::ptrdiff_t pitch, const Taps& taps, int width
   for (; x < width; x++) packed_run<KY, KX, S, 1>(in + x * S, pitch, taps, out + x * out_step, out_step);
 }
 
-// One thread's planes of a block: bordered input, bordered output gradient, and one without a border.
+// One thread's planes of a block of channels: padded input, padded output gradient, and a plane without padding.
 struct PackedWorkspace {
   std::ptrdiff_t x_pitch, x_size, dy_pitch, dy_size;
   Scratch memory;
   Vec *x, *dy, *plane, *weight, *sum;
 
   explicit PackedWorkspace(const Shape& s)
-      : x_pitch(s.width + s.kernel), x_size(x_pitch * (s.height + s.kernel)),
-        dy_pitch(s.out_width() + 2 * s.kernel), dy_size(dy_pitch * (s.out_height() + 2 * s.kernel)),
+      : x_pitch(s.width + s.kernel),
+        x_size(x_pitch * (s.height + s.kernel)),
+        dy_pitch(s.out_width() + 2 * s.kernel),
+        dy_size(dy_pitch * (s.out_height() + 2 * s.kernel)),
         memory((x_size + dy_size + (std::ptrdiff_t)s.height * s.width + 2 * s.kernel * s.kernel) * kLanes) {
     x = memory.vectors();
     dy = x + x_size;
@@ -58,9 +72,10 @@ struct PackedWorkspace {
   }
 };
 
-// Rows [first, last) of x, zeros where it has none, with a border on both sides -> `to`, by way of `plane`.
-inline void read_bordered(const Map<const float>& x, int image, int channel, int lanes, int height, int width, int first,
-                          int last, Vec* plane, Vec* to, std::ptrdiff_t pitch, int border) {
+// Reads rows [first, last) of x into `to`, by way of `plane`, with a border on both sides; rows outside the map are
+// zeros.
+inline void read_bordered(const FeatureMap<const float>& x, int image, int channel, int lanes, int height, int width,
+                          int first, int last, Vec* plane, Vec* to, std::ptrdiff_t pitch, int border) {
   const int begin = std::max(first, 0), end = std::min(last, height);
   x.read(image, channel, lanes, (std::ptrdiff_t)begin * width, (end - begin) * width, plane);
   for (int y = first; y < last; y++, to += pitch) {
@@ -72,12 +87,8 @@ inline void read_bordered(const Map<const float>& x, int image, int channel, int
   }
 }
 
-inline bool all_finite(const Vec* p, int count) {
-  return all_finite(reinterpret_cast<const float*>(p), count * kLanes);
-}
-
-// Rows [begin, end) of the output in w.plane, of the input in w.x, without the taps on the border.
-inline void packed_exact(PackedWorkspace& w, const Shape& s, int begin, int end) {
+// Computes rows [begin, end) of the output in w.plane from the input in w.x, skipping the taps on padding.
+inline void packed_scalar(PackedWorkspace& w, const Shape& s, int begin, int end) {
   const int k = s.kernel, pad = k / 2;
   Vec* out = w.plane;
   for (int oy = begin; oy < end; oy++) {
@@ -92,15 +103,15 @@ inline void packed_exact(PackedWorkspace& w, const Shape& s, int begin, int end)
   }
 }
 
-// Strips of rows are computed together, small enough to stay in the second-level cache.
+// Computes strips of rows that are small enough to stay in the L2 cache.
 template <int K, int S>
-void forward_packed(const Map<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
-                    const Map<float>& y) {
+void forward_packed(const FeatureMap<const float>& x, const float* weight, const Epilogue& epilogue, const Shape& s,
+                    const FeatureMap<float>& y) {
   const int height = std::clamp(kStripPixels / s.out_width(), 1, s.out_height());
   const int strips = (s.out_height() + height - 1) / height;
   Shape strip = s;
   strip.height = (height - 1) * S + K;
-  SharedTasks tasks((std::ptrdiff_t)s.batch * s.blocks() * strips);
+  WorkStealingTasks tasks((std::ptrdiff_t)s.batch * s.blocks() * strips);
 #pragma omp parallel
   {
     PackedWorkspace w(strip);
@@ -117,7 +128,7 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
                               w.plane + (std::ptrdiff_t)row * s.out_width(), 1);
         }
       } else {
-        packed_exact(w, s, begin, end);
+        packed_scalar(w, s, begin, end);
       }
       epilogue.with_channels(channel, lanes, [&](auto finish) {
         const int width = s.out_width();
@@ -127,12 +138,12 @@ void forward_packed(const Map<const float>& x, const float* weight, const Epilog
   }
 }
 
-// dy stands in w.dy with a border of K. Of each phase's rows and columns, see input_gradient_plane.
+// One phase of the input gradient, for dy in w.dy with a border of K; see input_gradient_plane in depthwise_generic.h.
 template <int K, int S, int PY, int PX, class F>
 void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w, F prefetch) {
   constexpr int ny = (K - PY + S - 1) / S, nx = (K - PX + S - 1) / S, pad = K / 2;
-  const Taps taps = {w.weight + (PY + S * (ny - 1)) * K + PX + S * (nx - 1), ny, nx, -S * K, -S};
-  const int y0 = (PY + S * pad - pad) % S, x0 = (PX + S * pad - pad) % S;  // the first pixels of this phase
+  const TapView taps = {w.weight + (PY + S * (ny - 1)) * K + PX + S * (nx - 1), ny, nx, -S * K, -S};
+  const int y0 = (PY + S * pad - pad) % S, x0 = (PX + S * pad - pad) % S;  // the first pixel of the phase
   for (int y = y0; y < s.height; y += S) {
     if (PX == 0) prefetch(y);
     const int a = (y + pad) / S, b = (x0 + pad) / S;
@@ -141,7 +152,7 @@ void packed_input_gradient_phase(const Shape& s, PackedWorkspace& w, F prefetch)
   }
 }
 
-// To w.plane; calls prefetch(row) beside the products of each row.
+// Writes w.plane; calls prefetch(row) between the rows.
 template <int K, int S, class F>
 void packed_input_gradient(const Shape& s, PackedWorkspace& w, F prefetch) {
   packed_input_gradient_phase<K, S, 0, 0>(s, w, prefetch);
@@ -152,8 +163,8 @@ void packed_input_gradient(const Shape& s, PackedWorkspace& w, F prefetch) {
   }
 }
 
-// Adds KY rows of one image's weight gradient, from kernel row ky on, to w.sum: few rows of the image at a time, so that small
-// terms do not drown in large sums.
+// Adds KY rows of one image's weight gradient, starting at kernel row ky, to w.sum. A few rows of the image are summed
+// at a time, so that small terms are not lost in large sums.
 template <int K, int S, int KY>
 void packed_weight_gradient(const Shape& s, PackedWorkspace& w, int ky) {
   constexpr int terms = 256;
@@ -174,13 +185,13 @@ void packed_weight_gradient(const Shape& s, PackedWorkspace& w, int ky) {
   }
 }
 
-// dx, dweight and dbias may be null. One thread sums a block of channels over the batch, in its order.
+// dx, dweight and dbias may be null. One thread sums a block of channels over the batch, in order.
 template <int K, int S>
 void backward_packed(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
                      float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   constexpr int rows = std::min(K, (kRegisters == 32 ? 25 : 10) / K);
-  SharedTasks blocks(s.blocks());
+  WorkStealingTasks blocks(s.blocks());
 #pragma omp parallel
   {
     PackedWorkspace w(s);
@@ -193,21 +204,22 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
       Vec bias_sum = {};
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t plane = (std::ptrdiff_t)image * s.channels + first;
-        read_bordered(Map<const float>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(), s.out_width(), -K,
-                      s.out_height() + K, w.plane, w.dy, w.dy_pitch, K);
+        read_bordered(FeatureMap<const float>{dy, s.channels, out}, image, (int)first, lanes, s.out_height(),
+                      s.out_width(), -K, s.out_height() + K, w.plane, w.dy, w.dy_pitch, K);
         if (dbias) bias_sum += std::accumulate(w.plane, w.plane + out, Vec{});
         if (dx && finite) {
           packed_input_gradient<K, S>(s, w, [&](int row) {
-            Map<float>{dx, s.channels, in}.prefetch<true>(image, (int)first, lanes, (std::ptrdiff_t)row * s.width, s.width);
+            FeatureMap<float>{dx, s.channels, in}.prefetch<true>(image, (int)first, lanes,
+                                                                 (std::ptrdiff_t)row * s.width, s.width);
           });
           unpack(w.plane, (int)in, dx + plane * in, in, lanes);
         }
         for (int c = 0; dx && !finite && c < lanes; c++) {
-          exact_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
+          scalar_input_gradient(dy + (plane + c) * out, weight + (first + c) * K * K, s, dx + (plane + c) * in);
         }
         if (dweight) {
-          read_bordered(Map<const float>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width, -(K / 2),
-                        s.height + K / 2, w.plane, w.x, w.x_pitch, K / 2);
+          read_bordered(FeatureMap<const float>{x, s.channels, in}, image, (int)first, lanes, s.height, s.width,
+                        -(K / 2), s.height + K / 2, w.plane, w.x, w.x_pitch, K / 2);
           int ky = 0;
           for (; ky + rows <= K; ky += rows) packed_weight_gradient<K, S, rows>(s, w, ky);
           if constexpr (K % rows != 0) packed_weight_gradient<K, S, K % rows>(s, w, ky);
@@ -215,11 +227,11 @@ void backward_packed(const float* x, const float* weight, const float* dy, const
       }
       if (dweight) unpack(w.sum, K * K, dweight + first * K * K, K * K, lanes);
       for (int c = 0; dweight && !all_finite(w.sum, K * K) && c < lanes; c++) {
-        exact_weight_gradient(x + (first + c) * in, dy + (first + c) * out, s, dweight + (first + c) * K * K);
+        scalar_weight_gradient(x + (first + c) * in, dy + (first + c) * out, s, dweight + (first + c) * K * K);
       }
-      if (dbias) store_part(dbias + first, bias_sum, lanes);
+      if (dbias) store_partial(dbias + first, bias_sum, lanes);
     });
   }
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

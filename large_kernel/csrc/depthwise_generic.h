@@ -1,18 +1,24 @@
-// Everything else (stride 2 with large kernels, few channels, very large maps): pixels of a row in vector lanes, over planes
-// copied once with a border of zeros.
+// Depthwise convolution of any shape, for those without a specialised kernel: large kernels at stride 2, 1x1, few
+// channels, very large maps. Forward and backward, in NCHW. Pixels map to SIMD lanes; planes are copied once with a
+// border of zeros.
+//
+//   stride 1:  0 0 p p p p p 0 0        stride 2, columns split by parity:   0 p p p 0  |  0 p p 0
+//              tiles of 4 output rows share the loads of the rows that they have in common
 #pragma once
-#include <cmath>
-#include <numeric>
+#include <algorithm>
+#include <cstring>
 
-#include "large.h"
+#include "depthwise_scalar.h"
+#include "finite.h"
+#include "work_stealing.h"
 
-namespace dwconv {
+namespace large_kernel {
 
-constexpr int kTileRows = 4;  // output rows computed together, sharing loads
+constexpr int kTileRows = 4;  // output rows computed together, which share loads
 
-// A plane copied with a border of zeros, its columns split by parity for stride 2: element (row, column) of the bordered
+// A plane copied with a border of zeros, its columns split by parity for stride 2: element (row, column) of the padded
 // plane is data[column % stride * phase + row * pitch + column / stride].
-struct Bordered {
+struct PaddedPlane {
   float* data;
   std::ptrdiff_t pitch, phase;
   int stride;
@@ -24,16 +30,16 @@ struct Bordered {
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Memory of one thread. Whole vectors and whole tiles of rows stay inside.
-struct Workspace {
+// One thread's memory, large enough for accesses in whole vectors and whole tiles of rows.
+struct GenericWorkspace {
   std::ptrdiff_t out_pitch;
   Scratch memory;
-  Bordered x, dy;      // input, with a border of K / 2; output gradient, with a border of (K - 1) / stride
-  Vec* weight;         // [K * K], each in all lanes
-  Vec* weight_sum;     // [K * K], gradient of the weight, to be summed over the lanes
-  float *row, *out;    // K * K weights; a tile of rows in stride x stride phases and one interleaved row
+  PaddedPlane x, dy;  // input, with a border of K / 2; output gradient, with a border of (K - 1) / stride
+  Vec* weight;        // [K * K], each in all lanes
+  Vec* weight_sum;    // [K * K], gradient of the weight, still to be summed over the lanes
+  float *row, *out;   // K * K weights; a tile of rows in stride x stride phases and one interleaved row
 
-  explicit Workspace(const Shape& s) : Workspace(s, Sizes(s)) {}
+  explicit GenericWorkspace(const Shape& s) : GenericWorkspace(s, Sizes(s)) {}
 
  private:
   struct Sizes {
@@ -43,7 +49,8 @@ struct Workspace {
       x_pitch = round_up(round_up(s.out_width(), kLanes) + reach, kLanes);
       x_phase = x_pitch * ((rows - 1) * s.stride + k + s.stride);
       x = x_phase * s.stride + kLanes;
-      const int begin = k / 2 / s.stride, skip = k / 2 % s.stride;  // where dx starts among bordered rows and columns
+      // where dx starts among padded rows and columns
+      const int begin = k / 2 / s.stride, skip = k / 2 % s.stride;
       const int dx_rows = round_up((s.height + skip + s.stride - 1) / s.stride, kTileRows);
       const int dx_columns = round_up((s.width + skip + s.stride - 1) / s.stride, kLanes);
       dy_pitch = round_up(begin + dx_columns + reach, kLanes);
@@ -54,8 +61,9 @@ struct Workspace {
     }
   };
 
-  Workspace(const Shape& s, const Sizes& n)
-      : out_pitch(n.out_pitch), memory(2 * n.area * kLanes + n.x + n.dy + n.out + n.area + kLanes) {
+  GenericWorkspace(const Shape& s, const Sizes& n)
+      : out_pitch(n.out_pitch),
+        memory(2 * n.area * kLanes + n.x + n.dy + n.out + n.area + kLanes) {
     weight = memory.vectors();
     weight_sum = weight + n.area;
     float* p = memory.floats() + 2 * n.area * kLanes;
@@ -67,9 +75,9 @@ struct Workspace {
   }
 };
 
-// Fills the interior of a bordered plane; the border was zeroed once and stays so, as rows are written in order and end
-// in zeros.
-inline void copy_plane(const float* plane, int height, int width, int border, const Bordered& to) {
+// Fills the interior of a padded plane. The border was zeroed once and remains zero, as rows are written in order and
+// end in zeros.
+inline void pad_plane(const float* plane, int height, int width, int border, const PaddedPlane& to) {
   const float* end = plane + (std::ptrdiff_t)height * width;
   for (int y = 0; y < height; y++) {
     const float* from = plane + (std::ptrdiff_t)y * width;
@@ -78,7 +86,7 @@ inline void copy_plane(const float* plane, int height, int width, int border, co
       copy_row(from, width, end, row + border);
       continue;
     }
-    // Column x lies at x + border: even x in the phase of the border's parity.
+    // Column x is stored at x + border: even x in the phase of the border's parity.
     float* even = row + (border & 1) * to.phase + (border >> 1);
     float* odd = row + (~border & 1) * to.phase + ((border + 1) >> 1);
     for (int i = 0; i < width; i += 2 * kLanes) {
@@ -90,18 +98,12 @@ inline void copy_plane(const float* plane, int height, int width, int border, co
   }
 }
 
-// ---- correlation with a [KY, KX] kernel whose entries are `row_step` and `column_step` apart ----
+// ---- correlation with a [KY, KX] kernel ----
 
-struct Taps {
-  const Vec* weight;
-  int rows, columns, row_step, column_step;
-  const Vec& at(int y, int x) const { return weight[y * row_step + x * column_step]; }
-};
-
-// kTileRows rows of `vectors` vectors of output, from bordered row `row` and column `column` on.
+// kTileRows rows of `vectors` vectors of output, starting at padded row `row` and column `column`.
 template <int KY, int KX, int S>
-void tile(const Bordered& in, int row, int column, const Taps& taps, float bias, int vectors, float* out,
-          std::ptrdiff_t out_pitch) {
+void correlate_tile(const PaddedPlane& in, int row, int column, const TapView& taps, float bias, int vectors,
+                    float* out, std::ptrdiff_t out_pitch) {
   const float* columns[KX];
   for (int x = 0; x < KX; x++) columns[x] = in.at(row, column + x);
   for (int v = 0; v < vectors; v++) {
@@ -125,8 +127,8 @@ void tile(const Bordered& in, int row, int column, const Taps& taps, float bias,
 }
 
 template <>
-inline void tile<0, 0, 0>(const Bordered& in, int row, int column, const Taps& taps, float bias, int vectors, float* out,
-                          std::ptrdiff_t out_pitch) {
+inline void correlate_tile<0, 0, 0>(const PaddedPlane& in, int row, int column, const TapView& taps, float bias,
+                                    int vectors, float* out, std::ptrdiff_t out_pitch) {
   for (int v = 0; v < vectors; v++) {
     Vec sum[kTileRows];
     for (int r = 0; r < kTileRows; r++) sum[r] = splat(bias);
@@ -141,105 +143,45 @@ inline void tile<0, 0, 0>(const Bordered& in, int row, int column, const Taps& t
   }
 }
 
-using Tile = void (*)(const Bordered&, int, int, const Taps&, float, int, float*, std::ptrdiff_t);
+using TileKernel = void (*)(const PaddedPlane&, int, int, const TapView&, float, int, float*, std::ptrdiff_t);
 
-inline Tile select_tile(int ky, int kx, int stride) {
-  if (ky > 5 || kx > 5) return tile<0, 0, 0>;
+inline TileKernel select_tile_kernel(int ky, int kx, int stride) {
+  if (ky > 5 || kx > 5) return correlate_tile<0, 0, 0>;
   switch (stride * 100 + ky * 10 + kx) {
-    case 133: return tile<3, 3, 1>;
-    case 155: return tile<5, 5, 1>;
-    case 233: return tile<3, 3, 2>;
-    case 255: return tile<5, 5, 2>;
+    case 133: return correlate_tile<3, 3, 1>;
+    case 155: return correlate_tile<5, 5, 1>;
+    case 233: return correlate_tile<3, 3, 2>;
+    case 255: return correlate_tile<5, 5, 2>;
     // The four phases of the input gradient at stride 2.
-    case 111: return tile<1, 1, 1>;
-    case 112: return tile<1, 2, 1>;
-    case 121: return tile<2, 1, 1>;
-    case 122: return tile<2, 2, 1>;
-    case 123: return tile<2, 3, 1>;
-    case 132: return tile<3, 2, 1>;
+    case 111: return correlate_tile<1, 1, 1>;
+    case 112: return correlate_tile<1, 2, 1>;
+    case 121: return correlate_tile<2, 1, 1>;
+    case 122: return correlate_tile<2, 2, 1>;
+    case 123: return correlate_tile<2, 3, 1>;
+    case 132: return correlate_tile<3, 2, 1>;
   }
-  return tile<0, 0, 0>;
+  return correlate_tile<0, 0, 0>;
 }
 
-// ---- exact scalar versions, for when a value that is not finite would meet a zero of the border ----
+// ---- forward pass and gradients of one plane ----
 
-// Calls f(index of the output pixel, of the input pixel, of the tap) for every tap that does not fall on padding.
-template <class F>
-DW_INLINE void for_each_tap(const Shape& s, F f) {
-  const int k = s.kernel, pad = k / 2;
-  for (int oy = 0; oy < s.out_height(); oy++) {
-    for (int ox = 0; ox < s.out_width(); ox++) {
-      for (int ky = 0; ky < k; ky++) {
-        for (int kx = 0; kx < k; kx++) {
-          const int iy = oy * s.stride + ky - pad, ix = ox * s.stride + kx - pad;
-          if (iy < 0 || iy >= s.height || ix < 0 || ix >= s.width) continue;
-          f((std::ptrdiff_t)oy * s.out_width() + ox, (std::ptrdiff_t)iy * s.width + ix, ky * k + kx);
-        }
-      }
-    }
-  }
-}
-
-inline bool all_finite(const float* p, int count) {
-  for (int i = 0; i < count; i++) {
-    if (!std::isfinite(p[i])) return false;
-  }
-  return true;
-}
-
-inline void exact_forward(const float* x, const float* weight, const Epilogue& epilogue, std::ptrdiff_t channel,
-                          const Shape& s, float* y) {
-  const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f, shift = epilogue.shift ? epilogue.shift[channel] : 0.f;
-  const std::ptrdiff_t pixels = (std::ptrdiff_t)s.out_height() * s.out_width();
-  Scratch exact(pixels + kLanes);
-  float* sum = exact.floats();
-  std::fill(sum, sum + pixels, shift);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[o] += x[i] * (scale * weight[tap]); });
-  write_row(sum, (int)pixels, y, y + pixels);
-  epilogue.activate_plane(pixels, y);
-}
-
-inline void exact_input_gradient(const float* dy, const float* weight, const Shape& s, float* dx) {
-  const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
-  Scratch exact(pixels + kLanes);
-  float* sum = exact.floats();
-  std::fill(sum, sum + pixels, 0.f);
-  for_each_tap(s, [&](auto o, auto i, int tap) { sum[i] += dy[o] * weight[tap]; });
-  write_row(sum, (int)pixels, dx, dx + pixels);
-}
-
-// Of one channel over the batch; x and dy point to its first plane.
-inline void exact_weight_gradient(const float* x, const float* dy, const Shape& s, float* dweight) {
-  const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
-  const int area = s.kernel * s.kernel;
-  Scratch exact(area + kLanes);
-  float* sum = exact.floats();
-  std::fill(sum, sum + area, 0.f);
-  for (std::ptrdiff_t image = 0; image < s.batch; image++, x += s.channels * in, dy += s.channels * out) {
-    for_each_tap(s, [&](auto o, auto i, int tap) { sum[tap] += dy[o] * x[i]; });
-  }
-  write_row(sum, area, dweight, dweight + area);
-}
-
-// ---- the three passes over one plane ----
-
-inline void forward_plane(const float* plane, float bias, const Shape& s, Workspace& w, float* y) {
+inline void forward_plane(const float* plane, float bias, const Shape& s, GenericWorkspace& w, float* y) {
   const int k = s.kernel, height = s.out_height(), width = s.out_width();
   const std::ptrdiff_t pixels = (std::ptrdiff_t)height * width;
-  copy_plane(plane, s.height, s.width, k / 2, w.x);
-  const Taps taps = {w.weight, k, k, k, 1};
-  const Tile tile = select_tile(k, k, s.stride);
+  pad_plane(plane, s.height, s.width, k / 2, w.x);
+  const TapView taps = {w.weight, k, k, k, 1};
+  const TileKernel correlate_tile = select_tile_kernel(k, k, s.stride);
   for (int row = 0; row < height; row += kTileRows) {
-    tile(w.x, row * s.stride, 0, taps, bias, round_up(width, kLanes) / kLanes, w.out, w.out_pitch);
+    correlate_tile(w.x, row * s.stride, 0, taps, bias, round_up(width, kLanes) / kLanes, w.out, w.out_pitch);
     for (int r = 0; r < std::min(kTileRows, height - row); r++) {
       write_row(w.out + r * w.out_pitch, width, y + (std::ptrdiff_t)(row + r) * width, y + pixels);
     }
   }
 }
 
-// dy stands in w.dy. Row and column Y = 2 a + phase of the bordered input receive dy[a - m] * weight[2 m + phase], which
-// is a correlation with every second tap of the rotated kernel; the same at stride 1 with the one phase 0.
-inline void input_gradient_plane(const Shape& s, Workspace& w, float* dx) {
+// The input gradient, for dy in w.dy. Row (and column) Y = 2 a + phase of the padded input receives dy[a - m] *
+// weight[2 m + phase]: a correlation with every second tap of the rotated kernel. At stride 1 there is only phase 0.
+inline void input_gradient_plane(const Shape& s, GenericWorkspace& w, float* dx) {
   const int k = s.kernel, pad = k / 2, stride = s.stride, reach = (k - 1) / stride;
   const std::ptrdiff_t pixels = (std::ptrdiff_t)s.height * s.width;
   const int start = pad / stride, skip = pad % stride;
@@ -251,9 +193,9 @@ inline void input_gradient_plane(const Shape& s, Workspace& w, float* dx) {
       const int py = phase / stride, px = phase % stride;
       const int ny = (k - py + stride - 1) / stride, nx = (k - px + stride - 1) / stride;
       const int last = (py + stride * (ny - 1)) * k + px + stride * (nx - 1);
-      const Taps taps = {w.weight + std::max(last, 0), ny, nx, -stride * k, -stride};
-      select_tile(ny, nx, 1)(w.dy, a + reach + 1 - ny, start + reach + 1 - nx, taps, 0.f, vectors,
-                             w.out + phase * kTileRows * w.out_pitch, w.out_pitch);
+      const TapView taps = {w.weight + std::max(last, 0), ny, nx, -stride * k, -stride};
+      select_tile_kernel(ny, nx, 1)(w.dy, a + reach + 1 - ny, start + reach + 1 - nx, taps, 0.f, vectors,
+                                    w.out + phase * kTileRows * w.out_pitch, w.out_pitch);
     }
     for (int r = 0; r < kTileRows * stride; r++) {
       const int y = stride * a + r - pad;
@@ -274,9 +216,11 @@ inline void input_gradient_plane(const Shape& s, Workspace& w, float* dx) {
   }
 }
 
-// Adds KY rows of the weight gradient, from kernel row ky on, to sum. Rows and columns of dy behind the last are zeros.
+// Adds KY rows of the weight gradient, starting at kernel row ky, to `sum`. Rows and columns past the end of dy are
+// zeros.
 template <int KY, int KX, int S>
-void weight_gradient_tile(const Bordered& x, const Bordered& dy, int border, int ky, int height, int vectors, Vec* sum) {
+void weight_gradient_tile(const PaddedPlane& x, const PaddedPlane& dy, int border, int ky, int height, int vectors,
+                          Vec* sum) {
   Vec part[KY * KX];
 #pragma GCC unroll 32
   for (int i = 0; i < KY * KX; i++) part[i] = sum[i];
@@ -306,14 +250,14 @@ void weight_gradient_tile(const Bordered& x, const Bordered& dy, int border, int
 }
 
 template <int K, int S>
-void weight_gradient_fixed(const Bordered& x, const Bordered& dy, int border, int height, int vectors, Vec* sum) {
+void weight_gradient_fixed(const PaddedPlane& x, const PaddedPlane& dy, int border, int height, int vectors, Vec* sum) {
   constexpr int rows = std::min(K, (kRegisters == 32 ? 25 : 10) / K);
   int ky = 0;
   for (; ky + rows <= K; ky += rows) weight_gradient_tile<rows, K, S>(x, dy, border, ky, height, vectors, sum + ky * K);
   if constexpr (K % rows != 0) weight_gradient_tile<K % rows, K, S>(x, dy, border, ky, height, vectors, sum + ky * K);
 }
 
-inline void weight_gradient_any(const Bordered& x, const Bordered& dy, int border, int k, int height, int vectors,
+inline void weight_gradient_any(const PaddedPlane& x, const PaddedPlane& dy, int border, int k, int height, int vectors,
                                 Vec* sum) {
   for (int i = 0; i < k * k; i++) {
     for (int row = 0; row < height; row++) {
@@ -324,11 +268,11 @@ inline void weight_gradient_any(const Bordered& x, const Bordered& dy, int borde
   }
 }
 
-// Adds one plane's weight gradient to w.weight_sum; dy stands in w.dy.
-inline void weight_gradient_plane(const float* x, const Shape& s, Workspace& w) {
+// Adds one plane's weight gradient to w.weight_sum, for dy in w.dy.
+inline void weight_gradient_plane(const float* x, const Shape& s, GenericWorkspace& w) {
   const int k = s.kernel, border = (k - 1) / s.stride, height = s.out_height();
   const int vectors = round_up(s.out_width(), kLanes) / kLanes;
-  copy_plane(x, s.height, s.width, k / 2, w.x);
+  pad_plane(x, s.height, s.width, k / 2, w.x);
   switch (k > 5 ? 0 : k * 10 + s.stride) {
     case 31: return weight_gradient_fixed<3, 1>(w.x, w.dy, border, height, vectors, w.weight_sum);
     case 32: return weight_gradient_fixed<3, 2>(w.x, w.dy, border, height, vectors, w.weight_sum);
@@ -338,23 +282,10 @@ inline void weight_gradient_plane(const float* x, const Shape& s, Workspace& w) 
   }
 }
 
-// ---- whole tensors ----
+// ---- tensors ----
 
-DW_INLINE float sum_lanes(Vec v) {
-#if defined(__AVX512F__)
-  v += DW_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += DW_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  v += DW_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  return v[0] + v[1];
-#else
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; lane++) sum += v[lane];
-  return sum;
-#endif
-}
-
-// Whether all are finite; if not, zeros of a border must not be multiplied with them.
-inline bool read_weights(const float* weight, int area, float scale, Workspace& w) {
+// Returns whether all weights are finite; otherwise they must not be multiplied by the zeros of a border.
+inline bool read_weights(const float* weight, int area, float scale, GenericWorkspace& w) {
   for (int i = 0; i < area; i++) {
     w.row[i] = scale * weight[i];
     w.weight[i] = splat(w.row[i]);
@@ -362,13 +293,13 @@ inline bool read_weights(const float* weight, int area, float scale, Workspace& 
   return all_finite(w.row, area);
 }
 
-inline void forward_rows(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
+inline void forward_generic(const float* x, const float* weight, const Epilogue& epilogue, const Shape& s, float* y) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel;
-  SharedTasks planes((std::ptrdiff_t)s.batch * s.channels);
+  WorkStealingTasks planes((std::ptrdiff_t)s.batch * s.channels);
 #pragma omp parallel
   {
-    Workspace w(s);
+    GenericWorkspace w(s);
     planes.for_each([&](std::ptrdiff_t plane) {
       const std::ptrdiff_t channel = plane % s.channels;
       const float scale = epilogue.scale ? epilogue.scale[channel] : 1.f;
@@ -377,30 +308,30 @@ inline void forward_rows(const float* x, const float* weight, const Epilogue& ep
         forward_plane(x + plane * in, shift, s, w, y + plane * out);
         epilogue.activate_plane(out, y + plane * out);
       } else {
-        exact_forward(x + plane * in, weight + channel * area, epilogue, channel, s, y + plane * out);
+        scalar_forward(x + plane * in, weight + channel * area, epilogue, channel, s, y + plane * out);
       }
     });
   }
 }
 
-// dx, dweight and dbias may be null. One thread sums a channel over the batch, in its order.
-inline void backward_rows(const float* x, const float* weight, const float* dy, const Shape& s, float* dx, float* dweight,
-                          float* dbias) {
+// dx, dweight and dbias may be null. One thread sums a channel over the batch, in order.
+inline void backward_generic(const float* x, const float* weight, const float* dy, const Shape& s, float* dx,
+                             float* dweight, float* dbias) {
   const std::ptrdiff_t in = (std::ptrdiff_t)s.height * s.width, out = (std::ptrdiff_t)s.out_height() * s.out_width();
   const int area = s.kernel * s.kernel, border = (s.kernel - 1) / s.stride;
-  SharedTasks channels(s.channels);
+  WorkStealingTasks channels(s.channels);
 #pragma omp parallel
   {
-    Workspace w(s);
+    GenericWorkspace w(s);
     channels.for_each([&](std::ptrdiff_t channel) {
       const bool finite = read_weights(weight + channel * area, area, 1.f, w);
       std::fill(w.weight_sum, w.weight_sum + area, Vec{});
       float bias_sum = 0;
       for (int image = 0; image < s.batch; image++) {
         const std::ptrdiff_t plane = image * (std::ptrdiff_t)s.channels + channel;
-        copy_plane(dy + plane * out, s.out_height(), s.out_width(), border, w.dy);
+        pad_plane(dy + plane * out, s.out_height(), s.out_width(), border, w.dy);
         if (dx && finite) input_gradient_plane(s, w, dx + plane * in);
-        if (dx && !finite) exact_input_gradient(dy + plane * out, weight + channel * area, s, dx + plane * in);
+        if (dx && !finite) scalar_input_gradient(dy + plane * out, weight + channel * area, s, dx + plane * in);
         if (dweight) weight_gradient_plane(x + plane * in, s, w);
         if (dbias) {
           Vec sum = {};
@@ -416,12 +347,12 @@ inline void backward_rows(const float* x, const float* weight, const float* dy, 
         if (all_finite(w.row, area)) {
           write_row(w.row, area, to, to + area);
         } else {
-          exact_weight_gradient(x + channel * in, dy + channel * out, s, to);
+          scalar_weight_gradient(x + channel * in, dy + channel * out, s, to);
         }
       }
-      if (dbias) store_part(dbias + channel, splat(bias_sum), 1);
+      if (dbias) store_partial(dbias + channel, splat(bias_sum), 1);
     });
   }
 }
 
-}  // namespace dwconv
+}  // namespace large_kernel

@@ -1,0 +1,362 @@
+// Dense convolution as a matrix product (implicit GEMM), mostly of 1x1 kernels, fused with the norms, activation and
+// residual around it. Output channels map to SIMD lanes.
+//
+//   weights [C_out / 16][C_in][16]       pixels [C_in / 16][pixels][16]        tile: 7 pixels x 48 channels (AVX-512)
+//   a panel of up to 3 vectors per k     packed by block of channels           21 sums; per k 3 loads, 7 broadcasts
+//
+//   for each part of about 256 pixels: pack the pixels (applying the norm before), then for each panel of channels
+//       for each pass over 128 or 512 input channels, for each tile: multiply
+//       write the results (applying norm, activation and residual)
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "epilogue.h"
+#include "feature_map.h"
+#include "shape.h"
+
+namespace large_kernel {
+
+// A tile is kTilePixels pixels by up to kPanelVectors vectors of output channels. Its accumulators fill the registers.
+constexpr int kTilePixels = kRegisters == 32 && kLanes == 16 ? 7 : 6;
+constexpr int kPanelVectors = kRegisters == 16 ? 2 : kLanes == 16 ? 3 : 4;  // one more would spill
+// panels start at multiples of this, so that they hold parts of one block or whole blocks
+constexpr int kPanelUnit = std::min(kPanelVectors, kVectorsPerBlock);
+
+// Input channels per pass. The pass's weights, kPanelVectors vectors per channel, fit in half of a large L1 cache,
+// otherwise in the L2 cache.
+inline int depth_per_pass() { return has_large_l1() ? 128 : 512; }
+
+// A weight [C_out, C_in, K, K] packed ahead of the call as [C_out / 16, C_in * K * K, 16].
+struct PackedWeights {
+  const float* data;
+};
+
+// A matrix in blocks of 16 rows or columns, `block` floats apart: pixels [C_in / 16][pixels][16] or weights [C_out /
+// 16][C_in][16].
+struct BlockedMatrix {
+  const float* data;
+  std::ptrdiff_t block;
+};
+
+// Prefetches the next weights into the L2 cache, a few lines per step while tiles are multiplied; otherwise every panel
+// would start by waiting for its weights. They are `streams` pieces of `bytes` bytes, `stride` bytes apart.
+class WeightPrefetcher {
+ public:
+  WeightPrefetcher() = default;
+  WeightPrefetcher(const void* data, std::ptrdiff_t stride, int streams, int bytes, int times)
+      : at_(static_cast<const char*>(data)),
+        stride_(stride),
+        bytes_(bytes),
+        streams_(streams),
+        each_((streams * ((bytes + kRowLanes - 1) / kRowLanes) + times - 1) / times) {}
+
+  // To be called `times` times.
+  LK_INLINE void fetch() {
+    for (int i = 0; i < each_ && streams_ > 0; i++) {
+      __builtin_prefetch(at_ + done_, 0, 2);
+      if ((done_ += kRowLanes) >= bytes_) at_ += stride_, streams_--, done_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int kRowLanes = 64;
+  const char* at_ = nullptr;
+  std::ptrdiff_t stride_ = 0;
+  int bytes_ = 0, streams_ = 0, each_ = 0, done_ = 0;
+};
+
+template <int V, int... I>
+LK_INLINE void tile_step(Vec (&sum)[V * kTilePixels], const BlockedMatrix& weight, const float* x,
+                         std::integer_sequence<int, I...>) {
+  ((sum[I] += load(weight.data + I / kTilePixels * kLanes / kChannelBlock * weight.block +
+                   I / kTilePixels * kLanes % kChannelBlock) *
+              splat(x[I % kTilePixels * kChannelBlock])),
+   ...);
+}
+
+template <int V, int... I>
+LK_INLINE void tile_load(Vec (&sum)[V * kTilePixels], const Vec* from, std::ptrdiff_t pitch,
+                         std::integer_sequence<int, I...>) {
+  ((sum[I] = from ? from[I / kTilePixels * pitch + I % kTilePixels] : Vec{}), ...);
+}
+
+template <int V, int... I>
+LK_INLINE void tile_store(Vec (&sum)[V * kTilePixels], Vec* to, std::ptrdiff_t pitch,
+                          std::integer_sequence<int, I...>) {
+  ((to[I / kTilePixels * pitch + I % kTilePixels] = sum[I]), ...);
+}
+
+// to[v][p] = (add ? to[v][p] : 0) + the sum over k < depth of weight[k][v] * x[k][p]. The pixels of the next block or
+// tile are prefetched, as they are too far apart for the hardware prefetcher.
+template <int V>
+__attribute__((noinline)) void gemm_tile(BlockedMatrix weight, BlockedMatrix x, int depth, bool add, Vec* to,
+                                         std::ptrdiff_t pitch, WeightPrefetcher& ahead) {
+  constexpr auto all = std::make_integer_sequence<int, V * kTilePixels>{};
+  Vec sum[V * kTilePixels];
+  tile_load<V>(sum, add ? to : nullptr, pitch, all);
+  const float* const first = x.data;
+  for (; depth > 0; depth -= kChannelBlock, x.data += x.block) {
+    ahead.fetch();
+    const float* const next = depth > kChannelBlock ? x.data + x.block : first + kTilePixels * kChannelBlock;
+#pragma GCC unroll 8
+    for (int i = 0; i < kTilePixels; i++) __builtin_prefetch(next + i * kChannelBlock);
+    const int count = std::min(depth, kChannelBlock);
+    for (int k = 0; k < count; k++, weight.data += kChannelBlock) tile_step<V>(sum, weight, x.data + k, all);
+  }
+  tile_store<V>(sum, to, pitch, all);
+}
+
+using GemmTile = void (*)(BlockedMatrix, BlockedMatrix, int, bool, Vec*, std::ptrdiff_t, WeightPrefetcher&);
+
+inline GemmTile select_gemm_tile(int vectors) {
+  static constexpr GemmTile tiles[] = {gemm_tile<1>, gemm_tile<2>, gemm_tile<std::min(3, kPanelVectors)>,
+                                       gemm_tile<kPanelVectors>};
+  return tiles[vectors - 1];
+}
+
+// The weights of `vectors` vectors of output channels starting at `channel`, and `depth` input channels starting at k.
+inline BlockedMatrix panel_weights(const float* weight, int in_channels, int out_channels, int channel, int vectors,
+                                   int k, int depth, float* table) {
+  for (int v = 0; v < vectors; v++) {
+    const int first = channel + v * kLanes, in_block = v * kLanes % kChannelBlock;
+    pack(weight + (std::ptrdiff_t)first * in_channels + k, in_channels, std::min(kLanes, out_channels - first), depth,
+         reinterpret_cast<Vec*>(table + (v * kLanes - in_block) * depth + in_block), kVectorsPerBlock);
+  }
+  return {table, (std::ptrdiff_t)depth * kChannelBlock};
+}
+
+inline BlockedMatrix panel_weights(PackedWeights weight, int in_channels, int, int channel, int, int k, int, float*) {
+  const std::ptrdiff_t block = (std::ptrdiff_t)in_channels * kChannelBlock;
+  return {weight.data + channel / kChannelBlock * block + channel % kChannelBlock + (std::ptrdiff_t)k * kChannelBlock,
+          block};
+}
+
+// A prefetcher of the same weights where they are stored.
+inline WeightPrefetcher prefetcher_of(const float* weight, int in_channels, int out_channels, int channel, int vectors,
+                                      int k, int depth, int times) {
+  const int size = sizeof(float), rows = std::min(vectors * kLanes, out_channels - channel);
+  return {weight + (std::ptrdiff_t)channel * in_channels + k, (std::ptrdiff_t)in_channels * size, rows, depth * size,
+          times};
+}
+
+inline WeightPrefetcher prefetcher_of(PackedWeights weight, int in_channels, int, int channel, int vectors, int k,
+                                      int depth, int times) {
+  constexpr int size = sizeof(float) * kChannelBlock;
+  const std::ptrdiff_t stride = (std::ptrdiff_t)in_channels * size;
+  const char* const first = reinterpret_cast<const char*>(weight.data) + channel / kChannelBlock * stride;
+  return {first + k * size, stride, (vectors * kLanes + kChannelBlock - 1) / kChannelBlock, depth * size, times};
+}
+
+// Packs `count` pixels of an image, starting at `pixel`, as scale * x + shift into [C_in / 16][count][16].
+inline void pack_pixels(const FeatureMap<const float>& x, int image, int pixel, int count, const float* scale,
+                        const float* shift, float* out, std::ptrdiff_t block) {
+  for (int channel = 0; channel < x.channels; channel += kLanes) {
+    const int lanes = std::min(kLanes, x.channels - channel);
+    Vec* to = reinterpret_cast<Vec*>(out + channel / kChannelBlock * block + channel % kChannelBlock);
+    x.read(image, channel, lanes, pixel, count, to, kVectorsPerBlock);
+    if (!scale) continue;
+    const Vec a = load_lanes(scale + channel, lanes), b = load_lanes(shift + channel, lanes);
+    for (int i = 0; i < count; i++) to[i * kVectorsPerBlock] = a * to[i * kVectorsPerBlock] + b;
+  }
+}
+
+// Packs the K x K windows of `count` outputs of an image, starting at `pixel`, into [C_in * K * K / 16][count][16], in
+// the order of a weight [C_in, K, K].
+inline void im2col(const FeatureMap<const float>& x, const Shape& s, int image, int pixel, int count, float* out,
+                   std::ptrdiff_t block) {
+  for (int r = 0; r < s.channels * s.kernel * s.kernel; r++) {
+    const float* plane = x.at(image, r / (s.kernel * s.kernel), 0);
+    const int step = x.nchw16c ? kChannelBlock : 1;
+    const int above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
+    float* to = out + r / kChannelBlock * block + r % kChannelBlock;
+    int row = pixel / s.out_width(), column = pixel % s.out_width();
+    for (int i = 0; i < count; i++, to += kChannelBlock) {
+      const int iy = row * s.stride + above, ix = column * s.stride + left;
+      const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
+      *to = inside ? plane[((std::ptrdiff_t)iy * s.width + ix) * step] : 0.f;
+      if (++column == s.out_width()) column = 0, row++;
+    }
+  }
+}
+
+// The division of a product among threads. A part is the pixels multiplied by a panel at a time, about 256 (a chunk of
+// one large map, or a group of small maps), and a range of adjacent panels: all panels, unless there are fewer parts
+// than threads, which then share the pixels.
+struct GemmPlan {
+  struct Part {
+    int image, images, first, count;  // images, and a range of pixels of each
+    int first_panel, last_panel;
+  };
+
+  int batch, pixels, vectors;              // images, output pixels of an image, vectors of output channels
+  int map_tiles, chunks, tiles, group;     // tiles and chunks of a map, tiles of the largest chunk, images of a part
+  int units, shares, panels_each, panels;  // of output channels; threads that share pixels, panels of each and of all
+  std::ptrdiff_t parts;
+
+  GemmPlan(int batch, int pixels, int out_channels, int threads)
+      : batch(batch),
+        pixels(pixels),
+        vectors((out_channels + kLanes - 1) / kLanes) {
+    map_tiles = (pixels + kTilePixels - 1) / kTilePixels;
+    chunks = std::max(1, (pixels + 128) / 256);
+    tiles = (map_tiles + chunks - 1) / chunks;
+    group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTilePixels)));
+    const std::ptrdiff_t places = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
+    constexpr int most = kPanelVectors / kPanelUnit;
+    units = (vectors + kPanelUnit - 1) / kPanelUnit;
+    shares = (int)std::min<std::ptrdiff_t>(units, (threads + places - 1) / places);
+    panels_each = ((units + shares - 1) / shares + most - 1) / most;
+    panels = shares * panels_each;
+    parts = places * shares;
+  }
+
+  int first_vector(int panel) const { return std::min(vectors, units * panel / panels * kPanelUnit); }
+
+  Part part(std::ptrdiff_t index) const {
+    const std::ptrdiff_t place = index / shares;
+    const int chunk = place % chunks, image = (int)(place / chunks) * group;
+    const int first = (int)((std::ptrdiff_t)map_tiles * chunk / chunks) * kTilePixels;
+    const int last = (int)((std::ptrdiff_t)map_tiles * (chunk + 1) / chunks) * kTilePixels;
+    const int first_panel = index % shares * panels_each;
+    return {image,       std::min(group, batch - image), first, std::min(last, pixels) - first,
+            first_panel, first_panel + panels_each};
+  }
+};
+
+// The arguments of `conv_gemm`, and the steps of a part.
+template <class W>
+struct ConvGemm {
+  struct Buffers {
+    float *packed, *table;  // pixels, weights
+    Vec* sums;              // [images][kPanelVectors][pitch]
+  };
+
+  const FeatureMap<const float>& x;
+  const W weight;
+  const float *const in_scale, *const in_shift;
+  const Epilogue& epilogue;
+  const float* const residual;
+  const Shape& s;
+  const FeatureMap<float>& y;
+  const int threads = omp_get_max_threads();
+  const GemmPlan plan{s.batch, (int)y.pixels, y.channels, threads};
+  const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the packed weight
+  const int most_depth = depth_per_pass(), blocks = (terms + kChannelBlock - 1) / kChannelBlock;
+  const int pitch = plan.tiles * kTilePixels;
+  const bool pointwise = s.kernel == 1 && s.stride == 1;
+  // Pixels that are already laid out as needed are not packed. The last tile then starts earlier, not to read past the
+  // map.
+  const bool in_place = x.nchw16c && pointwise && !in_scale && plan.pixels >= kTilePixels;
+  // one line more than needed, or all blocks would share a few cache sets
+  const std::ptrdiff_t block_size = (std::ptrdiff_t)pitch * kChannelBlock + kChannelBlock;
+
+  // Packs the pixels of image i of a part.
+  void pack_image(const GemmPlan::Part& part, int i, const Buffers& buffers) const {
+    float* const to = buffers.packed + i * blocks * block_size;
+    if (pointwise) {
+      pack_pixels(x, part.image + i, part.first, part.count, in_scale, in_shift, to, block_size);
+    } else {
+      im2col(x, s, part.image + i, part.first, part.count, to, block_size);
+    }
+  }
+
+  // Multiplies the pixels of a part by the weights of a panel, into buffers.sums.
+  void multiply_panel(const GemmPlan::Part& part, int panel, const Buffers& buffers) const {
+    const int begin = plan.first_vector(panel), end = plan.first_vector(panel + 1);
+    const GemmTile gemm_tile = select_gemm_tile(end - begin);
+    for (int k = 0; k < terms; k += most_depth) {
+      const int depth = std::min(most_depth, terms - k);
+      const BlockedMatrix w =
+          panel_weights(weight, terms, y.channels, begin * kLanes, end - begin, k, depth, buffers.table);
+      const int tiles = part.images * ((part.count + kTilePixels - 1) / kTilePixels);
+      WeightPrefetcher ahead =
+          next_weights(part, panel, k + depth, tiles * ((depth + kChannelBlock - 1) / kChannelBlock));
+      for (int i = 0; i < part.images; i++) {
+        BlockedMatrix in = {buffers.packed + (i * blocks + k / kChannelBlock) * block_size, block_size};
+        if (in_place) in = {x.at(part.image + i, k, part.first), x.pixels * kChannelBlock};
+        for (int p = 0; p < part.count; p += kTilePixels) {
+          const int start = in_place ? std::min(p, part.count - kTilePixels) : p;
+          gemm_tile(w, {in.data + start * kChannelBlock, in.block}, depth, k > 0,
+                    buffers.sums + i * kPanelVectors * pitch + p, pitch, ahead);
+        }
+      }
+    }
+    const int rest = part.count % kTilePixels;  // pixels of the last tile; unused sums are moved as well
+    for (int v = 0; in_place && rest && v < part.images * kPanelVectors; v++) {
+      Vec* const last = buffers.sums + v * pitch + part.count - rest;
+      std::copy_n(last + kTilePixels - rest, rest, last);
+    }
+  }
+
+  // A prefetcher of the weights that are needed after those before row k: the panel's next pass, or the next panel,
+  // which this thread most likely takes, too. It is called `times` times.
+  WeightPrefetcher next_weights(const GemmPlan::Part& part, int panel, int k, int times) const {
+    const bool same = k < terms;
+    if (!same && panel + 1 >= part.last_panel) return {};
+    const int begin = plan.first_vector(same ? panel : panel + 1),
+              end = plan.first_vector(same ? panel + 1 : panel + 2);
+    if (!same) k = 0;
+    return prefetcher_of(weight, terms, y.channels, begin * kLanes, end - begin, k, std::min(most_depth, terms - k),
+                         times);
+  }
+
+  // Writes the results of a panel.
+  void write_panel(const GemmPlan::Part& part, int panel, const Buffers& buffers) const {
+    const int begin = plan.first_vector(panel), end = plan.first_vector(panel + 1);
+    for (int v = begin; v < end; v++) {
+      const int channel = v * kLanes, lanes = std::min(kLanes, y.channels - channel);
+      epilogue.with_channels(channel, lanes, [&](auto finish) {
+        for (int i = 0; i < part.images; i++) {
+          y.write(buffers.sums + (i * kPanelVectors + v - begin) * pitch, part.image + i, channel, lanes, part.first,
+                  part.count, finish, residual);
+        }
+      });
+    }
+  }
+
+  void run() const {
+    const std::size_t packed_size = in_place ? 0 : (std::size_t)plan.group * blocks * block_size;
+    constexpr int panel_channels = std::max(kChannelBlock, kPanelVectors * kLanes);
+    const std::size_t table_size =
+        std::is_same_v<W, PackedWeights> ? 0 : (std::size_t)panel_channels * std::min(terms, most_depth);
+    const std::size_t sums_size = (std::size_t)plan.group * kPanelVectors * pitch;  // vectors
+    const std::size_t per_thread = (packed_size + table_size + sums_size * kLanes + 15) / 16 * 16;
+    Scratch scratch(per_thread * threads);
+    std::vector<std::atomic<int>> taken(plan.parts);  // panels of each part
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      float* const memory = scratch.floats() + per_thread * thread;
+      const Buffers buffers = {memory, memory + packed_size, reinterpret_cast<Vec*>(memory + per_thread) - sums_size};
+      // Each thread starts with its own parts, so that few pixels are packed twice, and then helps the others.
+      for (std::ptrdiff_t i = 0; i < plan.parts; i++) {
+        const std::ptrdiff_t index = (plan.parts * thread / threads + i) % plan.parts;
+        const GemmPlan::Part part = plan.part(index);
+        int packed = in_place ? part.images : 0;
+        for (int panel; (panel = part.first_panel + taken[index]++) < part.last_panel;) {
+          for (; packed < part.images; packed++) pack_image(part, packed, buffers);
+          if (plan.first_vector(panel) == plan.first_vector(panel + 1)) continue;  // fewer units than panels
+          multiply_panel(part, panel, buffers);
+          write_panel(part, panel, buffers);
+        }
+      }
+    }
+  }
+};
+
+// Convolution with "same" padding of x, whose shape is `s`, with a weight [C_out, C_in, K, K], K odd, or a packed one;
+// plus `residual`, laid out like y, if given. With `in_scale` and `in_shift` [C_in], for 1x1 kernels, the input is
+// in_scale * x + in_shift.
+template <class W>
+void conv_gemm(const FeatureMap<const float>& x, W weight, const float* in_scale, const float* in_shift,
+               const Epilogue& epilogue, const float* residual, const Shape& s, const FeatureMap<float>& y) {
+  ConvGemm<W>{x, weight, in_scale, in_shift, epilogue, residual, s, y}.run();
+}
+
+}  // namespace large_kernel
