@@ -22,7 +22,7 @@ from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run_folder.resume import choose_folder
 from training.run import run
 from training.signals import STOP_SECONDS, end_with_parent, stop
-from zoo import settings_file
+from zoo import require_settings_file
 
 
 def read_settings(description, argv=None):
@@ -41,10 +41,7 @@ def read_settings(description, argv=None):
     """
     args = get_arguments(description, argv)
     resume = args.flags['resume'] if args.flags['resume'] != 'auto' else args.flags['output']
-    cfg = args.cfg or settings_file(resume or args.flags['pretrained'])
-    if not cfg:
-        raise UserError('-cfg is missing: give a settings file, such as -cfg=./configs/replknet_31b.yaml')
-    config = get_config(cfg, args.opts, args.flags)
+    config = get_config(require_settings_file(args.cfg, resume or args.flags['pretrained']), args.opts, args.flags)
     implementation = os.environ.get(VARIABLE) or 'auto'
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')

@@ -60,7 +60,7 @@ class RunState:
         """The state for a checkpoint on rank 0, None on the other ranks. Every rank calls it.
 
         Returns:
-            dict with the entries that `run_folder.checkpoint` documents.
+            dict with the keys of `run_folder.checkpoint.SCHEMA` that do not concern the file itself.
         Raises:
             TrainingStopped: a weight is not finite; such a state must not replace a good checkpoint.
         """
