@@ -38,7 +38,7 @@ def build(case):
     from config import get_config
     from deploy.predictor import load_model
     from fuse import in_form, pack
-    from large_kernel import operator_serves
+    from large_kernel import operator_in_use
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
     paddle.seed(0)
@@ -50,7 +50,7 @@ def build(case):
         model, _ = load_model(name)
     model.eval()
     model = in_form(model, case['form'])
-    if operator_serves() and (case['backend'] == 'inference' or case['form'] == 'fused'):
+    if operator_in_use() and (case['backend'] == 'inference' or case['form'] == 'fused'):
         pack(model)  # as export.py and predict.py do
     return model
 

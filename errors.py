@@ -32,20 +32,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class CheckpointError(UserError):
-    """A file that is no checkpoint, is damaged, or asks for more than data. One line that names the file."""
+    """A file is not a checkpoint, is corrupt, or contains more than data; the message names it in one line."""
 
 
-# the first process to report a mistake that all of them made makes this file, so that it is printed once
-REPORTED = 'REPLKNET_ERRORREPORTED'
+# This environment variable names a file that the first process to report an error creates: if all processes of a run
+# fail alike, the error is printed once.
+REPORTED = 'REPLKNET_ERROR_REPORTED'
 
 
 def exit_status(function, *args):
-    """Calls `function`; a mistake of the user's becomes one line on standard error and status 2.
+    """Calls `function` and turns its errors into messages on standard error and an exit status.
 
-    Of several processes that fail only the first one reports: the others mostly fail for want of it.
+    When several processes of a run fail, only the first one reports; the others usually fail as a consequence.
+
     Returns:
-        what it returned, else 0; 1 (training had to stop, or a traceback was printed), 2 (a mistake) or 128 + the
-        signal that ended it.
+        the return value of `function`, or 0 for None; 1 if training had to stop or a traceback was printed; 2 for a
+        user's mistake, reported in one line; 128 + the number of the signal that ended the run.
     """
     try:
         return function(*args) or 0

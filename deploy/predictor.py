@@ -30,7 +30,7 @@ from deploy.layout import CERTIFICATE, is_export
 from deploy.runtimes import load_paddle_program, save_paddle_program
 from errors import UserError
 from fuse import WithFeatures, fuse, pack
-from large_kernel import build, operator_serves
+from large_kernel import build, operator_in_use
 from run_folder.layout import CONFIG, find_classes
 from run_folder.metrics import best_checkpoint
 from zoo import ZOO, build_model, pretrained_weights, settings_file
@@ -118,7 +118,7 @@ class Predictor:
         self.origin = config.MODEL.PRETRAINED
         self._configure(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
         network = fuse(network, final_norm=self._features)
-        if operator_serves():
+        if operator_in_use():
             pack(network)
         if self._features:
             network = WithFeatures(network)

@@ -157,7 +157,7 @@ def library_path():
 
 
 _registered = None  # path of the library this process has registered, or the BuildError that prevented it
-# The Python module inside the library (csrc/python_entry.h): serves(x, weight, bias, stride) and, without gradients,
+# The Python module inside the library (csrc/python_entry.h): accepts(x, weight, bias, stride) and, without gradients,
 # forward(x, weight, bias, stride). None where the operator is not loaded or was built without Python's headers.
 direct = None
 

@@ -117,7 +117,7 @@ def runs_custom(x):
     return False
 
 
-def operator_serves():
+def operator_in_use():
     """Whether the C++ operator is used on the current device: it is available and LARGE_KERNEL_CONV_IMPL allows it."""
     return (_implementation() in ('auto', 'custom') and paddle.device.get_device() == 'cpu'
             and build.reason_unavailable() is None)
@@ -170,7 +170,7 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
             y = direct.forward(x, weight, bias, stride)
             if y is not None:
                 return y
-        elif direct.serves(x, weight, bias, stride):
+        elif direct.accepts(x, weight, bias, stride):
             return operators.run_with_gradients(x, weight, bias, stride)
     _check(x, weight, bias, stride)
     return _FUNCTIONS[select(x, weight, stride)](x, weight, bias, stride)

@@ -61,7 +61,7 @@ def list_dataset(tmp_path_factory):
 
 
 @pytest.fixture
-def picture():
+def photo():
     noise = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((96, 72), Image.BICUBIC)
 

@@ -209,29 +209,29 @@ def test_augmix_mixes_with_beta_and_dirichlet_weights(monkeypatch, alpha):
         assert_distributed(channel, stats.beta(alpha, 2 * alpha))
 
 
-def test_augmix_keeps_an_image_that_no_operation_changes(monkeypatch, picture):
+def test_augmix_keeps_an_image_that_no_operation_changes(monkeypatch, photo):
     monkeypatch.setattr(auto_augment, 'OPS', dict.fromkeys(AUGMIX, auto_augment.Op(lambda *_: None, lambda x, *_: x)))
-    assert np.array_equal(np.asarray(build_auto_augment('augmix')(picture, rng())), np.asarray(picture))
+    assert np.array_equal(np.asarray(build_auto_augment('augmix')(photo, rng())), np.asarray(photo))
 
 
 @pytest.mark.parametrize('spec', ['rand-m9-mstd0.5-inc1', 'original-mstd0.5', 'v0', 'augmix-m3-w3'])
-def test_policies_depend_on_the_generator_only_and_keep_the_size(picture, spec):
+def test_policies_depend_on_the_generator_only_and_keep_the_size(photo, spec):
     augment = build_auto_augment(spec)
-    results = [augment(picture, rng(seed)) for seed in range(30)]
-    assert {(result.size, result.mode) for result in results} == {(picture.size, 'RGB')}
+    results = [augment(photo, rng(seed)) for seed in range(30)]
+    assert {(result.size, result.mode) for result in results} == {(photo.size, 'RGB')}
     again = pickle.loads(pickle.dumps(augment))
     for seed in reversed(range(30)):
-        assert again(picture, rng(seed)).tobytes() == results[seed].tobytes()
+        assert again(photo, rng(seed)).tobytes() == results[seed].tobytes()
     assert len({result.tobytes() for result in results}) > 10
 
 
 @pytest.mark.parametrize('name', sorted(auto_augment.OPS))
-def test_operations_change_the_image_and_keep_its_form(picture, name):
+def test_operations_change_the_image_and_keep_its_form(photo, name):
     op = auto_augment.OPS[name]
-    picture = picture.point(lambda value: 80 + value * 2 // 3)  # leaves AutoContrast something to do
-    result = op.apply(picture, op.argument(0.9, rng()), (1, 2, 3), Image.BICUBIC)
-    assert result.size == picture.size and result.mode == 'RGB'
-    assert not np.array_equal(np.asarray(result), np.asarray(picture))
+    photo = photo.point(lambda value: 80 + value * 2 // 3)  # leaves AutoContrast something to do
+    result = op.apply(photo, op.argument(0.9, rng()), (1, 2, 3), Image.BICUBIC)
+    assert result.size == photo.size and result.mode == 'RGB'
+    assert not np.array_equal(np.asarray(result), np.asarray(photo))
 
 
 def test_operations_by_their_meaning():

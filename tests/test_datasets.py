@@ -102,7 +102,7 @@ def test_long_lists_report_a_missing_image_when_it_is_read(root, monkeypatch):
         dataset[11]
 
 
-@pytest.mark.parametrize('content', [b'', b'no picture', 'truncated', 'broken'])
+@pytest.mark.parametrize('content', [b'', b'no image', 'truncated', 'broken'])
 def test_corrupt_images_name_list_line_and_image(root, golden, content):
     rocket = (golden / 'preprocess/rocket.jpg').read_bytes()
     png = (root / 'train/a class/0.png').read_bytes()
@@ -364,7 +364,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_a_corrupt_image_in_a_worker_reaches_the_user_as_one_line(root, workers):
-    (root / 'val/a class/4.png').write_bytes(b'no picture')
+    (root / 'val/a class/4.png').write_bytes(b'no image')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(root), workers], capture_output=True,
                           text=True, timeout=120, cwd=Path(__file__).parent.parent)
     assert done.returncode == 1 and done.stdout == 'batch 2\nbatch 2\n', done.stderr

@@ -236,7 +236,7 @@ def test_missing_settings_and_weights_are_errors(tiny_yaml, tmp_path):
     with pytest.raises(UserError, match='no checkpoint'):
         read_arguments([f'-cfg={tiny_yaml}', '-output=X', f'-pretrained={tmp_path}'])
     config, arguments = read_arguments([f'-cfg={tiny_yaml}', '-output=X', f'-pretrained={tmp_path}/W.pdparams'])
-    with pytest.raises(FileNotFoundError, match='no such file'):
+    with pytest.raises(FileNotFoundError, match='W.pdparams: neither a file nor a name'):
         export(config, tmp_path / 'out')
     config, _ = read_arguments(['-pretrained=replknet_31b_1k_384', '-output=X'])
     assert config.DATA.IMAGE_SIZE == 384 and config.MODEL.NAME == 'replknet_31b'

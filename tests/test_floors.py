@@ -1,5 +1,9 @@
-"""The layout rule: a room imports only rooms below it. A room is a folder, or a few modules of the root."""
+"""The layout rules: a room imports only rooms below it, and files and functions stay short.
+
+A room is a folder, or a few modules of the root.
+"""
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -45,8 +49,11 @@ def imported(path):
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize(('room', 'path'), list(sources()),
-                         ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else '')
+each_file = pytest.mark.parametrize(('room', 'path'), list(sources()),
+                                    ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else '')
+
+
+@each_file
 def test_a_room_imports_only_rooms_below_it(room, path):
     assert room in FLOOR, f'{path.name} has no floor: add its room to FLOORS'
     for other in {module.split('.')[0] for module in imported(path)}:
@@ -68,3 +75,22 @@ def test_no_file_imports_itself_in_a_circle():
 
     for name in modules:
         visit(name, ())
+
+
+@each_file
+def test_files_and_functions_are_short(room, path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= (600 if room == 'config' else 450)
+    for function in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+        lines, arguments = function.end_lineno - function.lineno + 1, function.args
+        assert lines <= 60, f'{path.name}: {function.name} has {lines} lines'
+        if function.name != '__init__':  # layers, transforms and losses have as many settings as they have
+            assert len(arguments.posonlyargs + arguments.args) <= 8, f'{path.name}: parameters of {function.name}'
+
+
+@pytest.mark.parametrize(('module', 'name'), [
+    ('checkpoint', 'load_weights'), ('programs', 'load_paddle_program'), ('predict', 'Predictor'), ('fuse', 'pack'),
+    ('zoo', 'pretrained_weights'), ('replknet', 'replknet_31b'), ('dense', 'RepLKNetSeg'), ('config', 'get_config'),
+    ('datasets', 'get_transform'), ('large_kernel', 'load_operator')])
+def test_imports_of_earlier_documentation_work(module, name):
+    assert hasattr(importlib.import_module(module), name)

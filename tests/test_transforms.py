@@ -64,39 +64,39 @@ def test_train_refuses_arguments_out_of_range(arguments):
         train_transform(32, **arguments)
 
 
-def test_train_depends_on_the_generator_only(picture):
+def test_train_depends_on_the_generator_only(photo):
     transform = train_transform(40)
     again = pickle.loads(pickle.dumps(transform))
-    results = [transform(picture, rng(seed)) for seed in range(20)]
+    results = [transform(photo, rng(seed)) for seed in range(20)]
     for seed in reversed(range(20)):
-        assert np.array_equal(again(picture, rng(seed)), results[seed])
+        assert np.array_equal(again(photo, rng(seed)), results[seed])
     assert results[0].shape == (3, 40, 40) and results[0].dtype == np.float32
     assert len({result.tobytes() for result in results}) == 20
 
 
-def test_train_with_all_off_is_the_evaluation_of_the_whole_image(picture):
+def test_train_with_all_off_is_the_evaluation_of_the_whole_image(photo):
     transform = train_transform(40, scale=(1, 1), ratio=(4 / 3, 4 / 3), hflip=0, color_jitter=0, auto_augment='',
                                 re_prob=0)
-    assert np.array_equal(transform(picture, rng()), eval_transform(40, protocol='warp')(picture))
+    assert np.array_equal(transform(photo, rng()), eval_transform(40, protocol='warp')(photo))
 
 
-def test_flips(picture):
+def test_flips(photo):
     off = dict(scale=(1, 1), ratio=(4 / 3, 4 / 3), color_jitter=0, auto_augment='', re_prob=0, hflip=0)
-    plain = train_transform(40, **off)(picture, rng())
-    assert np.array_equal(train_transform(40, **{**off, 'hflip': 1})(picture, rng()), plain[:, :, ::-1])
-    assert np.array_equal(train_transform(40, **{**off, 'vflip': 1})(picture, rng()), plain[:, ::-1])
-    flipped = sum(np.array_equal(train_transform(40, **{**off, 'hflip': 0.3})(picture, rng(seed)), plain[:, :, ::-1])
+    plain = train_transform(40, **off)(photo, rng())
+    assert np.array_equal(train_transform(40, **{**off, 'hflip': 1})(photo, rng()), plain[:, :, ::-1])
+    assert np.array_equal(train_transform(40, **{**off, 'vflip': 1})(photo, rng()), plain[:, ::-1])
+    flipped = sum(np.array_equal(train_transform(40, **{**off, 'hflip': 0.3})(photo, rng(seed)), plain[:, :, ::-1])
                   for seed in range(400))
     assert 85 < flipped < 155
 
 
-def test_colour_jitter_only_without_rand_augment(picture):
+def test_colour_jitter_only_without_rand_augment(photo):
     off = dict(scale=(1, 1), ratio=(4 / 3, 4 / 3), hflip=0, re_prob=0)
     never = dict(off, auto_augment='rand-p0')
-    assert np.array_equal(train_transform(40, color_jitter=0.4, **never)(picture, rng()),
-                          train_transform(40, color_jitter=0.0, **never)(picture, rng()))
-    jittered = train_transform(40, color_jitter=0.4, auto_augment='', **off)(picture, rng())
-    assert not np.array_equal(jittered, train_transform(40, color_jitter=0.0, auto_augment='', **off)(picture, rng()))
+    assert np.array_equal(train_transform(40, color_jitter=0.4, **never)(photo, rng()),
+                          train_transform(40, color_jitter=0.0, **never)(photo, rng()))
+    jittered = train_transform(40, color_jitter=0.4, auto_augment='', **off)(photo, rng())
+    assert not np.array_equal(jittered, train_transform(40, color_jitter=0.0, auto_augment='', **off)(photo, rng()))
 
 
 def test_colour_jitter_factors_stay_in_range():
@@ -207,10 +207,10 @@ def test_random_erasing_draws_area_and_aspect_as_published(count):
     assert kolmogorov_smirnov(left / (2400 - width), stats.uniform.cdf) < 2.2
 
 
-def test_random_erasing_probability_and_count(picture):
+def test_random_erasing_probability_and_count(photo):
     off = dict(scale=(1, 1), ratio=(4 / 3, 4 / 3), hflip=0, color_jitter=0, auto_augment='')
-    plain = train_transform(40, re_prob=0, **off)(picture, rng())
-    changed = sum(not np.array_equal(train_transform(40, re_prob=0.25, **off)(picture, rng(seed)), plain)
+    plain = train_transform(40, re_prob=0, **off)(photo, rng())
+    changed = sum(not np.array_equal(train_transform(40, re_prob=0.25, **off)(photo, rng(seed)), plain)
                   for seed in range(400))
     assert 65 < changed < 140
     share = []
@@ -221,25 +221,25 @@ def test_random_erasing_probability_and_count(picture):
     assert max(share) < 0.36, 'the area is shared by the boxes'
 
 
-def test_rand_augment_fills_with_the_mean(picture):
+def test_rand_augment_fills_with_the_mean(photo):
     transform = train_transform(40, mean=(0.5, 0.25, 1.0), auto_augment='rand')
     assert transform.augment.fill == (128, 64, 255)
 
 
 @pytest.mark.parametrize('settings', [{}, {'auto_augment': 'augmix'}, {'auto_augment': '', 're_prob': 1}])
-def test_views_share_the_crop_and_the_first_is_clean(picture, settings):
+def test_views_share_the_crop_and_the_first_is_clean(photo, settings):
     clean = train_transform(40, auto_augment='', color_jitter=0, re_prob=0)
     for views in (2, 3):
         transform = pickle.loads(pickle.dumps(train_transform(40, views=views, **settings)))
         changed = 0
         for seed in range(20):
-            result = transform(picture, rng(seed))
+            result = transform(photo, rng(seed))
             assert result.shape == (views, 3, 40, 40) and result.dtype == np.float32
-            assert np.array_equal(result[0], clean(picture, rng(seed)))
-            assert np.array_equal(result, transform(picture, rng(seed)))
+            assert np.array_equal(result[0], clean(photo, rng(seed)))
+            assert np.array_equal(result, transform(photo, rng(seed)))
             changed += len({view.tobytes() for view in result}) == views
         assert changed >= 8
-    nothing = train_transform(40, views=3, auto_augment='rand-p0', re_prob=0)(picture, rng())
+    nothing = train_transform(40, views=3, auto_augment='rand-p0', re_prob=0)(photo, rng())
     assert np.array_equal(nothing[1], nothing[0]) and np.array_equal(nothing[2], nothing[0])
     with pytest.raises(ValueError, match='views'):
         train_transform(40, views=0)

@@ -8,7 +8,7 @@ import utils
 from datasets import get_dataloader, get_dataset
 from errors import TrainingStopped, UserError
 from fuse import pack
-from large_kernel import operator_serves
+from large_kernel import operator_in_use
 from replknet import RepLKNet
 from run_folder.curves import curves_line
 from run_folder.resume import read_resumed
@@ -109,7 +109,7 @@ def _evaluate_only(config, amp, folder, model, val_set):
     if folder is not None:
         folder.claim()
     model, _ = amp.decorate(model)
-    metrics = _evaluate(config, pack(model) if operator_serves() else model, val_set, amp, 'eval')
+    metrics = _evaluate(config, pack(model) if operator_in_use() else model, val_set, amp, 'eval')
     if folder is not None:
         folder.record(event='eval', **metrics)
     return metrics

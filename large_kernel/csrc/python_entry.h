@@ -70,14 +70,14 @@ struct Arguments {
   }
 };
 
-// serves(x, weight, bias, stride): whether `forward` and the operator take these arguments.
+// accepts(x, weight, bias, stride): whether `forward` and the operator take these arguments.
 template <Fits fits>
-PyObject* serves(PyObject*, PyObject* const* from, Py_ssize_t count) {
+PyObject* accepts(PyObject*, PyObject* const* from, Py_ssize_t count) {
   Arguments a;
   return PyBool_FromLong(a.read<fits>(from, count));
 }
 
-// forward(x, weight, bias, stride): the result, with stop_gradient set, or None if `serves` would return False.
+// forward(x, weight, bias, stride): the result, with stop_gradient set, or None if `accepts` would return False.
 template <Forward run, Fits fits>
 PyObject* forward(PyObject*, PyObject* const* from, Py_ssize_t count) {
   Arguments a;
@@ -103,7 +103,7 @@ PyObject* make_module() {
     return nullptr;
   }
   auto fast = [](auto* function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); };
-  static PyMethodDef methods[] = {{"serves", fast(serves<fits>), METH_FASTCALL, nullptr},
+  static PyMethodDef methods[] = {{"accepts", fast(accepts<fits>), METH_FASTCALL, nullptr},
                                   {"forward", fast(forward<run, fits>), METH_FASTCALL, nullptr},
                                   {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "large_kernel_direct", nullptr, -1, methods};
