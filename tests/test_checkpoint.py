@@ -186,7 +186,7 @@ def test_paddle_load_reads_a_checkpoint_too(tmp_path):
 
 
 def test_a_checkpoint_of_a_run_has_the_keys_and_types_of_the_schema(tmp_path):
-    run_state = build_run_state(opts=['SAVE', str(tmp_path)])
+    run_state = build_run_state(folder=str(tmp_path))
     run_state.scaler = LossScaler()
     folder = RunFolder(run_state.config)
     folder.save_last(run_state.capture())

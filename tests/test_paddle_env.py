@@ -15,7 +15,8 @@ AMD = {'vendor_id': 'AuthenticAMD', 'flags': 'fpu avx2 avx512f'}
 @pytest.fixture
 def machine(monkeypatch):
     """An x86-64 Linux machine with an AMD processor with AVX-512 and a Paddle that bundles the old MKL."""
-    monkeypatch.delenv(paddle_env.VARIABLE, raising=False)
+    monkeypatch.setenv(paddle_env.VARIABLE, '')  # so that what the test leaves is undone, where it was not set before
+    monkeypatch.delenv(paddle_env.VARIABLE)
     monkeypatch.setattr('platform.system', lambda: 'Linux')
     monkeypatch.setattr('platform.machine', lambda: 'x86_64')
     monkeypatch.setattr(paddle_env, 'cpu_info', lambda: AMD)

@@ -13,10 +13,10 @@ from training.optim import build_optimizer, parameter_groups
 from training.run_state import RunState, refuse_other_run
 
 
-def build(global_batch=8, steps_per_epoch=10):
+def build(global_batch=8, steps_per_epoch=10, folder=''):
     model = RepLKNet([9, 7, 5, 5], [1, 1, 1, 1], [4, 6, 8, 10], num_classes=3)
     optimizer = build_optimizer('adamw', parameter_groups(model, 0.05))
-    config = get_config(None, ['SAVE', '', 'DATA.BATCH_SIZE', global_batch])
+    config = get_config(None, ['SAVE', folder, 'DATA.BATCH_SIZE', global_batch])
     return RunState(config, model, ModelEMA(model, 0.9), optimizer, None, steps_per_epoch, own_statistics=False)
 
 
