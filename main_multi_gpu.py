@@ -5,7 +5,7 @@
 
 Paddle's launcher can start the processes instead, also on several machines:
 
-    python -m paddle.distributed.launch --nnodes 2 --master HOST:PORT main_multi_gpu.py -cfg=... -data_path=...
+    python -m paddle.distributed.launch --nnodes 2 --rank 0 --master IP:PORT main_multi_gpu.py -cfg=...
 """
 import paddle_env  # noqa: F401, I001 - sets the environment, so before paddle
 
