@@ -88,7 +88,7 @@ KEYS = {
     'MODEL.DROPPATH': Key(0.5, 'highest stochastic-depth rate, reached at the last block', low=0, high=0.999),
     'MODEL.RECOMPUTE': Key(False, 'recompute activations in the backward pass: less memory, more time',
                            resume=MAY_DIFFER),
-    'MODEL.PRETRAINED': Key('', 'weights to start from or to evaluate: a file, or a name of the zoo',
+    'MODEL.PRETRAINED': Key('', 'weights to start from or to evaluate: a file, or a zoo name',
                             flag='pretrained', resume=MAY_DIFFER),
     'MODEL.RESUME': Key('', "run to continue: its folder, a checkpoint, or 'auto' for an unfinished run with the same "
                         'settings', flag='resume', resume=PER_CALL),

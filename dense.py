@@ -24,7 +24,7 @@ class RepLKNetSeg(RepLKNet):
         out_indices: stages, 0 to 3, whose feature maps [N, channels, H / 2^(stage+2), W / 2^(stage+2)] are returned.
         norm_inter_features: apply a batch norm to each returned map, as published dense models with XL do.
         drop_path: highest stochastic-depth rate.
-        pretrained: name of the zoo or file of weights; norms of feature maps are newly initialised.
+        pretrained: zoo name or file of weights; norms of feature maps are newly initialised.
         in_channels: channels of the images.
         recompute: recompute activations in the backward pass: less memory, more time.
         weights_dir: folder with the files of the zoo.

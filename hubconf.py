@@ -31,7 +31,7 @@ def _entry(name):
     entry.__doc__ = f"""{name}, a classifier, or with out_indices a backbone.
 
     Args:
-        pretrained: a file of weights, a name of the zoo (for this model: {', '.join(published) or 'none'}), or True for
+        pretrained: a file of weights, a zoo name (for this model: {', '.join(published) or 'none'}), or True for
             the first of these names.
         weights_dir: folder with the files of the zoo.
         arguments: arguments of `RepLKNet`: num_classes (None for no head), out_indices, norm_intermediate_features,

@@ -100,10 +100,10 @@ ZOO = {checkpoint.name: checkpoint for checkpoint in (
 
 
 def settings_file(weights):
-    """Settings of the model that `-pretrained` names: of a checkpoint of the zoo, or of the run that saved it.
+    """Settings of the model that `-pretrained` names: those of the zoo, or of the run that saved the checkpoint.
 
     Args:
-        weights: a file, a name of the zoo, or None.
+        weights: a file, a zoo name, or None.
     Returns:
         path of a YAML file, or None if there is none.
     """
@@ -128,14 +128,14 @@ def resolve_weights(name_or_path, weights_dir='./weights'):
     """Finds the file of weights that `-pretrained` names.
 
     Args:
-        name_or_path: a file, or a name of the zoo.
+        name_or_path: a file, or a zoo name.
         weights_dir: folder of the files of the zoo. An official file in it is converted, once; several processes may
             do so at the same time.
     Returns:
         path of a file for `safe_load.read_checkpoint`.
     Raises:
         UserError: an official file that is not the model, or does not have the class count, of its name.
-        FileNotFoundError: neither a file nor a name of the zoo, or its file is not in `weights_dir`.
+        FileNotFoundError: neither a file nor a zoo name, or its file is not in `weights_dir`.
     """
     if name_or_path not in ZOO or os.path.isfile(name_or_path):
         if not os.path.exists(name_or_path):

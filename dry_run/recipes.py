@@ -13,7 +13,7 @@ class Recipe:
     Attributes:
         title: model, data and image size.
         global_batch: images per optimizer step, for which the learning rate is meant.
-        start: name in zoo.py of the weights that the run starts from, or None for random weights.
+        start: zoo name of the weights that the run starts from, or None for random weights.
         settings: {key of config.py: value}; a key that is not listed was not published.
     """
     title: str
