@@ -187,7 +187,7 @@ KEYS = {
                     resume=MAY_DIFFER),
     'CURVES': Key(True, 'draw curves.png at the end of a run, if matplotlib is installed', resume=MAY_DIFFER),
     'VALIDATE_FREQ': Key(1, 'epochs between evaluations; 0 for none during training', low=0, resume=MAY_DIFFER),
-    'SEED': Key(42, 'of all random draws', low=0, high=2**31 - 1),
+    'SEED': Key(42, 'seed of all random draws', low=0, high=2**31 - 1),
 
     # ---- dry run
     'DRY_RUN': Key(False, 'print what the run would do, with warnings, and stop', flag='dry_run', resume=PER_CALL),

@@ -1,4 +1,4 @@
-"""What the main scripts share: reads the settings, starts the processes of a run and waits for their end."""
+"""Shared by the main scripts: reads the settings, starts the processes of a run and waits for them to end."""
 import contextlib
 import io
 import logging
@@ -68,7 +68,7 @@ def run_in_this_process(config, device):
     paddle.set_device('cpu' if device == 'cpu' else f'{device}:{dist.ParallelEnv().device_id}')
     utils.setup_logging(verbose=utils.is_main())
     utils.logger.info(f'Paddle {paddle.__version__} on {device}' + (
-        f', {threads} threads a process; {paddle_env.describe()}' if device == 'cpu' else ''))
+        f', threads per process: {threads}; {paddle_env.describe()}' if device == 'cpu' else ''))
     run(config, device)
 
 

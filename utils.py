@@ -1,4 +1,4 @@
-"""Shared helpers: devices, process groups, random seeds, logging."""
+"""Shared helpers: devices, processes, random seeds, logs and files of JSON lines."""
 import contextlib
 import itertools
 import json
@@ -89,7 +89,7 @@ def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the ca
 # ---- seeds
 
 def random_generator(*key):
-    """A NumPy Generator that depends only on the given integers, such as (seed, epoch, sample)."""
+    """A NumPy Generator that depends only on the given integers, such as (seed, epoch, image)."""
     return np.random.default_rng(key)
 
 

@@ -24,8 +24,6 @@ import paddle_env
 
 import paddle  # isort: skip
 
-
-
 SOURCES = Path(__file__).parent / 'csrc'
 TIMEOUT = 600  # seconds for the compiler
 OPERATORS = 3  # version of the operators' interface: programs exported with another version do not run
@@ -139,6 +137,7 @@ def library_path():
     """Path of the operator's shared library, which is built if it does not exist yet.
 
     Several processes may call this at once: one builds, the others wait for it.
+
     Raises:
         BuildError: it cannot be built.
     """

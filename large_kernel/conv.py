@@ -112,8 +112,8 @@ def runs_custom(x):
         raise RuntimeError(f'{VARIABLE}=custom: {reason}')
     if on_cpu and not _warned:
         _warned = True
-        warnings.warn(f'the C++ operator for depthwise convolutions is not available; using paddle.fft instead: '
-                      f'{reason}', RuntimeWarning, stacklevel=3)
+        warnings.warn(f'the C++ operator for depthwise convolutions is not available; using paddle.fft or '
+                      f"Paddle's own convolution instead: {reason}", RuntimeWarning, stacklevel=3)
     return False
 
 

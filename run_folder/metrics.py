@@ -1,4 +1,4 @@
-"""Metrics of a run: reads metrics.jsonl, finds the best checkpoint by it, and writes VisualDL scalars.
+"""Metrics of a run: reads metrics.jsonl, finds the best checkpoint from it, and writes VisualDL scalars.
 
 Each line of metrics.jsonl is a JSON object with `event`, `time` (Unix time in seconds), `epoch` and `step` (optimizer
 steps done so far). The other keys depend on the event:

@@ -23,7 +23,7 @@ from training.signals import stop
 from utils import accuracy_line, logger
 from zoo import build_model, pretrained_weights
 
-STREAM_INIT = 3  # key of the random numbers of initial weights, beside those of engine.py and datasets.py
+STREAM_INIT = 3  # key of the random numbers for initial weights; training/engine.py and datasets.py have the others
 
 
 def run(config, device):

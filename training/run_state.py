@@ -17,7 +17,7 @@ from utils import logger
 class RunState:
     """Everything that changes during a run.
 
-    Random number generators are not part of it: every draw follows from the seed and the epoch, sample or step.
+    Random number generators are not part of it: every draw follows from the seed and the epoch, image or step.
 
     Args:
         config: frozen settings.

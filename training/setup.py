@@ -80,6 +80,7 @@ def build_training(config, device, amp, start, loader):
     """Builds the parts of a training run; with a checkpoint in `start`, they continue from its state.
 
     Every rank calls it.
+
     Args:
         config: frozen settings.
         device: kind of device in use ('gpu', 'cpu', ...).

@@ -250,8 +250,8 @@ struct ConvGemm {
   const int most_depth = depth_per_pass(), blocks = (terms + kChannelBlock - 1) / kChannelBlock;
   const int pitch = plan.tiles * kTilePixels;
   const bool pointwise = s.kernel == 1 && s.stride == 1;
-  // Pixels that are already laid out as needed are not packed. The last tile then starts earlier, not to read past the
-  // map.
+  // Pixels that are already laid out as needed are not packed. The last tile then starts earlier, so as not to
+  // read past the map.
   const bool in_place = x.nchw16c && pointwise && !in_scale && plan.pixels >= kTilePixels;
   // one line more than needed, or all blocks would share a few cache sets
   const std::ptrdiff_t block_size = (std::ptrdiff_t)pitch * kChannelBlock + kChannelBlock;
@@ -295,7 +295,7 @@ struct ConvGemm {
   }
 
   // A prefetcher of the weights that are needed after those before row k: the panel's next pass, or the next panel,
-  // which this thread most likely takes, too. It is called `times` times.
+  // which this thread most likely takes too. It is called `times` times.
   WeightPrefetcher next_weights(const GemmPlan::Part& part, int panel, int k, int times) const {
     const bool same = k < terms;
     if (!same && panel + 1 >= part.last_panel) return {};

@@ -13,9 +13,9 @@
 
 namespace large_kernel {
 
-// ---- transforms of rows of `length` numbers into `pairs` pairs: pair 0 is a RealPair, the others are Complex, `step`
-// apart ----
+// ---- transforms of rows ----
 
+// Transforms `length` numbers into `pairs` pairs, `step` apart: pair 0 is a RealPair, the others are Complex.
 struct RowTransform {
   const int length, pairs;
   RowTransform(int length) : length(length), pairs(length / 2) {}

@@ -21,9 +21,11 @@
 
 namespace large_kernel {
 
-// ---- correlation over rows: each level saves a quarter of the multiplications ---- Row i of the result is the sum
-// over b of filter[b] * input[i + b], where correlate_run computes the product of two rows. With the even and odd
-// filter rows f0 and f1, the even and odd input rows u and v, and s = f0 + f1, rows 2a and 2a + 1 of the result are
+// ---- correlation over rows: each level saves a quarter of the multiplications ----
+//
+// Row i of the result is the sum over b of filter[b] * input[i + b], where correlate_run computes the product of two
+// rows. With the even and odd filter rows f0 and f1, the even and odd input rows u and v, and s = f0 + f1, rows 2a and
+// 2a + 1 of the result are
 //   s * v + f0 * (u - v)   and   s * v + f1 * (u shifted by one - v):
 // three products of half the length instead of four (the transposed fast FIR algorithm, Mou and Duhamel, 1991). Each of
 // them is again a correlation over rows.
