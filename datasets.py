@@ -21,14 +21,12 @@ from PIL import Image
 
 from errors import UserError
 from transforms import eval_transform, train_transform
-from utils import device_count, logger, random_generator
+from utils import STREAM_AUGMENT, STREAM_ORDER, device_count, logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
 CHECK_FILES_UP_TO = 20_000  # lines; in longer lists a missing image is reported when it is read, for a quick start
 PREFETCH_FACTOR = 2  # batches prefetched per worker
-# streams of random draws, in addition to those of the training loop
-STREAM_AUGMENT, STREAM_ORDER = 4, 5
 
 
 class DataError(UserError):

@@ -25,7 +25,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake on the command line in one line and exits with status 2; flags cannot be abbreviated."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # keeps the examples' lines
 
     def error(self, message):
         self.exit(2, f'{self.prog}: {message} (see -h)\n')

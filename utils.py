@@ -88,8 +88,12 @@ def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the ca
 
 # ---- seeds
 
+# Every use of random numbers has its own stream: this number follows the seed in the key of its generator.
+STREAM_MIXUP, STREAM_PADDLE, STREAM_INIT, STREAM_AUGMENT, STREAM_ORDER = 1, 2, 3, 4, 5
+
+
 def random_generator(*key):
-    """A NumPy Generator that depends only on the given integers, such as (seed, epoch, image)."""
+    """A NumPy Generator that depends only on the given integers, such as (seed, stream, epoch, image)."""
     return np.random.default_rng(key)
 
 

@@ -116,10 +116,13 @@ def require_settings_file(cfg, weights):
     """Path of the settings file to use: `cfg` if it is given, else the result of `settings_file`.
 
     Raises:
-        UserError: there is neither.
+        FileNotFoundError: `weights` is neither a path nor a zoo name.
+        UserError: there are no settings.
     """
     path = cfg or settings_file(weights)
     if not path:
+        if weights and not os.path.exists(weights):
+            raise FileNotFoundError(f'{weights}: no such file or folder, and not a name that `python zoo.py` lists')
         raise UserError('-cfg is missing: name a settings file, such as -cfg=./configs/replknet_31b.yaml')
     return path
 

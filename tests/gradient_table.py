@@ -15,7 +15,7 @@ import utils
 from config import get_config
 from replknet import RepLKNet
 from training.amp import Amp, LossScaler
-from training.engine import STREAM_PADDLE, train_one_epoch
+from training.engine import train_one_epoch
 from training.optim import parameter_groups
 from training.setup import StepSettings, TrainingParts
 
@@ -71,7 +71,7 @@ def plain(world, accum):
         means = []
         for rank in range(world):
             model.set_state_dict(ranks[rank])
-            utils.seed_paddle(0, STREAM_PADDLE, step, rank)
+            utils.seed_paddle(0, utils.STREAM_PADDLE, step, rank)
             for index in group:
                 images, labels = micro_batch(rank, index)
                 (F.cross_entropy(model(images), labels) / len(group)).backward()

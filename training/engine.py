@@ -11,8 +11,6 @@ from errors import TrainingStopped
 from training.optim import clip_gradients, gradient_norm, nonfinite_gradients, set_weight_decay
 from training.progress import Progress, epoch_metrics, epoch_sums
 
-# keys of independent streams of random numbers, see utils.random_generator
-STREAM_MIXUP, STREAM_PADDLE = 1, 2
 SLOW_STEP_SECONDS = 3  # after a step this slow, the ranks meet before they exchange gradients: see utils.barrier
 MAX_SKIPPED_STEPS = 100  # training stops after this many overflowing steps in a row
 
@@ -80,7 +78,7 @@ def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=No
 
 def _begin_step(parts, step):
     """Sets the seed of drop path, the learning rate and the weight decay of a step; returns the learning rate."""
-    utils.seed_paddle(parts.settings.seed, STREAM_PADDLE, step, utils.rank())
+    utils.seed_paddle(parts.settings.seed, utils.STREAM_PADDLE, step, utils.rank())
     lr = parts.lr_at(step)
     parts.optimizer.set_lr(lr)
     if parts.weight_decay_at is not None:
@@ -101,7 +99,7 @@ def _accumulate_gradients(parts, batches, epoch, group, wait_for_ranks):
     loss_sum, images_seen = paddle.zeros([]), 0
     for index, (images, labels) in zip(group, batches):
         if parts.mixup is not None:
-            rng = utils.random_generator(parts.settings.seed, STREAM_MIXUP, epoch, index, utils.rank())
+            rng = utils.random_generator(parts.settings.seed, utils.STREAM_MIXUP, epoch, index, utils.rank())
             images, labels = parts.mixup(images, labels, rng)
         last = index == group[-1]
         # the ranks exchange gradients once per optimizer step, in its last backward pass

@@ -23,8 +23,6 @@ from training.signals import stop
 from utils import accuracy_line, logger
 from zoo import build_model, pretrained_weights
 
-STREAM_INIT = 3  # key of the random numbers for initial weights; training/engine.py and datasets.py have the others
-
 
 def run(config, device):
     """Trains or, with -eval, evaluates a model. Every rank calls it.
@@ -94,7 +92,7 @@ def choose_start(config):
         weights, origin = pretrained_weights(config.MODEL.PRETRAINED)
     elif config.EVAL:
         raise UserError('-eval needs weights: give -pretrained=FILE, or a name that `python zoo.py` lists')
-    utils.seed_paddle(config.SEED, STREAM_INIT)  # the same initial weights on every rank
+    utils.seed_paddle(config.SEED, utils.STREAM_INIT)  # the same initial weights on every rank
     model = build_model(config, weights, origin, drop_head=checkpoint is None and not config.EVAL)
     return Start(model, origin, checkpoint)
 
