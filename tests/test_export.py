@@ -229,7 +229,10 @@ def test_wrong_flags_are_one_line_errors(capsys, tiny_yaml, flags, words):
 
 
 def test_missing_settings_and_weights_are_errors(tiny_yaml, tmp_path):
+    (tmp_path / 'alone.pdparams').touch()
     with pytest.raises(UserError, match='-cfg is missing'):
+        read_arguments(['-output=X', f'-pretrained={tmp_path}/alone.pdparams'])
+    with pytest.raises(FileNotFoundError, match='W.pdparams: no such file or folder'):
         read_arguments(['-output=X', '-pretrained=W.pdparams'])
     with pytest.raises(UserError, match='-pretrained is missing'):
         read_arguments([f'-cfg={tiny_yaml}', '-output=X'])

@@ -100,7 +100,7 @@ def test_a_run_in_progress_cannot_be_resumed(fleets, stopped):
     try:
         second = fleets[1].start(folder)
         assert fleets[1].end(second) == 2
-        assert second.errors.count('\n') == 1 and 'another process is at work' in second.errors
+        assert second.errors.count('\n') == 1 and 'another process is already working on' in second.errors
     finally:
         os.kill(first.pid, signal.SIGCONT)
     assert fleets[1].end(first) == 0 and fleets[1].compare(folder) == ''
