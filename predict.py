@@ -19,6 +19,7 @@ import json
 import sys
 
 import numpy as np
+import paddle
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from datasets import DataError, read_list
 from deploy.contact_sheets import ContactSheets
 from deploy.predictor import BACKENDS, Prediction, Predictor
 from errors import ArgumentParser, UserError, exit_status
-from utils import accuracy_line, logger
+from utils import accuracy_line, accuracy_metrics, accuracy_sums, logger
 
 __all__ = ['Prediction', 'Predictor']
 
@@ -126,13 +127,12 @@ class Accuracy:
         self.images, self.sums = 0, np.zeros(3)
 
     def add(self, logits, label):
-        rank = np.argsort(-logits, kind='stable').tolist().index(label)
-        loss = np.logaddexp.reduce(logits.astype(np.float64)) - logits[label]
-        self.sums += 100 * (rank < 1), 100 * (rank < 5), loss
+        sums = accuracy_sums(paddle.to_tensor(logits[None]), paddle.to_tensor([label]))
+        self.sums += [float(value) for value in sums]
         self.images += 1
 
     def metrics(self):
-        return {**dict(zip(('acc1', 'acc5', 'loss'), self.sums / self.images)), 'images': self.images}
+        return accuracy_metrics(*self.sums.tolist(), self.images)
 
 
 def read_arguments(argv=None):

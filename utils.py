@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import paddle.nn.functional as F
 from paddle.base.core import create_or_get_global_tcp_store
 
 from errors import UserError
@@ -102,13 +103,37 @@ def seed_paddle(*key):
     paddle.seed(int(random_generator(*key).integers(2**31)))
 
 
-# ---- metrics and logs
+# ---- metrics
+
+def accuracy_sums(logits, labels):
+    """The sums over a batch from which `accuracy_metrics` computes the metrics of an evaluation.
+
+    Args:
+        logits: [N, K], of any float dtype.
+        labels: [N], int64.
+    Returns:
+        three tensors: images whose highest logit is that of the label, images with the label among the five highest (or
+        all K, if fewer), and the sum of the cross-entropy in float64.
+    """
+    logits = logits.astype('float32')
+    hits = paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)
+    loss = F.cross_entropy(logits, labels, reduction='none').astype('float64').sum()
+    return hits[:, 0].astype('int64').sum(), hits.astype('int64').sum(), loss
+
+
+def accuracy_metrics(correct1, correct5, loss, images):
+    """dict of acc1 and acc5 (percent), loss (mean cross-entropy) and images, from sums over all images."""
+    return {'acc1': 100 * correct1 / images, 'acc5': 100 * correct5 / images, 'loss': loss / images,
+            'images': int(images)}
+
 
 def accuracy_line(metrics):
     """The line that every evaluation prints last, from a dict with acc1 and acc5 (percent), loss and images."""
     return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
             f"images {metrics['images']}")
 
+
+# ---- logs
 
 def setup_logging(verbose):
     """Logs to standard output, and keeps the lines for `log_to_file`; without `verbose`, only warnings are logged."""

@@ -4,7 +4,6 @@ import math
 import time
 
 import paddle
-import paddle.nn.functional as F
 
 import utils
 from errors import TrainingStopped
@@ -179,22 +178,17 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
         RuntimeError: the ranks together have not seen `dataset_size` images.
     """
     model.eval()
-    correct1, correct5, loss_sum, images_seen = 0, 0, 0.0, 0
+    sums, images_seen = [0, 0, 0.0], 0
     progress = Progress(name, len(loader))
     for images, labels in progress.timed(loader):
         with amp.autocast():
             logits = model(images)
-        logits = logits.astype('float32')
-        top = paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)
-        correct1 = correct1 + top[:, 0].astype('int64').sum()
-        correct5 = correct5 + top.astype('int64').sum()
-        loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction='none').astype('float64').sum()
+        sums = [total + batch for total, batch in zip(sums, utils.accuracy_sums(logits, labels))]
         images_seen += images.shape[0]
         progress.step(images.shape[0])
     progress.close()
     utils.barrier()  # a rank may have one batch more than another
-    correct1, correct5, loss_sum, images_seen = utils.all_reduce_sum([correct1, correct5, loss_sum, images_seen])
+    *sums, images_seen = utils.all_reduce_sum([*sums, images_seen])
     if images_seen != dataset_size:
         raise RuntimeError(f'evaluated {images_seen:.0f} images of a dataset of {dataset_size}')
-    return {'acc1': 100 * correct1 / images_seen, 'acc5': 100 * correct5 / images_seen,
-            'loss': loss_sum / images_seen, 'images': int(images_seen)}
+    return utils.accuracy_metrics(*sums, images_seen)
