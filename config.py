@@ -317,12 +317,26 @@ def _flat(group, prefix=''):
             yield prefix + name, value
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses repeated keys, of which PyYAML would silently use the last one."""
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(f'{self.name}:{line}: {key.value} is set in line {lines[key.value]} already; '
+                                  'put its values in one place')
+            lines[key.value] = line
+        return node
+
+
 def _merge_file(config, path, origins, including):
     if path.resolve() in including:
         raise ConfigError(f'{path}: BASE: the files include each other')
     try:
         with open(path, encoding='utf-8') as file:
-            values = yaml.safe_load(file) or {}
+            values = yaml.load(file, _UniqueKeyLoader) or {}
     except FileNotFoundError:
         raise ConfigError(f'{path}: no such config file') from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:

@@ -147,6 +147,8 @@ def test_it_is_imported_without_paddle():
     ('TRAIN: {NUM_EPOCHS: 5}', 'TRAIN.WARMUP_EPOCHS is 10.0, more than TRAIN.NUM_EPOCHS 5'),
     ('- 1', 'a config file holds KEY: value lines'),
     ('A: [', 'cannot be read as YAML'),
+    ('TRAIN:\n  BASE_LR: 1.0\nSEED: 1\nTRAIN:\n  NUM_EPOCHS: 20\n', 'bad.yaml:4: TRAIN is set in line 1 already'),
+    ('TRAIN: {BASE_LR: 1.0, BASE_LR: 1.0}', 'bad.yaml:1: BASE_LR is set in line 1 already'),
     ('BASE: nowhere.yaml', 'nowhere.yaml: no such config file'),
     ('BASE: bad.yaml', 'include each other'),
     ('BASE: 3', 'BASE takes a file name or a list of them'),
