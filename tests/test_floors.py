@@ -4,6 +4,7 @@ A room is a folder, or a few modules of the root.
 """
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def test_a_room_imports_only_rooms_below_it(room, path):
     for other in {module.split('.')[0] for module in imported(path)}:
         if other in FLOOR and not next(names for names in FLOORS if room in names) >= {room, other}:
             assert FLOOR[other] < FLOOR[room], f'{path.name} imports {other}, which is above {room}'
+
+
+def test_the_documentation_lists_the_floors():
+    rows = re.findall(r'^\| \d+ \| ([^|]+) \|', (ROOT / 'docs' / 'architecture.md').read_text(), re.MULTILINE)
+    assert [set(re.findall(r'`([a-z_]+)/?`', row)) for row in rows] == [
+        names - {'checkpoint', 'programs'} for names in FLOORS]
 
 
 def test_no_file_imports_itself_in_a_circle():
