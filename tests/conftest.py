@@ -107,3 +107,19 @@ def run_script():
                               timeout=timeout, cwd=cwd, env=env, stdin=subprocess.DEVNULL)
 
     return run
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Chooses the implementation of the depthwise convolution by its name."""
+    return lambda name: monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', name)
+
+
+@pytest.fixture
+def without_gradients(monkeypatch):
+    """No gradients, reproducible random numbers, and the implementation that is chosen by default."""
+    import paddle
+    monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL', raising=False)
+    paddle.seed(3)
+    with paddle.no_grad():
+        yield
