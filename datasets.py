@@ -5,11 +5,9 @@ spaces. Predictions show the class names in `classes.txt`, if the folder has one
 
 Every random draw depends only on (seed, epoch, image) or (seed, epoch), not on the worker or the process.
 """
-import codecs
 import contextlib
 import multiprocessing.connection
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,9 +15,10 @@ import threading
 import numpy as np
 import paddle
 from paddle.base.multiprocess_utils import _cleanup_mmap
-from PIL import Image
 
 from errors import UserError
+from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
+from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
 from transforms import eval_transform, train_transform
 from utils import STREAM_AUGMENT, STREAM_ORDER, device_count, logger, random_generator
 
@@ -27,96 +26,6 @@ DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
 CHECK_FILES_UP_TO = 20_000  # lines; in longer lists a missing image is reported when it is read, for a quick start
 PREFETCH_FACTOR = 2  # batches prefetched per worker
-
-
-class DataError(UserError):
-    """A list file or an image cannot be used; the message is one line that names the file and the line."""
-
-
-def decode_image(path):
-    """Reads an image file as RGB, see `to_rgb`; EXIF orientation is ignored, as in the official code.
-
-    Raises:
-        DataError: the file does not exist or cannot be decoded.
-    """
-    try:
-        with open(path, 'rb') as file:
-            return to_rgb(Image.open(file))
-    except FileNotFoundError:
-        raise DataError(f'{path}: no such image') from None
-    except Exception as error:  # Pillow raises many types for corrupt files
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise DataError(f'{path}: cannot read the image: {reason}') from error
-
-
-def to_rgb(image):
-    """Converts a Pillow image of any mode to RGB; alpha is dropped."""
-    image.info.pop('transparency', None)  # Pillow would warn that it is lost
-    if image.mode.startswith('I'):
-        # 16-bit greyscale: Pillow's own conversion would clip at 255
-        high_byte = np.asarray(image, dtype=np.int64) >> 8
-        image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
-    return image.convert('RGB')
-
-
-def read_list(path, num_classes=None, unlabelled=False):
-    """Reads a list file of 'relative/path label' lines.
-
-    Args:
-        path: path of the list file.
-        num_classes: labels must be in [0, num_classes); None for no limit.
-        unlabelled: whether lines may have no label.
-
-    Returns:
-        paths (bytes array) and labels (int64 array, -1 where there is none), one element per line.
-
-    Raises:
-        FileNotFoundError: the list does not exist.
-        DataError: a line is blank or malformed, or its label is out of range.
-    """
-    try:
-        file = open(path, 'rb')
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
-                                'and val_list.txt') from None
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
-    paths, labels = [], []
-    with file:
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
-        for number, line in enumerate(file, 1):
-            name, label = line.strip(), -1
-            fields = name.rsplit(None, 1)
-            if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
-                name, label = fields[0], int(fields[1])
-                if label < 0 or (num_classes is not None and label >= num_classes):
-                    limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
-                    raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
-            elif not (unlabelled and name):
-                text = line.decode(errors='replace').strip()[:80]
-                raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
-            paths.append(name)
-            labels.append(label)
-    if not paths:
-        raise DataError(f'{path}: the list is empty')
-    return np.array(paths), np.array(labels, dtype=np.int64)
-
-
-def read_class_names(path):
-    """Reads class names from a text file with one name per line, class 0 first.
-
-    Raises:
-        DataError: a line is blank, or the file is not readable as text.
-    """
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            names = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read: {error}') from None
-    if not all(names):
-        raise DataError(f'{path}:{names.index("") + 1}: blank line; each line names a class, the first line class 0')
-    return names
 
 
 class ImageNet2012Dataset(paddle.io.Dataset):

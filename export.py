@@ -29,13 +29,14 @@ from PIL import Image
 
 import utils
 from config import config_text, get_config
-from datasets import decode_image, get_dataset, get_transform
+from datasets import get_dataset, get_transform
 from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
 from deploy.layout import CERTIFICATE, FORMS, is_export
 from deploy.onnx_graph import write_onnx
 from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
 from errors import ArgumentParser, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
+from image_files.decode import decode_image
 from large_kernel import load_operator
 from large_kernel.build import OPERATORS, BuildError
 from run_folder.layout import CONFIG, find_classes

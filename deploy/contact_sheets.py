@@ -3,8 +3,8 @@ import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from datasets import DataError, decode_image
 from errors import UserError
+from image_files.decode import DataError, decode_image
 
 COLUMNS, ROWS = 6, 5
 SIDE, MARGIN, LINE = 160, 10, 16  # pixels: side of an image, space around it, height of a line of text

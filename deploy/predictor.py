@@ -24,12 +24,14 @@ from PIL import Image
 
 import utils
 from config import get_config
-from datasets import DataError, decode_image, get_transform, read_class_names, to_rgb
+from datasets import get_transform
 from deploy.equivalence import dygraph_program
 from deploy.layout import CERTIFICATE, is_export
 from deploy.runtimes import load_paddle_program, save_paddle_program
 from errors import UserError
 from fuse import WithFeatures, fuse, pack
+from image_files.decode import DataError, decode_image, to_rgb
+from image_files.lists import read_class_names
 from large_kernel import build, operator_in_use
 from run_folder.layout import CONFIG, find_classes
 from run_folder.metrics import best_checkpoint
