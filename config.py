@@ -12,6 +12,7 @@ import copy
 import difflib
 import itertools
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -40,6 +41,7 @@ class Key:
         elements: type of a list's elements, needed where the default is empty.
         nullable: whether null is accepted for a number, as 0; for text and lists it always is, as empty.
         flag: name of its command line flag, '' for none (it is then set by -opts).
+        path: whether it is a path, in which ~ stands for the home folder.
         resume: SAME, MAY_DIFFER or PER_CALL.
     """
     default: Any
@@ -51,6 +53,7 @@ class Key:
     elements: Optional[type] = None
     nullable: bool = False
     flag: str = ''
+    path: bool = False
     resume: str = SAME
 
 
@@ -61,7 +64,9 @@ KEYS = {
     'DATA.DATASET': Key('imagenet2012', 'kind of dataset: ImageNet-style list files', ('imagenet2012',),
                         flag='dataset'),
     'DATA.DATA_PATH': Key('', 'folder with train_list.txt and val_list.txt ("relative/path label" per line)',
-                          flag='data_path', resume=MAY_DIFFER),
+                          flag='data_path', path=True, resume=MAY_DIFFER),
+    'DATA.ALLOW_CHANGES': Key(False, 'resume a run although its lists or its classes.txt have changed',
+                              resume=PER_CALL),
     'DATA.BATCH_SIZE': Key(64, 'images per process and micro-batch', low=1, flag='batch_size', resume=MAY_DIFFER),
     'DATA.BATCH_SIZE_EVAL': Key(64, 'images per process in evaluation', low=1, flag='batch_size_eval',
                                 resume=MAY_DIFFER),
@@ -89,9 +94,9 @@ KEYS = {
     'MODEL.RECOMPUTE': Key(False, 'recompute activations in the backward pass: less memory, more time',
                            resume=MAY_DIFFER),
     'MODEL.PRETRAINED': Key('', 'weights to start from or to evaluate: a file, or a zoo name',
-                            flag='pretrained', resume=MAY_DIFFER),
+                            flag='pretrained', path=True, resume=MAY_DIFFER),
     'MODEL.RESUME': Key('', "run to continue: its folder, a checkpoint, or 'auto' for an unfinished run with the same "
-                        'settings', flag='resume', resume=PER_CALL),
+                        'settings', flag='resume', path=True, resume=PER_CALL),
 
     # ---- training: schedule and optimizer
     'TRAIN.LAST_EPOCH': Key(0, 'epochs already done; 0: as the checkpoint says, or none', low=0, flag='last_epoch',
@@ -172,7 +177,7 @@ KEYS = {
                   resume=PER_CALL),
     'NPROCS': Key(0, 'processes of main_multi_gpu.py; 0: one per device, or 2 on a machine without devices', low=0,
                   flag='nprocs', resume=PER_CALL),
-    'SAVE': Key('', "run folder; '': output/<MODEL.NAME>-<time>", flag='output', resume=PER_CALL),
+    'SAVE': Key('', "run folder; '': output/<MODEL.NAME>-<time>", flag='output', path=True, resume=PER_CALL),
     'SAVE_STEPS': Key(0, 'save every so many optimizer steps; 0: at the end of each epoch', low=0, resume=MAY_DIFFER),
     'SAVE_MINUTES': Key(15.0, 'save also after so many minutes; 0: never for that reason', low=0, resume=MAY_DIFFER),
     'SAVE_FREQ': Key(0, 'keep a numbered checkpoint every so many epochs; 0: only last and best', low=0,
@@ -194,7 +199,7 @@ KEYS = {
     'PLAN.NODES': Key(0, 'with -dry_run: machines of the cluster to plan for', low=0, flag='nodes', resume=PER_CALL),
     'PLAN.GPUS_PER_NODE': Key(0, 'with -dry_run: GPUs of each machine', low=0, flag='gpus_per_node', resume=PER_CALL),
     'PLAN.IMAGES_PER_S': Key('', 'with -dry_run: measured images/s of one process, or a run folder to read it from',
-                             flag='images_per_s', resume=PER_CALL),
+                             flag='images_per_s', path=True, resume=PER_CALL),
 }
 
 # Keys of earlier versions with the only value they could have: still accepted in files and saved runs, and ignored.
@@ -222,7 +227,7 @@ def get_config(cfg_file=None, opts=(), flags=None):
     config = _defaults()
     origins = {}  # {key: where it was set}, for messages
     if cfg_file:
-        _merge_file(config, Path(cfg_file), origins, ())
+        _merge_file(config, Path(cfg_file).expanduser(), origins, ())
     for flag, value in (flags or {}).items():
         if value is not None and value is not False:
             _set(config, _FLAGS[flag], value, f'-{flag}', origins)
@@ -348,7 +353,7 @@ def _merge_file(config, path, origins, including):
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f'{path}: BASE takes a file name or a list of them, not {bases!r}')
     for base in bases:
-        _merge_file(config, path.parent / base, origins, including + (path.resolve(),))
+        _merge_file(config, path.parent / os.path.expanduser(base), origins, including + (path.resolve(),))
     _merge_dict(config, values, str(path), origins, '')
 
 
@@ -415,7 +420,8 @@ def _converted(value, declared, key, origin):
         raise ConfigError(f'{origin}: {key} takes {_TYPES[kind]}, not {value!r}')
 
     if kind is not list:
-        return convert(value, kind)
+        value = convert(value, kind)
+        return os.path.expanduser(value) if declared.path else value
     element = declared.elements or type(declared.default[0])
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f'{origin}: {key} takes a list of {_LISTS[element]}, not {value!r}')
@@ -465,7 +471,13 @@ def _check_model(config):
 
 
 def _check_data(config):
-    if any(std <= 0 for std in config.DATA.IMAGENET_STD):
+    for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
+        values = setting(config, key)
+        if max(values) > 1:
+            yield key, f'is {values}; it is for values in 0..1: divide by 255, {[round(v / 255, 4) for v in values]}'
+        if min(values) < 0:
+            yield key, f'is {values}; it must be at least 0'
+    if min(config.DATA.IMAGENET_STD) == 0:
         yield 'DATA.IMAGENET_STD', 'must be above 0'
     for key in ('TRAIN.RANDOM_RESIZED_CROP.SCALE', 'TRAIN.RANDOM_RESIZED_CROP.RATIO'):
         low, high = setting(config, key)

@@ -60,6 +60,11 @@ class ImageNet2012Dataset(paddle.io.Dataset):
                 if not os.path.isfile(self.path(index)):
                     raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such image')
 
+    @property
+    def paths(self):
+        """Paths of the images as in the list, a bytes array [len(dataset)]."""
+        return self._paths
+
     def path(self, index):
         """Path of an image file."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))

@@ -1,6 +1,7 @@
 """Errors with a one-line message for the user, which the scripts print without a traceback."""
 import argparse
 import os
+import re
 import sys
 import traceback
 
@@ -28,8 +29,18 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # keeps the examples' lines
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_home(text) for text in args], namespace)
+
     def error(self, message):
         self.exit(2, f'{self.prog}: {message} (see -h)\n')
+
+
+def _with_home(argument):
+    """Replaces ~ at the start of an argument or of a flag's value, as a shell does only for some of them."""
+    flag, path = re.fullmatch(r'(--?\w+=)?(.*)', argument, re.DOTALL).groups()
+    return (flag or '') + os.path.expanduser(path)
 
 
 class CheckpointError(UserError):

@@ -37,11 +37,12 @@ from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_
 from errors import ArgumentParser, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
 from image_files.decode import decode_image
+from image_files.lists import CLASSES, read_class_names
 from large_kernel import load_operator
 from large_kernel.build import OPERATORS, BuildError
-from run_folder.layout import CONFIG, find_classes
+from run_folder.layout import CONFIG
 from run_folder.metrics import best_checkpoint
-from zoo import build_model, pretrained_weights, require_settings_file
+from zoo import ZOO, build_model, class_names_file, pretrained_weights, require_settings_file
 
 FORMATS = ('paddle', 'onnx')
 IMAGES = 8  # compared images, and as many random inputs of each size
@@ -64,6 +65,7 @@ class ExportOptions:
         tolerance: largest difference of a logit, and of a feature map relative to its largest value.
         pictures: folder of images to compare on; None for images of the validation list, or generated ones.
         overwrite: replace an export in the output folder.
+        cfg: settings file that was named for the model, or None; it tells a published model, see `class_names_file`.
     """
     form: str = 'fused'
     formats: Tuple[str, ...] = ('paddle',)
@@ -72,6 +74,7 @@ class ExportOptions:
     tolerance: float = 1e-4
     pictures: Optional[str] = None
     overwrite: bool = False
+    cfg: Optional[str] = None
 
 
 def read_arguments(argv=None):
@@ -101,7 +104,7 @@ def read_arguments(argv=None):
     args = vars(parser.parse_args(argv))
     if args['pretrained'] and os.path.isdir(args['pretrained']):
         args['pretrained'] = best_checkpoint(args['pretrained'])
-    config = get_config(require_settings_file(args.pop('cfg'), args['pretrained']), args.pop('opts'), {
+    config = get_config(require_settings_file(args['cfg'], args['pretrained']), args.pop('opts'), {
         'eval': True, **{flag: args.pop(flag) for flag in ('pretrained', 'image_size', 'data_path')}})
     if not config.MODEL.PRETRAINED:
         raise UserError('-pretrained is missing: give a file of weights, a run folder, or a name that '
@@ -145,15 +148,18 @@ def export(config, output, **options):
     model.eval()
     twin = in_form(model, options.form, final_norm=options.features)
     images = comparison_images(config, options)
+    weights = config.MODEL.PRETRAINED
+    names = class_names_file(config, None if weights in ZOO else os.path.dirname(weights) or '.', options.cfg)
+    if names:
+        read_class_names(names, config.MODEL.NUM_CLASSES)  # refuses a file that does not fit
     with _complete_or_absent(output) as folder:
         certificate = _write_programs(folder, config, options, model, twin, images)
         with open(os.path.join(folder, CERTIFICATE), 'w', encoding='utf-8') as file:
             json.dump(certificate, file, indent=2)
         with open(os.path.join(folder, CONFIG), 'w', encoding='utf-8') as file:
             file.write(config_text(config))
-        classes = find_classes(os.path.dirname(config.MODEL.PRETRAINED), config.DATA.DATA_PATH)
-        if classes:
-            shutil.copy(classes, folder)
+        if names:
+            shutil.copyfile(names, os.path.join(folder, CLASSES))
     return certificate
 
 

@@ -19,7 +19,7 @@ from dry_run.plan import planned_device
 from dry_run.report import report
 from errors import REPORTED, UserError, exit_status
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
-from run_folder.resume import choose_folder
+from run_folder.resume import choose_folder, remove_if_empty
 from training.run import run
 from training.signals import STOP_SECONDS, end_with_parent, stop
 from zoo import require_settings_file
@@ -45,9 +45,10 @@ def read_settings(description, argv=None):
     implementation = os.environ.get(VARIABLE) or 'auto'
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
+    device = planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
     choose_folder(config)  # refuses the folder of another run before any process starts
     config.freeze()
-    return config, planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
+    return config, device
 
 
 def run_in_this_process(config, device):
@@ -145,12 +146,19 @@ def _stop(processes, patience):
 
 def run_single(description):
     """Trains or evaluates in this process, according to the command line."""
-    run_in_this_process(*read_settings(description))
+    config, device = read_settings(description)
+    try:
+        run_in_this_process(config, device)
+    finally:
+        remove_if_empty(config)
 
 
 def run_multi(description):
     """Trains or evaluates with one process per device, according to the command line."""
-    settings = read_settings(description)
-    if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher started this process
-        return run_in_this_process(*settings)
-    return run_in_processes(*settings)
+    config, device = read_settings(description)
+    try:
+        if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher started this process
+            return run_in_this_process(config, device)
+        return run_in_processes(config, device)
+    finally:
+        remove_if_empty(config)

@@ -127,10 +127,13 @@ def accuracy_metrics(correct1, correct5, loss, images):
             'images': int(images)}
 
 
-def accuracy_line(metrics):
-    """The line that every evaluation prints last, from a dict with acc1 and acc5 (percent), loss and images."""
+def accuracy_line(metrics, name=''):
+    """The line that every evaluation prints last, from a dict with acc1 and acc5 (percent), loss and images.
+
+    `name` tells models apart whose lines follow one another; it comes last.
+    """
     return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
-            f"images {metrics['images']}")
+            f"images {metrics['images']}{name and ' ' + name}")
 
 
 # ---- logs

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Optional
 
 from errors import UserError
+from image_files.lists import CLASSES, IMAGENET_NAMES, names_file
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
 from port_weights.safe_load import find_weights, read_checkpoint
 from run_folder.layout import config_beside
+from run_folder.metrics import best_checkpoint
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 logger = logging.getLogger('replknet')
@@ -127,11 +129,30 @@ def require_settings_file(cfg, weights):
     return path
 
 
+def class_names_file(config, folder, cfg=None):
+    """The file with the names of a model's classes, or None if they are unknown.
+
+    ImageNet's names are only for the published models and for those trained with ImageNet's own lists.
+
+    Args:
+        config: settings of the model; `config.MODEL.PRETRAINED` names its weights.
+        folder: folder of the weights, which may have a classes.txt; None for the weights of the zoo.
+        cfg: settings file that was named for it, or None.
+    """
+    beside = os.path.join(folder, CLASSES) if folder else ''
+    if os.path.isfile(beside):
+        return beside
+    configs = [os.path.realpath(os.path.join(ROOT, checkpoint.config)) for checkpoint in ZOO.values()]
+    published = config.MODEL.PRETRAINED in ZOO or (cfg and os.path.realpath(cfg) in configs)
+    return names_file(config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES) or (
+        IMAGENET_NAMES if published and config.MODEL.NUM_CLASSES == 1000 else None)
+
+
 def resolve_weights(name_or_path, weights_dir='./weights'):
     """Finds the file of weights that `-pretrained` names.
 
     Args:
-        name_or_path: a file, or a zoo name.
+        name_or_path: a file, a run folder for its best checkpoint, or a zoo name.
         weights_dir: folder of the files of the zoo. An official file in it is converted, once; several processes may
             do so at the same time.
     Returns:
@@ -143,7 +164,7 @@ def resolve_weights(name_or_path, weights_dir='./weights'):
     if name_or_path not in ZOO or os.path.isfile(name_or_path):
         if not os.path.exists(name_or_path):
             raise FileNotFoundError(f'{name_or_path}: neither a file nor a name that `python zoo.py` lists')
-        return name_or_path
+        return best_checkpoint(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     checkpoint = ZOO[name_or_path]
     root = os.path.join(weights_dir, checkpoint.name)
     for extension in ('.safetensors', '.pdparams'):
@@ -196,8 +217,10 @@ def build_model(config, weights=None, origin=None, drop_head=False):
         dropped = load_weights(model, weights, origin, drop_head)
         logger.info(f'weights from {origin}')
         if dropped:
-            logger.info(f"their head of {len(weights['head.bias'])} classes is dropped; the new head of "
-                        f'{config.MODEL.NUM_CLASSES} classes keeps its initial weights')
+            theirs = (f"their head of {len(weights['head.bias'])} classes is dropped" if 'head.bias' in weights else
+                      'they have no head')
+            logger.info(f'{theirs}; the new head of {config.MODEL.NUM_CLASSES} classes keeps its initial '
+                        'weights')
     return model
 
 

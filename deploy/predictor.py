@@ -33,11 +33,10 @@ from fuse import WithFeatures, fuse, pack
 from image_files.decode import DataError, decode_image, to_rgb
 from image_files.lists import read_class_names
 from large_kernel import build, operator_in_use
-from run_folder.layout import CONFIG, find_classes
+from run_folder.layout import CONFIG
 from run_folder.metrics import best_checkpoint
-from zoo import ZOO, build_model, pretrained_weights, settings_file
+from zoo import ZOO, build_model, class_names_file, pretrained_weights, settings_file
 
-IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
 BACKENDS = ('auto', 'dygraph', 'inference')
 
 
@@ -118,7 +117,7 @@ class Predictor:
     def _load_weights(self, model, cfg):
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
-        self._configure(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.')
+        self._configure(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.', cfg)
         network = fuse(network, final_norm=self._features)
         if operator_in_use():
             pack(network)
@@ -130,21 +129,16 @@ class Predictor:
     def _load_export(self, folder, cfg):
         name = _fastest_program(folder, self._features)
         self.origin = os.path.join(folder, name)
-        self._configure(get_config(cfg or os.path.join(folder, CONFIG)), folder)
+        self._configure(get_config(cfg or os.path.join(folder, CONFIG)), folder, cfg)
         if name == 'model':
             build.load_operator()  # registers the operator with Paddle Inference
         self._compute = load_paddle_program(self.origin, paddle_env.set_threads())
 
-    def _configure(self, config, folder):
-        """Sets the transform and the class names; `folder`, or else the data folder, may hold the names."""
+    def _configure(self, config, folder, cfg):
+        """Sets the transform and the class names, see `zoo.class_names_file`."""
         self._transform = get_transform(config, 'val')
-        count, path = config.MODEL.NUM_CLASSES, find_classes(folder, config.DATA.DATA_PATH)
-        if path or count == 1000:
-            self.names = read_class_names(path or IMAGENET)
-        else:
-            self.names = [str(number) for number in range(count)]
-        if len(self.names) != count:
-            raise DataError(f'{path}: names {len(self.names)} classes, the model has {count}')
+        count, path = config.MODEL.NUM_CLASSES, class_names_file(config, folder, cfg)
+        self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 
     def __call__(self, pictures):
         """Predicts the classes of images.

@@ -1,14 +1,22 @@
 """Reads list files and the names of the classes."""
 import codecs
+import contextlib
+import hashlib
+import os
 import re
 
 import numpy as np
 
 from image_files.decode import DataError
 
+CLASSES = 'classes.txt'  # names of the classes in a data folder, and in what is made from it
+IMAGENET_NAMES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
+_SYNSETS = {0: b'n01440764', 999: b'n15075141'}  # the first and the last of ImageNet-1K, {label: synset}
+_UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+
 
 def read_list(path, num_classes=None, unlabelled=False):
-    """Reads a list file of 'relative/path label' lines.
+    """Reads a list file of 'relative/path label' lines. Blank lines at its end are ignored.
 
     Args:
         path: path of the list file.
@@ -23,45 +31,121 @@ def read_list(path, num_classes=None, unlabelled=False):
         DataError: a line is blank or malformed, or its label is out of range.
     """
     try:
-        file = open(path, 'rb')
+        with open(path, 'rb') as file:
+            content = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
                                 'and val_list.txt') from None
     except OSError as error:
         raise DataError(f'{path}: cannot be read: {error.strerror}') from None
+    _refuse_utf16(path, content)
+    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     paths, labels = [], []
-    with file:
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
-        for number, line in enumerate(file, 1):
-            name, label = line.strip(), -1
-            fields = name.rsplit(None, 1)
-            if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
-                name, label = fields[0], int(fields[1])
-                if label < 0 or (num_classes is not None and label >= num_classes):
-                    limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
-                    raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
-            elif not (unlabelled and name):
-                text = line.decode(errors='replace').strip()[:80]
-                raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
-            paths.append(name)
-            labels.append(label)
+    for number, line in enumerate(content[start:].rstrip().splitlines(), 1):
+        name, label = line.strip(), -1
+        fields = name.rsplit(None, 1)
+        if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
+            name, label = fields[0], int(fields[1])
+            if label < 0 or (num_classes is not None and label >= num_classes):
+                limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
+                raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
+        elif not (unlabelled and name):
+            text = line.decode(errors='replace').strip()[:80]
+            raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
+        paths.append(name)
+        labels.append(label)
     if not paths:
         raise DataError(f'{path}: the list is empty')
     return np.array(paths), np.array(labels, dtype=np.int64)
 
 
-def read_class_names(path):
-    """Reads class names from a text file with one name per line, class 0 first.
+def read_class_names(path, num_classes=None):
+    """Reads class names from a text file with one name per line, class 0 first. Blank lines at its end are ignored.
+
+    Args:
+        path: path of the file.
+        num_classes: number of names that it must have; None for any.
 
     Raises:
-        DataError: a line is blank, or the file is not readable as text.
+        DataError: a line is blank, the file is not readable as UTF-8, or it has another number of names.
     """
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            names = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read: {error}') from None
+        with open(path, 'rb') as file:
+            content = file.read()
+        _refuse_utf16(path, content)
+        names = [line.strip() for line in content.decode('utf-8-sig').rstrip().split('\n')]
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b'\n') + 1
+        raise DataError(f'{path}:{line}: is not UTF-8 text; if it is in GBK, for example, convert it with '
+                        'iconv -f GBK -t UTF-8') from None
     if not all(names):
         raise DataError(f'{path}:{names.index("") + 1}: blank line; each line names a class, the first line class 0')
+    if num_classes is not None and len(names) != num_classes:
+        raise DataError(f'{path}: names {len(names)} classes, but the model has {num_classes}; put one name on each '
+                        'line, class 0 first')
     return names
+
+
+def _refuse_utf16(path, content):
+    if content.startswith(_UTF16):
+        raise DataError(f'{path}: is UTF-16 text; save it as UTF-8, for example with iconv -f UTF-16 -t UTF-8')
+
+
+def list_identity(paths, labels):
+    """What a list contains, to tell whether it has changed; line ends and spaces around the entries do not count.
+
+    Args:
+        paths, labels: the result of `read_list`.
+    Returns:
+        {'digest': SHA-256 of the entries in their order, in hexadecimal, 'length': number of entries}.
+    """
+    digest = hashlib.sha256(b'\n'.join(paths.tolist()))
+    digest.update(labels.astype('<i8').tobytes())
+    return {'digest': digest.hexdigest(), 'length': len(labels)}
+
+
+def names_identity(names):
+    """The same as `list_identity` for the names of the classes."""
+    return {'digest': hashlib.sha256('\n'.join(names).encode()).hexdigest(), 'length': len(names)}
+
+
+def names_file(folder, num_classes):
+    """The file that names the classes of a data folder.
+
+    Args:
+        folder: the data folder, '' for none.
+        num_classes: outputs of the model.
+    Returns:
+        its classes.txt; ImageNet's names if its lists are those of ImageNet-1K; or None.
+    """
+    path = os.path.join(folder, CLASSES)
+    if folder and os.path.isfile(path):
+        return path
+    if folder and num_classes == 1000:
+        for name in ('val_list.txt', 'train_list.txt'):
+            with contextlib.suppress(DataError, FileNotFoundError):
+                return IMAGENET_NAMES if is_imagenet_1k(*read_list(os.path.join(folder, name))) else None
+    return None
+
+
+def is_imagenet_1k(paths, labels):
+    """Whether a list is of ImageNet-1K's images under their own names, with labels in the order of the synsets.
+
+    Args:
+        paths, labels: the result of `read_list`.
+    """
+    chosen = np.linspace(0, len(paths) - 1, min(len(paths), 1000)).astype(int)
+    ends = [index for label in _SYNSETS for index in np.flatnonzero(labels == label)[:1]]
+    synsets = {}
+    for index in (*chosen, *ends):
+        path, label = paths[index], int(labels[index])
+        if re.search(rb'ILSVRC2012_val_\d{8}\.', path):  # the flat folder of validation images
+            continue
+        found = re.search(rb'(?:^|/)(n\d{8})/', path)
+        if found is None or synsets.setdefault(found[1], label) != label:
+            return False
+    in_order = [synsets[name] for name in sorted(synsets)]
+    return in_order == sorted(set(in_order)) and all(
+        name == _SYNSETS.get(label, name) for name, label in synsets.items())

@@ -12,6 +12,7 @@ import paddle
 
 from atomic_file import DigestWriter, atomic_file
 from errors import UserError
+from port_weights.load import not_finite
 from port_weights.safe_load import read_checkpoint
 
 FORMAT = 2
@@ -47,6 +48,8 @@ SCHEMA = {
     'best': Entry(dict, True, "{'model', 'model_ema': metrics of the best evaluation, and its epoch}"),
     'numbered': Entry(dict, False, "{file: {'epoch', 'acc1' in percent or None, 'weights'}} of numbered checkpoints"),
     'config': Entry(str, True, 'settings as YAML: see config.config_text'),
+    'data': Entry(dict, False, "{'train', 'val', 'classes': {'digest', 'length'}} of the lists and of classes.txt: see "
+                               'image_files.lists.list_identity'),
     'global_batch': Entry(int, False, 'images per optimizer step, of all processes'),
     'processes': Entry(int, False, 'number of processes'),
     # written by RunFolder
@@ -119,7 +122,7 @@ def load_optimizer_arrays(optimizer, model, state, origin):
         state: result of `optimizer_arrays`.
         origin: where it comes from, for messages.
     Raises:
-        UserError: it belongs to another model or another kind of optimizer.
+        UserError: it belongs to another model or another kind of optimizer, or is not finite.
     """
     if state['name'] != type(optimizer).__name__:
         raise UserError(f"{origin}: trained with {state['name']}, but TRAIN.OPTIMIZER.NAME selects "
@@ -129,6 +132,11 @@ def load_optimizer_arrays(optimizer, model, state, origin):
     if unknown:
         raise UserError(f'{origin}: the optimizer state has parameters that the model does not have: '
                         f'{", ".join(unknown[:8])}')
+    broken = not_finite({f'{name} ({kind})': array for name, kinds in state['accumulators'].items()
+                         for kind, array in kinds.items()})
+    if broken:
+        raise UserError(f'{origin}: the optimizer state is not finite (NaN or infinity): {broken}; use an earlier '
+                        'checkpoint')
     flat, masters = {}, {}
     for name, parameter in parameters.items():
         owner = parameter.name

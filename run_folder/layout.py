@@ -7,8 +7,7 @@ CONFIG = 'config.yaml'  # settings of the run, a file for -cfg
 LOG = 'log.txt'  # log lines; the process that trains holds a lock on this file
 METRICS = 'metrics.jsonl'  # see run_folder/metrics.py
 SCALARS = 'visualdl'  # folder with the same numbers for VisualDL
-CURVES = 'curves.png'  # see run_folder/curves.py
-CLASSES = 'classes.txt'  # names of the classes, copied from the data folder if it has them
+CURVES = 'curves.png'  # see run_folder/curves.py; classes.txt has its name in image_files/lists.py
 LAST, PREVIOUS = 'last.pdparams', 'previous.pdparams'  # the newest checkpoint to resume from, and the one before it
 NUMBERED, NUMBERED_GLOB = 'epoch_{:04d}.pdparams', 'epoch_*.pdparams'  # checkpoints of epochs, also to resume from
 BEST = {'model': 'best.pdparams', 'model_ema': 'best_ema.pdparams'}  # only the weights, with the best accuracy
@@ -34,9 +33,3 @@ def config_beside(path):
     """The settings file of the run folder `path`, or of the folder that contains the checkpoint `path`; or None."""
     found = os.path.join(run_of(path) or os.path.dirname(path), CONFIG)
     return found if os.path.isfile(found) else None
-
-
-def find_classes(*folders):
-    """The file with the names of the classes in the first of the folders that has one, or None."""
-    found = (os.path.join(folder, CLASSES) for folder in folders if folder)
-    return next(filter(os.path.isfile, found), None)

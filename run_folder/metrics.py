@@ -7,6 +7,7 @@ steps done so far). The other keys depend on the event:
     train   after each epoch: processes, and what `training.engine.train_one_epoch` returns
     eval    after each evaluation: weights ('model' or 'model_ema'), acc1, acc5, loss, images;
             after -eval without weights, epoch and step
+    data    when a run is resumed with other data (DATA.ALLOW_CHANGES): changed, a list of 'train', 'val', 'classes'
 """
 import importlib.util
 import json
@@ -50,7 +51,9 @@ def best_checkpoint(folder):
     accuracy = {}
     if os.path.isfile(os.path.join(folder, METRICS)):
         for record in read_metrics(folder):
-            if record['event'] == 'eval' and record.get('weights') in BEST:
+            if record['event'] == 'data' and 'val' in record['changed']:
+                accuracy.clear()  # measured on other images
+            elif record['event'] == 'eval' and record.get('weights') in BEST:
                 name = BEST[record['weights']]
                 accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
     for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):

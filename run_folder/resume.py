@@ -1,13 +1,15 @@
 """Decides which folder a run is written to, and which checkpoint it resumes from."""
+import contextlib
 import glob
+import itertools
 import os
 import time
 
 from config import config_changes
 from errors import CheckpointError, UserError
 from run_folder.checkpoint import read_run_checkpoint
-from run_folder.layout import CONFIG, LAST, LOG, OUTPUT, resumable_checkpoints, run_of
-from run_folder.writer import RunFolder, lock_file
+from run_folder.layout import CONFIG, LAST, OUTPUT, resumable_checkpoints, run_of
+from run_folder.writer import RunFolder, is_at_work
 from utils import logger
 
 
@@ -18,19 +20,45 @@ def choose_folder(config):
     same name and settings; the folder that -resume continues in place; a new one in ./output. A run that is already in
     it continues. An evaluation has a folder only with -output.
 
+    Of several processes that Paddle's launcher started, only rank 0 chooses; the others learn its choice when the
+    run starts.
+
     Raises:
         UserError: the folder contains something else.
     """
+    if os.environ.get('PADDLE_TRAINER_ID', '0') != '0':
+        return
     auto = config.MODEL.RESUME == 'auto'
     if auto:
         config.MODEL.RESUME = ''
     if not config.EVAL:
         config.SAVE = (config.SAVE or (auto and _newest_unfinished(config)) or run_of(config.MODEL.RESUME)
-                       or os.path.join(OUTPUT, f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}'))
+                       or _new_folder(config))
         if not config.MODEL.RESUME and any(resumable_checkpoints(config.SAVE)):
             config.MODEL.RESUME = config.SAVE
     if config.SAVE:
         RunFolder(config)  # checks the folder
+
+
+def _new_folder(config):
+    """Path of a new folder in ./output; creating it keeps its name from runs that start in the same second."""
+    path = os.path.join(OUTPUT, f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}')
+    for folder in itertools.chain([path], (f'{path}-{number}' for number in itertools.count(2))):
+        try:
+            if not config.DRY_RUN:
+                os.makedirs(OUTPUT, exist_ok=True)
+                os.mkdir(folder)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f'{folder}: cannot be created: {error.strerror}; name a folder with -output') from None
+
+
+def remove_if_empty(config):
+    """Removes a run folder that was created for a run which then did not start."""
+    with contextlib.suppress(OSError):
+        os.rmdir(config.SAVE)
 
 
 def read_resumed(path):
@@ -70,9 +98,6 @@ def _is_unfinished(folder, config):
         with open(os.path.join(folder, CONFIG), encoding='utf-8') as file:
             if any(config_changes(file.read(), config)):
                 return False
-        with open(os.path.join(folder, LOG), 'a') as file:
-            if not lock_file(file):
-                return False
-        return read_resumed(folder)[1]['epoch'] < config.TRAIN.NUM_EPOCHS
+        return not is_at_work(folder) and read_resumed(folder)[1]['epoch'] < config.TRAIN.NUM_EPOCHS
     except (OSError, UserError):
         return False

@@ -9,17 +9,16 @@ import utils
 from atomic_file import atomic_file, remove_leftovers
 from config import config_changes, config_text
 from errors import UserError
+from image_files.lists import CLASSES, names_file
 from run_folder.checkpoint import save_checkpoint
 from run_folder.layout import (
     BEST,
-    CLASSES,
     CONFIG,
     LAST,
     LOG,
     METRICS,
     NUMBERED,
     PREVIOUS,
-    find_classes,
     resumable_checkpoints,
     run_of,
 )
@@ -43,6 +42,15 @@ def lock_file(file):
     return True
 
 
+def is_at_work(folder):
+    """Whether another process is working on the run in a folder."""
+    try:
+        with open(os.path.join(folder, LOG), 'r+') as file:
+            return not lock_file(file)
+    except OSError:
+        return False
+
+
 class RunFolder:
     """Writes the files of one run; never overwrites those of another run.
 
@@ -64,22 +72,22 @@ class RunFolder:
         self._pending = {}  # checkpoints that could not be saved: {name: (state, key)}, the arguments of `_save`
         continued = '' if config.EVAL else run_of(config.MODEL.RESUME)
         self.own = bool(continued) and os.path.realpath(self.path) == os.path.realpath(continued)
-        self._refuse_if_taken()
+        self._refuse_if_taken(live=is_at_work(self.path))  # not while this process has the lock, which it would lose
         self._scalars = None
         if config.VISUALDL:
             VisualDL.check()
 
-    def _refuse_if_taken(self):
+    def _refuse_if_taken(self, live):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f'-output={self.path}: is a file; name a folder')
         if self.own or self._started_without_checkpoint():
             return
         found = [name for name in (CONFIG, LAST, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
         if found:
-            hint = (f'continue that run with -resume={self.path}' if os.path.exists(os.path.join(self.path, LAST)) else
-                    'delete this one, which has no checkpoint to resume from')
-            raise UserError(f'-output={self.path}: already contains a run ({found[0]}); choose another folder, or '
-                            f'{hint}')
+            hint = ('; another process is working on it' if live else '') + '; choose another folder'
+            if not live and any(resumable_checkpoints(self.path)):
+                hint += f', or continue that run with -resume={self.path}'
+            raise UserError(f'-output={self.path}: already contains a run ({found[0]}){hint}')
 
     def _started_without_checkpoint(self):
         """Whether a run with these settings stopped here before its first checkpoint, so that it may start again."""
@@ -123,13 +131,13 @@ class RunFolder:
             os.makedirs(self.path, exist_ok=True)
             if not self.own:
                 self.lock()
-                self._refuse_if_taken()  # of two runs that start at the same time, only one gets the folder
+                self._refuse_if_taken(live=False)  # of two runs that start at the same time, only one gets the folder
             remove_leftovers(self.path)
             utils.truncate_lines(os.path.join(self.path, METRICS), metrics_bytes)
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
-            classes = find_classes(self.config.DATA.DATA_PATH)
-            if classes and not find_classes(self.path):
+            classes = names_file(self.config.DATA.DATA_PATH, self.config.MODEL.NUM_CLASSES)
+            if classes:
                 shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:

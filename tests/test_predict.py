@@ -13,9 +13,9 @@ import predict
 from config import config_text, get_config
 from datasets import read_class_names
 from deploy.contact_sheets import MARGIN, RIGHT, SIDE, UNKNOWN, WRONG, ContactSheets
-from deploy.predictor import IMAGENET
 from errors import UserError, exit_status
 from export import export
+from image_files.lists import IMAGENET_NAMES
 from large_kernel import build
 from predict import Prediction, Predictor
 from replknet import build_replknet
@@ -225,7 +225,7 @@ def test_a_run_keeps_its_class_names(evaluated):
 
 
 def test_imagenet_class_names():
-    names = read_class_names(IMAGENET)
+    names = read_class_names(IMAGENET_NAMES)
     assert len(set(names)) == 1000
     known = {0: 'tench', 1: 'goldfish', 65: 'sea snake', 207: 'golden retriever', 281: 'tabby', 340: 'zebra',
              388: 'giant panda', 404: 'airliner', 463: 'bucket', 555: 'fire engine', 620: 'laptop', 701: 'parachute',

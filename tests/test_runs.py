@@ -14,7 +14,7 @@ import pytest
 from port_weights.safe_load import read_checkpoint
 from training.schedules import Schedule
 
-LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+$', re.M)
+LINE = re.compile(r'^Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{4} images \d+(?: model| EMA)?$', re.M)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_settings_logs_and_checkpoints(trained, count):
     assert {'config.yaml', 'log.txt', 'metrics.jsonl', 'last.pdparams', 'previous.pdparams', 'best.pdparams',
             'best_ema.pdparams', 'epoch_0001.pdparams', 'epoch_0002.pdparams'} == set(os.listdir(folder))
     assert len(LINE.findall(output)) == 4  # in two epochs, of the model and its EMA
-    assert all(line.endswith('images 11') for line in LINE.findall(output))
+    assert [line.split('images ')[1] for line in LINE.findall(output)] == ['11 model', '11 EMA'] * 2
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     records = [r for r in lines if r['event'] != 'step']
     assert [(r['event'], r['epoch'], r.get('weights')) for r in records] == [
@@ -259,6 +259,7 @@ def mistakes(folder, dataset, yaml, run):
     yield 'weights not there', [*base, '-eval', '-pretrained=no.pdparams'], 'no.pdparams'
     yield 'weights damaged', [*base, '-eval', f'-pretrained={junk}'], 'junk.pdparams'
     yield 'nothing to evaluate', [*base, '-eval'], '-eval needs weights'
+    yield 'nothing to continue', [*base, '-last_epoch=1'], '-last_epoch=1: there is nothing to continue from'
     yield 'batch too large', [*base, '-batch_size=100'], 'fewer than one global batch'
     yield 'policy', [*base, '-opts', 'TRAIN.AUTO_AUGMENT', 'rand-x9'], 'rand-x9'
     yield 'device', [f'-cfg={yaml}', f'-data_path={dataset}', '-device=gpu'], '-device=gpu'

@@ -2,10 +2,10 @@
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import utils
-from datasets import get_dataloader, get_dataset
+from datasets import get_dataloader
 from errors import TrainingStopped, UserError
 from fuse import pack
 from large_kernel import operator_in_use
@@ -13,7 +13,9 @@ from replknet import RepLKNet
 from run_folder.curves import curves_line
 from run_folder.resume import read_resumed
 from run_folder.writer import RunFolder
+from training.agreement import agree, agree_on_settings, data_facts, model_facts
 from training.amp import Amp
+from training.data import RunData, read_data, refuse_other_data
 from training.engine import evaluate, train_one_epoch
 from training.progress import duration
 from training.run_state import refuse_other_run
@@ -38,19 +40,50 @@ def run(config, device):
         Interrupted: a signal arrived; within an epoch, the state was saved after the current step.
     """
     amp = Amp(config, device)
+    config = agree_on_settings(config, device)
+    prepared, problem, facts = None, None, {}
+    try:
+        prepared = _prepare(config)
+        if utils.world_size() > 1:
+            facts = {**data_facts(prepared.data), **model_facts(prepared.start.model, prepared.start.checkpoint)}
+    except (UserError, FileNotFoundError) as error:
+        problem = str(error)
+    agree(facts, problem)  # before anything that would wait for a rank that has met a problem
+    folder, start, data, changed = prepared
+    if config.EVAL:
+        return _evaluate_only(config, amp, folder, start.model, data.val)
+    loader = _loader(config, data.train, 'train')
+    parts, state = build_training(config, device, amp, start, loader, data)
+    if folder is not None:
+        folder.claim(start.checkpoint['metrics_bytes'] if folder.own and start.checkpoint is not None else 0)
+        if changed:
+            folder.record(event='data', epoch=state.epochs, step=state.step, changed=changed)
+    del start, prepared  # the checkpoint is as large as the model, its moving average and the optimizer together
+    return _Training(config, folder, parts, state, data.val).run(loader)
+
+
+class _Prepared(NamedTuple):
+    """What a run needs before it starts: see `_prepare`."""
+    folder: Optional[RunFolder]
+    start: 'Start'
+    data: RunData
+    changed: list
+
+
+def _prepare(config):
+    """Locks the run folder and reads weights, checkpoint and data. The ranks do not communicate in it.
+
+    Raises:
+        UserError, FileNotFoundError: something cannot be used.
+    """
     folder = RunFolder(config) if utils.is_main() and config.SAVE else None
     if folder is not None and folder.own:
         folder.lock()
     start = choose_start(config)
-    val_set = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
-    if config.EVAL:
-        return _evaluate_only(config, amp, folder, start.model, val_set)
-    loader = _loader(config, get_dataset(config, 'train'), 'train')
-    parts, state = build_training(config, device, amp, start, loader)
-    if folder is not None:
-        folder.claim(start.checkpoint['metrics_bytes'] if folder.own and start.checkpoint is not None else 0)
-    del start  # its checkpoint is as large as the model, its moving average and the optimizer together
-    return _Training(config, folder, parts, state, val_set).run(loader)
+    data = read_data(config)
+    training = start.checkpoint is not None and not config.EVAL
+    changed = refuse_other_data(config, data, start.checkpoint, start.origin) if training else []
+    return _Prepared(folder, start, data, changed)
 
 
 @dataclass(frozen=True)
@@ -80,6 +113,9 @@ def choose_start(config):
         UserError, FileNotFoundError: there is no such checkpoint or weights, or they do not fit the settings.
     """
     weights = origin = checkpoint = None
+    if config.TRAIN.LAST_EPOCH and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        raise UserError(f'-last_epoch={config.TRAIN.LAST_EPOCH}: there is nothing to continue from; give -resume=RUN, '
+                        'or -pretrained with the weights after that epoch')
     if config.MODEL.RESUME:
         origin, checkpoint = read_resumed(config.MODEL.RESUME)
         if not config.EVAL:
@@ -120,7 +156,7 @@ def _evaluate(config, model, val_set, amp, name):
         logger.info(f"evaluated {'the model' if name == 'model' else 'its moving average (EMA)'}: "
                     f"Acc@1 {metrics['acc1']:.3f}")
     if utils.is_main():
-        print(accuracy_line(metrics), flush=True)
+        print(accuracy_line(metrics, {'eval': '', 'model': 'model', 'model_ema': 'EMA'}[name]), flush=True)
     return metrics
 
 

@@ -2,12 +2,10 @@
 import math
 import os
 
-import numpy as np
-
 import utils
 from config import config_changes, config_text
 from errors import TrainingStopped, UserError
-from port_weights.load import load_weights
+from port_weights.load import load_weights, not_finite
 from run_folder import checkpoint
 from training.progress import epoch_sums
 from training.running_statistics import gather_statistics, set_statistics
@@ -24,6 +22,7 @@ class RunState:
         model, ema, optimizer, scaler: ema and scaler may be None.
         steps_per_epoch: optimizer steps.
         own_statistics: whether the running statistics of the ranks differ within an epoch (no SyncBatchNorm).
+        data: the `identity` of `data.RunData`.
     Attributes:
         epochs: finished epochs, including their evaluation.
         sums: totals over the steps of the current epoch, see `progress.epoch_sums`.
@@ -31,9 +30,9 @@ class RunState:
         numbered: {file name: {'epoch', 'acc1', 'weights'}} of the numbered checkpoints, see `RunFolder.save_evaluated`.
     """
 
-    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics):
+    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics, data=None):
         self.config, self.model, self.ema, self.optimizer, self.scaler = config, model, ema, optimizer, scaler
-        self.steps_per_epoch, self.own_statistics = steps_per_epoch, own_statistics
+        self.steps_per_epoch, self.own_statistics, self.data = steps_per_epoch, own_statistics, data or {}
         self.epochs, self.sums, self.best, self.numbered = config.TRAIN.LAST_EPOCH, epoch_sums(), {}, {}
 
     @property
@@ -71,19 +70,19 @@ class RunState:
         if not utils.is_main():
             return None
         state = {key: checkpoint.model_arrays(module) for key, module in modules.items()}
-        broken = [name for name, array in state['model'].items() if not np.isfinite(array).all()]
-        if broken:
-            names = ', '.join(broken[:4] + ['...'] * bool(broken[4:]))
-            raise TrainingStopped(f'step {self.step} (epoch {self.epochs + 1}): weights are not finite: {names}; '
-                                  'the last checkpoint is kept')
+        for key, name in (('model', 'weights'), ('model_ema', 'weights of the EMA')):
+            broken = not_finite(state.get(key, {}))
+            if broken:
+                raise TrainingStopped(f'step {self.step} (epoch {self.epochs + 1}): {name} are not finite: {broken}; '
+                                      'the last checkpoint is kept')
         for key, rows in statistics.items():  # the weights by themselves get the mean over the ranks
             state[key].update({name: array.mean(axis=0) for name, array in rows.items()})
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
         return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model), 'statistics': statistics,
                 'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums), 'best': dict(self.best),
-                'numbered': self.numbered, 'config': config_text(self.config), 'global_batch': self.global_batch,
-                'processes': utils.world_size()}
+                'numbered': self.numbered, 'config': config_text(self.config), 'data': self.data,
+                'global_batch': self.global_batch, 'processes': utils.world_size()}
 
     def restore(self, state, path):
         """Restores what `capture` returned: EMA, optimizer, loss scaler and position; the model has its weights.
@@ -103,6 +102,7 @@ class RunState:
         if self.scaler is not None and 'scaler' in state:  # absent when it was trained without loss scaling
             self.scaler.load_state_dict(state['scaler'])
         self.epochs, self.sums, self.best = state['epoch'], dict(state['sums']), dict(state['best'])
+        self.data = {**state.get('data', {}), **self.data}  # VALIDATE_FREQ 0, for example, reads no validation list
         self.numbered = {name: entry for name, entry in state['numbered'].items()
                          if os.path.exists(os.path.join(self.config.SAVE, name))}
         logger.info(f"resumed from {path}: {self.epochs} epochs, {state['step']} steps"
@@ -114,12 +114,12 @@ class RunState:
         if state['processes'] != utils.world_size():
             logger.warning(f"trained by {state['processes']} processes so far, by {utils.world_size()} from now on: "
                            'the order of the images stays the same, the random draws of mixup and drop path change')
-        if state['global_batch'] != self.global_batch:
-            # no image is seen twice in an epoch; rounding up may leave out some that were not seen
-            steps = math.ceil(self.sums['steps'] * state['global_batch'] / self.global_batch)
-            self.sums['steps'] = min(steps, self.steps_per_epoch)
+        # no image is seen twice in an epoch; rounding up may leave out some that were not seen
+        steps = math.ceil(self.sums['steps'] * state['global_batch'] / self.global_batch)
+        self.sums['steps'] = min(steps, self.steps_per_epoch)  # the list may have become shorter
         if self.step != state['step']:
-            logger.warning(f"the checkpoint has {state['step']} steps, which with this global batch correspond to "
+            cause = 'this global batch' if state['global_batch'] != self.global_batch else 'these training images'
+            logger.warning(f"the checkpoint has {state['step']} steps, which with {cause} correspond to "
                            f'{self.step}: the learning rate continues from there')
 
     def restore_statistics(self, state):

@@ -7,7 +7,6 @@ from typing import Callable, Optional
 import paddle
 
 import utils
-from errors import UserError
 from losses import build_loss
 from mixup import Mixup
 from training.amp import Amp, LossScaler
@@ -76,7 +75,7 @@ class TrainingParts:
         return [parameter for parameter in self.model.parameters() if not parameter.stop_gradient]
 
 
-def build_training(config, device, amp, start, loader):
+def build_training(config, device, amp, start, loader, data):
     """Builds the parts of a training run; with a checkpoint in `start`, they continue from its state.
 
     Every rank calls it.
@@ -87,11 +86,11 @@ def build_training(config, device, amp, start, loader):
         amp: see `Amp`.
         start: the initial model and the checkpoint to resume, see `run.Start`.
         loader: this rank's training batches.
+        data: their RunData.
     Returns:
         TrainingParts, and the RunState that saves and restores them.
     Raises:
-        UserError: the checkpoint is that of a finished run, does not fit the model or optimizer, or is not the same on
-            all ranks.
+        UserError: the checkpoint is that of a finished run, or does not fit the model or optimizer.
     """
     train, world = config.TRAIN, utils.world_size()
     steps_per_epoch = math.ceil(len(loader) / train.ACCUM_ITER)
@@ -109,13 +108,10 @@ def build_training(config, device, amp, start, loader):
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
     state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch,
-                     own_statistics=world > 1 and not sync_bn)
+                     own_statistics=world > 1 and not sync_bn, data=data.identity)
 
     if start.checkpoint is not None:
         state.restore(start.checkpoint, start.origin)
-    if len(set(utils.all_gather_values(state.step))) > 1:
-        raise UserError(f'{config.SAVE}: the processes see different checkpoints; with several machines, the run '
-                        'folder must be on storage that all of them share')
     if world > 1:
         parts = replace(parts, model=paddle.DataParallel(model))
     if start.checkpoint is not None:
@@ -147,7 +143,3 @@ def _log_setup(config, state, lr_at, images):
     logger.info(f'{images} training images, global batch {batch} = {config.DATA.BATCH_SIZE} x {utils.world_size()} '
                 f'processes x {train.ACCUM_ITER} accumulated, {state.steps_per_epoch} steps per epoch, '
                 f'{lr_at.total_steps} in all, peak lr {lr_at.base_lr:.4g}')
-    if train.RECIPE_BATCH_SIZE and batch != train.RECIPE_BATCH_SIZE and not train.LINEAR_SCALED_LR:
-        logger.warning(f'global batch {batch} is not the {train.RECIPE_BATCH_SIZE} that TRAIN.BASE_LR '
-                       f'{train.BASE_LR:g} is meant for: change TRAIN.ACCUM_ITER, or scale the learning rate with '
-                       f'-opts TRAIN.LINEAR_SCALED_LR {train.RECIPE_BATCH_SIZE}')
