@@ -307,7 +307,7 @@ def build_auto_augment(spec, *, fill=(128, 128, 128), resample=Image.BICUBIC):
     name, *parts = spec.split('-')
     if name not in _KINDS:
         raise UserError(f'auto augment string {spec!r}: must start with one of {", ".join(_KINDS)}, '
-                        'as in rand-m9-mstd0.5-inc1')
+                        "as in rand-m9-mstd0.5-inc1; '' means none")
     build, arguments = _KINDS[name]
     settings = {}
     for part in parts:

@@ -440,7 +440,8 @@ def _check_values(config):
         if isinstance(value, (int, float)) and not declared.low <= value <= declared.high:
             bounds = (f'at least {declared.low}' if declared.high == math.inf
                       else f'from {declared.low} to {declared.high}')
-            yield key, f'is {value}; it must be {bounds}'
+            hint = f'; it is a share, not a percentage: {value / 100:g}' if declared.high <= 1 < value <= 100 else ''
+            yield key, f'is {value}; it must be {bounds}{hint}'
 
 
 def _check_model(config):

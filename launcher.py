@@ -15,7 +15,8 @@ import paddle  # isort: skip
 import paddle.distributed as dist  # isort: skip
 import utils
 from config import get_arguments, get_config
-from dry_run.plan import planned_device
+from dry_run.likely_mistakes import warnings_of_a_run
+from dry_run.plan import make_plan, planned_device
 from dry_run.report import report
 from errors import REPORTED, UserError, exit_status
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
@@ -40,6 +41,9 @@ def read_settings(description, argv=None):
         UserError: the command line, the settings or the environment is wrong.
     """
     args = get_arguments(description, argv)
+    if args.flags['pretrained'] and args.flags['resume'] not in (None, 'auto'):
+        raise UserError('-pretrained and -resume exclude each other: a resumed run has the weights of its checkpoint; '
+                        'to start a new run from other weights, give -pretrained only')
     resume = args.flags['resume'] if args.flags['resume'] != 'auto' else args.flags['output']
     config = get_config(require_settings_file(args.cfg, resume or args.flags['pretrained']), args.opts, args.flags)
     implementation = os.environ.get(VARIABLE) or 'auto'
@@ -70,6 +74,9 @@ def run_in_this_process(config, device):
     utils.setup_logging(verbose=utils.is_main())
     utils.logger.info(f'Paddle {paddle.__version__} on {device}' + (
         f', threads per process: {threads}; {paddle_env.describe()}' if device == 'cpu' else ''))
+    if utils.is_main():
+        for line in warnings_of_a_run(make_plan(config, device, dist.get_world_size())):
+            utils.logger.warning(f'likely a mistake: {line}')
     run(config, device)
 
 

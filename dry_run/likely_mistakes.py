@@ -17,11 +17,17 @@ ARCHITECTURE = ('LAYERS', 'CHANNELS', 'LARGE_KERNEL_SIZES', 'SMALL_KERNEL', 'DW_
 
 
 def warnings(plan):
-    """Yields one line of text for each likely mistake in a `plan.Plan`."""
+    """Yields one line of text for each likely mistake in a `plan.Plan`, also for what would end a run at its start."""
     if not plan.elsewhere and not utils.device_count(plan.device):
         yield f'-device={plan.device}: there is none on this machine'
     yield from plan.problems.values()
+    yield from warnings_of_a_run(plan)
+
+
+def warnings_of_a_run(plan):
+    """The same for a run that starts, which reports by itself what ends it."""
     yield from _classes(plan)
+    yield from _images(plan)
     yield from _evaluation(plan)
     yield from _variant(plan)
     yield from _weights(plan)
@@ -34,6 +40,8 @@ def warnings(plan):
 def _classes(plan):
     """The classes of the lists against those of the head."""
     head = plan.config.MODEL.NUM_CLASSES
+    if head == 1:
+        yield 'MODEL.NUM_CLASSES is 1: a head with one output cannot tell classes apart; give the number of classes'
     for mode, labels in plan.labels.items():
         beyond = labels[labels >= head]
         if len(beyond):
@@ -45,6 +53,30 @@ def _classes(plan):
             yield f'{mode}_list.txt has no image of {len(absent):,} of the {head:,} classes of the head: {names}'
     if len(plan.labels) == 2 and plan.steps_per_epoch and len(plan.labels['train']) < len(plan.labels['val']):
         yield 'there are fewer images for training than for evaluation: are the lists swapped?'
+
+
+def _images(plan):
+    """Images that are listed more than once or not used."""
+    labels_of = {}  # {mode: {path: its first label}}
+    for mode, paths in plan.paths.items():
+        first = labels_of[mode] = {}
+        conflicting = {path for path, label in zip(paths.tolist(), plan.labels[mode].tolist())
+                       if first.setdefault(path, label) != label}
+        if conflicting:
+            example = min(conflicting).decode(errors='backslashreplace')
+            yield f'{mode}_list.txt has {len(conflicting):,} images under more than one label, such as {example}'
+        elif len(first) < len(paths):
+            yield f'{mode}_list.txt lists {len(paths) - len(first):,} images more than once'
+    shared = len(labels_of.get('train', {}).keys() & labels_of.get('val', {}).keys())
+    if shared:
+        yield (f"{shared:,} of the {len(labels_of['val']):,} images of val_list.txt are in train_list.txt too: the "
+               'accuracy will be too high')
+    if plan.steps_per_epoch and 'train' in plan.labels:
+        batch = plan.config.DATA.BATCH_SIZE * plan.processes
+        dropped = plan.images % batch
+        if dropped > 0.05 * plan.images:
+            yield (f'each epoch leaves out {dropped:,} of the {plan.images:,} training images, other ones each time, '
+                   f'which do not fill a batch of {batch:,}: lower -batch_size')
 
 
 def _evaluation(plan):
@@ -122,6 +154,13 @@ def _rate(plan):
                'set TRAIN.WARMUP_EPOCHS to a tenth of them or less')
     if train.WARMUP_EPOCHS and not schedule.warmup_steps:
         yield f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS:g} is less than one optimizer step: there is no warm-up'
+    if train.BASE_LR > 0.1 and train.OPTIMIZER.NAME not in ('sgd', 'momentum'):
+        yield f'TRAIN.BASE_LR {train.BASE_LR:g} is very high for {train.OPTIMIZER.NAME}, whose rates are below 0.1'
+    if train.WEIGHT_DECAY >= 1:
+        yield f'TRAIN.WEIGHT_DECAY {train.WEIGHT_DECAY:g} is very high: it is a factor, not a percentage'
+    if train.MODEL_EMA and train.MODEL_EMA_DECAY < 0.5:
+        yield (f'TRAIN.MODEL_EMA_DECAY {train.MODEL_EMA_DECAY:g} keeps little of the average: it is the share that is '
+               f'kept at each step, such as {1 - train.MODEL_EMA_DECAY:g}')
     left = train.MODEL_EMA_DECAY ** schedule.total_steps
     if train.MODEL_EMA and plan.steps_per_epoch and left > 0.05:
         yield (f'TRAIN.MODEL_EMA_DECAY {train.MODEL_EMA_DECAY:g} is too slow for {schedule.total_steps:,} steps: '

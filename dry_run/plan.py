@@ -11,6 +11,7 @@ import utils
 from datasets import TrainBatchSampler, get_dataset
 from dry_run.cost import model_cost, training_memory
 from errors import UserError
+from training.data import read_class_names_of
 from training.schedules import Schedule, build_schedule
 
 IMAGENET_IMAGES = {1000: 1_281_167, 21841: 14_197_122}  # {classes: training images}, assumed without data
@@ -25,7 +26,8 @@ class Plan:
         device: kind of device, such as 'gpu'.
         nodes, processes: numbers of machines, and of processes on all of them.
         labels: {'train' or 'val': labels int64 [images]} of the lists that could be read.
-        problems: {'data', 'train', 'val' or 'batch': one line about what is wrong with it}.
+        paths: {'train' or 'val': paths in them, bytes [images]}.
+        problems: {'data', 'train', 'val', 'classes' or 'batch': one line about what is wrong with it}.
         images: number of training images; that of ImageNet if the list could not be read, None if it is unknown too.
         steps_per_epoch: optimizer steps, or None if unknown.
         schedule: of the learning rate; it assumes 1000 steps per epoch if they are unknown.
@@ -35,6 +37,7 @@ class Plan:
     nodes: int
     processes: int
     labels: Dict[str, np.ndarray]
+    paths: Dict[str, np.ndarray]
     problems: Dict[str, str]
     images: Optional[int]
     steps_per_epoch: Optional[int]
@@ -76,7 +79,9 @@ def make_plan(config, device, processes):
     if config.PLAN.NODES or config.PLAN.GPUS_PER_NODE:
         processes = nodes * (config.PLAN.GPUS_PER_NODE or processes)
         config = _keep_global_batch(config, processes)
-    labels, problems = _read_lists(config)
+    datasets, problems = _read_lists(config)
+    labels = {mode: dataset.labels for mode, dataset in datasets.items()}
+    paths = {mode: dataset.paths for mode, dataset in datasets.items()}
     images = len(labels['train']) if 'train' in labels else IMAGENET_IMAGES.get(config.MODEL.NUM_CLASSES)
     steps_per_epoch = None
     if images is not None:
@@ -85,7 +90,7 @@ def make_plan(config, device, processes):
             steps_per_epoch = math.ceil(batches / config.TRAIN.ACCUM_ITER)
         except UserError as error:
             problems['batch'] = str(error)
-    return Plan(config, device, nodes, processes, labels, problems, images, steps_per_epoch,
+    return Plan(config, device, nodes, processes, labels, paths, problems, images, steps_per_epoch,
                 build_schedule(config, steps_per_epoch or 1000, processes))
 
 
@@ -107,16 +112,21 @@ def _keep_global_batch(config, processes):
 
 
 def _read_lists(config):
-    """Labels of the image lists, including labels beyond the classes of the head, and problems with lists."""
+    """{mode: dataset} of the lists, including labels beyond the classes of the head, and problems with them."""
     any_label = config.clone()
     any_label.defrost()
     any_label.MODEL.NUM_CLASSES = 2**31
-    folder, labels, problems = config.DATA.DATA_PATH, {}, {}
+    folder, datasets, problems = config.DATA.DATA_PATH, {}, {}
     if not os.path.isdir(folder):
-        return labels, {'data': f'{folder}: no such data folder' if folder else 'no data folder is given (-data_path)'}
+        missing = f'{folder}: no such data folder' if folder else 'no data folder is given (-data_path)'
+        return datasets, {'data': missing}
     for mode in (() if config.EVAL else ('train',)) + (('val',) if config.EVAL or config.VALIDATE_FREQ else ()):
         try:
-            labels[mode] = get_dataset(any_label, mode).labels
+            datasets[mode] = get_dataset(any_label, mode)
         except (UserError, FileNotFoundError) as error:
             problems[mode] = str(error)
-    return labels, problems
+    try:
+        read_class_names_of(config)
+    except UserError as error:
+        problems['classes'] = str(error)
+    return datasets, problems

@@ -102,6 +102,16 @@ def test_optimizer_state_of_another_model_is_refused():
         checkpoint.load_optimizer_arrays(adamw(model), model, state, 'file.pdparams')
 
 
+def test_an_optimizer_state_that_is_not_finite_is_refused():
+    model = small()
+    optimizer = adamw(model)
+    train(model, optimizer, 1, seed=0)
+    state = checkpoint.optimizer_arrays(optimizer, model)
+    state['accumulators']['norm.bias']['moment2'].fill(np.inf)
+    with pytest.raises(UserError, match=r'file: the optimizer state is not finite .*: norm.bias \(moment2\)'):
+        checkpoint.load_optimizer_arrays(optimizer, model, state, 'file')
+
+
 def test_optimizer_state_of_another_kind_of_optimizer_is_refused():
     model = small()
     state = checkpoint.optimizer_arrays(build_optimizer('sgd', parameter_groups(model, 0.0)), model)
@@ -143,7 +153,9 @@ def test_master_weights_load_into_a_model_built_later():
 @pytest.mark.parametrize(('change', 'words'), [
     (lambda w: w.pop('norm.bias'), '1 missing: norm.bias'),
     (lambda w: w.update(extra=np.zeros(1)), '1 surplus: extra'),
-    (lambda w: w.update({'norm.bias': np.zeros(3)}), r'1 of another shape: norm.bias \[3\] for \[10\]')])
+    (lambda w: w.update({'norm.bias': np.zeros(3)}), r'1 of another shape: norm.bias \[3\] for \[10\]'),
+    (lambda w: w['norm._variance'].fill(np.inf), r'file: contains values that are not finite .*: norm._variance;'),
+    (lambda w: w['head.bias'].fill(np.nan), r'file: contains values that are not finite .*: head.bias;')])
 def test_weights_that_do_not_fit_are_refused_and_nothing_changes(change, words):
     model = small()
     before = checkpoint.model_arrays(model)
@@ -161,9 +173,15 @@ def test_only_a_head_with_another_class_count_is_dropped_and_only_with_drop_head
     with pytest.raises(UserError, match='head.weight'):
         load_weights(model, weights, 'file')
     head = model.head.weight.numpy()
+    weights['head.bias'].fill(np.nan)  # does not matter, since it is dropped
     assert load_weights(model, weights, 'file', drop_head=True) == ['head.weight', 'head.bias']
     np.testing.assert_array_equal(model.head.weight.numpy(), head)
     np.testing.assert_array_equal(model.norm.bias.numpy(), weights['norm.bias'])
+    for name in ('head.weight', 'head.bias'):
+        del weights[name]
+    with pytest.raises(UserError, match='2 missing: head.weight, head.bias'):
+        load_weights(model, weights, 'file')
+    assert load_weights(model, weights, 'file', drop_head=True) == ['head.weight', 'head.bias']
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -10,6 +10,7 @@ import yaml
 from auto_augment import build_auto_augment
 from config import KEYS, RETIRED_KEYS, ConfigError, config_changes, config_text, get_arguments, get_config, setting
 from dry_run.recipes import RECIPES
+from errors import ArgumentParser
 from losses import build_loss
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -157,6 +158,11 @@ def test_it_is_imported_without_paddle():
     ('TRAIN: {OPTIMIZER: {EPS: -1}}', 'TRAIN.OPTIMIZER.EPS is -1.0'),
     ('MODEL: {DW_RATIO: 0.01, CHANNELS: [64, 64, 64, 64]}', 'MODEL.DW_RATIO is 0.01'),
     ('MODEL: {LARGE_KERNEL_SIZES: [65, 29, 27, 13]}', 'the largest is 63'),
+    ('DATA: {IMAGENET_MEAN: [123.675, 116.28, 103.53]}', 'divide by 255, [0.485, 0.456, 0.406]'),
+    ('DATA: {IMAGENET_STD: [58.395, 57.12, 57.375]}', 'divide by 255, [0.229, 0.224, 0.225]'),
+    ('DATA: {IMAGENET_MEAN: [-0.5, 0.5, 0.5]}', 'it must be at least 0'),
+    ('DATA: {CROP_PCT: 87.5}', 'CROP_PCT is 87.5; it must be from 0.01 to 1; it is a share, not a percentage: 0.875'),
+    ('TRAIN: {HFLIP: 50}', 'it is a share, not a percentage: 0.5'),
     ('DATA: {IMAGE_CHANNELS: 4}', 'DATA.IMAGE_CHANNELS is 4; only 3 is supported, so leave it out'),
     ('MODEL: {TYPE: ViT}', "MODEL.TYPE is 'ViT'; only 'RepLKNet' is supported, so leave it out"),
 ])
@@ -180,6 +186,22 @@ def test_the_file_that_set_the_key_is_named(tmp_path):
 def test_wrong_opts_name_the_flag(opts):
     with pytest.raises(ConfigError, match='^-opts: '):
         get_config(None, opts)
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write(tmp_path, 'base.yaml', 'SEED: 7')
+    write(tmp_path, 'a.yaml', 'BASE: ~/base.yaml\nDATA: {DATA_PATH: ~/data}\nMODEL: {NAME: ~x}\nSAVE: ~/runs/a')
+    config = get_config('~/a.yaml', ['MODEL.PRETRAINED', '~/w.pdparams'], {'resume': '~/runs/b'})
+    assert (config.SEED, config.MODEL.NAME) == (7, '~x')  # a name is not a path
+    assert [config.DATA.DATA_PATH, config.SAVE, config.MODEL.PRETRAINED, config.MODEL.RESUME] == [
+        str(tmp_path / name) for name in ('data', 'runs/a', 'w.pdparams', 'runs/b')]
+    assert get_arguments('', ['-output=~/runs/a', '-cfg', '~/a.yaml']).flags['output'] == str(tmp_path / 'runs/a')
+    args = ArgumentParser('')  # of every script
+    args.add_argument('images', nargs='+')
+    args.add_argument('-output', '--output')
+    parsed = args.parse_args(['~/a.png', 'b~.png', 'x=~/c', '--output=~/out'])
+    assert parsed.images == [str(tmp_path / 'a.png'), 'b~.png', 'x=~/c'] and parsed.output == str(tmp_path / 'out')
 
 
 def test_null_means_no_small_kernel():

@@ -157,6 +157,10 @@ def test_a_plan_without_a_dry_run_is_refused():
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_xl_73m1k_320'], 'IMAGENET_STD is [0.229, 0.224, 0.225]; the'),
     ('replknet_31b', ['MODEL.PRETRAINED', 'replknet_31l_22k'], 'do not fit: MODEL.CHANNELS'),
     ('replknet_31b_1k_224', ['EVAL', True, 'MODEL.PRETRAINED', 'replknet_31b_22k'], 'NUM_CLASSES is 1000, but they'),
+    ('replknet_31b', ['MODEL.NUM_CLASSES', 1], 'a head with one output'),
+    ('replknet_31b', ['TRAIN.BASE_LR', 4], 'TRAIN.BASE_LR 4 is very high for adamw'),
+    ('replknet_31b', ['TRAIN.WEIGHT_DECAY', 5], 'not a percentage'),
+    ('replknet_31b', ['TRAIN.MODEL_EMA_DECAY', 0.001], 'the share that is kept at each step, such as 0.999'),
     ('replknet_31b', ['VALIDATE_FREQ', 0], 'measures no accuracy')])
 def test_a_likely_mistake_gets_its_line(name, opts, words):
     found = [warning for warning in warnings(planned(name, *opts)) if words in warning]
@@ -197,6 +201,25 @@ def test_classes_of_the_lists_are_compared_with_the_head(tmp_path):
     assert 'swapped' not in found
 
 
+def test_images_listed_twice_or_not_used_are_reported(tmp_path):
+    for mode, lines in (('train', ['a 0', 'a 1', 'b 0', 'b 0', 'c d 1']), ('val', ['b 0', 'b 0', 'e 1'])):
+        (tmp_path / f'{mode}_list.txt').write_text('\n'.join(lines))
+        for line in lines:
+            (tmp_path / line[:-2]).touch()
+    plan = planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 2, data_path=str(tmp_path), batch_size=4, gpus=1)
+    found = list(warnings(plan))
+    assert 'train_list.txt has 1 images under more than one label, such as a' in found
+    assert 'val_list.txt lists 1 images more than once' in found
+    assert '1 of the 2 images of val_list.txt are in train_list.txt too: the accuracy will be too high' in found
+    assert any(line.startswith('each epoch leaves out 1 of the 5 training images') for line in found)
+    write_list(tmp_path, 'train', [0] * 8)
+    (tmp_path / 'train_list.txt').write_text(''.join(f'{tmp_path / name} 0\n' for name in 'abc'))
+    (tmp_path / 'classes.txt').write_text('one\n')
+    found = list(warnings(planned('replknet_nano_digits', 'MODEL.NUM_CLASSES', 2, data_path=str(tmp_path))))
+    assert not any('more than once' in line and 'train' in line for line in found)
+    assert any('classes.txt: names 1 classes, but the model has 2' in line for line in found)
+
+
 def test_the_class_histogram_has_a_bar_for_each_class_or_range(tmp_path):
     write_list(tmp_path, 'train', [0] * 20 + [2] * 10)
     write_list(tmp_path, 'val', [0])
@@ -222,6 +245,18 @@ def test_a_broken_list_is_one_line_and_the_report_continues(tmp_path):
 
 
 # ---- as a user runs it
+
+def test_a_run_starts_with_the_warnings_of_its_dry_run(run_script, list_dataset, tiny_yaml, tmp_path):
+    flags = [f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu', '-opts', 'TRAIN.MODEL_EMA_DECAY',
+             '0.9999']
+    done = run_script('main_single_gpu.py', *flags, f'-output={tmp_path}/run')
+    assert done.returncode == 0, done.stderr
+    dry = run_script('main_single_gpu.py', *flags, '-dry_run', f'-output={tmp_path}/dry')
+    expected = [line[4:] for line in dry.stdout.split('warnings\n')[1].splitlines()]
+    assert any('MODEL_EMA_DECAY 0.9999 is too slow for 12 steps' in line for line in expected)
+    assert [line.split('likely a mistake: ')[1] for line in done.stdout.splitlines() if 'likely a mistake' in line
+            ] == expected
+
 
 @pytest.mark.parametrize('script', ['main_single_gpu.py', 'main_multi_gpu.py'])
 def test_a_dry_run_writes_nothing_and_succeeds(run_script, list_dataset, tiny_yaml, tmp_path, script):

@@ -1,5 +1,7 @@
 """Run folders: which checkpoints are kept, failed saves, and folders that already contain something."""
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,6 +119,48 @@ def test_a_run_that_saved_nothing_starts_again_only_with_the_same_settings(tmp_p
     again.record(event='eval', acc1=1.0)  # as -eval leaves it
     with pytest.raises(UserError, match='already contains a run'):
         settings(tmp_path / 'run')
+
+
+def test_runs_that_start_in_the_same_second_get_different_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('time.strftime', lambda form: '20260101-000000')
+    names = [os.path.basename(settings('').SAVE) for _ in range(3)]
+    assert names == ['replknet_31b-20260101-000000' + suffix for suffix in ('', '-2', '-3')]
+    assert sorted(os.listdir('output')) == names
+    settings('', 'DRY_RUN', True)  # creates nothing
+    assert sorted(os.listdir('output')) == names
+
+
+def test_only_rank_0_of_a_launcher_chooses_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PADDLE_TRAINER_ID', '1')
+    assert settings('').SAVE == '' and not os.listdir(tmp_path)
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], 'a')
+fcntl.lockf(file, fcntl.LOCK_EX)
+print('locked', flush=True)
+sys.stdin.read()"""
+
+
+def test_a_run_at_work_is_recognised_and_nobody_is_told_to_delete_it(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'config.yaml').write_text('SEED: 1\n')
+    with pytest.raises(UserError, match=r'already contains a run \(config.yaml\); choose another folder$'):
+        settings(folder)
+    holder = subprocess.Popen([sys.executable, '-c', HOLD, str(folder / 'log.txt')], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b'locked\n'
+        with pytest.raises(UserError, match=r'; another process is working on it; choose another folder$'):
+            settings(folder)
+    finally:
+        holder.communicate(b'')
+    (folder / 'last.pdparams').touch()
+    with pytest.raises(UserError, match=r'; choose another folder, or continue that run with -resume='):
+        settings(folder, 'MODEL.RESUME', 'elsewhere/epoch_0001.pdparams')
 
 
 def test_changed_settings_are_refused_or_allowed():

@@ -27,6 +27,22 @@ def test_a_state_with_weights_that_are_not_finite_is_not_captured():
         state.capture()
 
 
+def test_a_moving_average_that_is_not_finite_is_not_captured():
+    state = build()
+    state.ema.module.head.bias.set_value(paddle.full(state.ema.module.head.bias.shape, math.inf))
+    with pytest.raises(TrainingStopped, match=r'weights of the EMA are not finite: head.bias'):
+        state.capture()
+
+
+def test_a_shorter_list_within_an_epoch_is_named_as_what_changes_the_steps(caplog, monkeypatch):
+    monkeypatch.setattr('utils.logger.propagate', True)
+    state = build()
+    state.sums['steps'] = 8
+    other = build(steps_per_epoch=5)
+    other.restore(state.capture(), 'file')
+    assert other.sums['steps'] == 5 and 'which with these training images correspond to 5' in caplog.text
+
+
 def test_a_captured_state_is_restored():
     state = build()
     state.epochs, state.best = 3, {'model': {'acc1': 5.0, 'epoch': 2}}

@@ -257,6 +257,7 @@ def mistakes(folder, dataset, yaml, run):
     yield 'no image', [f'-cfg={yaml}', f'-data_path={half}', '-device=cpu'], 'val_list.txt:1: '
     yield 'label', [f'-cfg={yaml}', f'-data_path={bad}', '-device=cpu'], 'val_list.txt:1: label 4 is out of range'
     yield 'weights not there', [*base, '-eval', '-pretrained=no.pdparams'], 'no.pdparams'
+    yield 'two starts', [*base, f'-resume={run}', '-pretrained=w'], '-pretrained and -resume exclude each other'
     yield 'weights damaged', [*base, '-eval', f'-pretrained={junk}'], 'junk.pdparams'
     yield 'nothing to evaluate', [*base, '-eval'], '-eval needs weights'
     yield 'nothing to continue', [*base, '-last_epoch=1'], '-last_epoch=1: there is nothing to continue from'

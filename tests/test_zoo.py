@@ -76,6 +76,12 @@ def place(golden, folder, name, file='tiny.pth'):
     (folder / name).write_bytes((golden / file).read_bytes())
 
 
+def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
+    for name in ('best.pdparams', 'last.pdparams'):
+        (tmp_path / name).touch()
+    assert resolve_weights(str(tmp_path)) == str(tmp_path / 'best.pdparams')
+
+
 def test_a_path_is_itself(golden):
     assert resolve_weights(str(golden / 'tiny.pth')) == str(golden / 'tiny.pth')
 

@@ -33,12 +33,17 @@ def read_data(config):
     """
     val = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     train = None if config.EVAL else get_dataset(config, 'train')
-    file = names_file(config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
-    names = read_class_names(file, config.MODEL.NUM_CLASSES) if file else None
+    names = read_class_names_of(config)
     identity = {mode: list_identity(data.paths, data.labels) for mode, data in (('train', train), ('val', val)) if data}
     if names:
         identity['classes'] = names_identity(names)
     return RunData(train, val, names, identity)
+
+
+def read_class_names_of(config):
+    """Names of the classes in the data folder, or None; raises UserError if they do not fit MODEL.NUM_CLASSES."""
+    file = names_file(config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
+    return read_class_names(file, config.MODEL.NUM_CLASSES) if file else None
 
 
 def refuse_other_data(config, data, state, path):
