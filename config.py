@@ -78,6 +78,8 @@ KEYS = {
     'DATA.INTERPOLATION': Key('bicubic', 'filter for resizing images', ('bicubic', 'bilinear')),
     'DATA.IMAGENET_MEAN': Key([0.485, 0.456, 0.406], 'mean of each channel, of values in 0..1', length=3),
     'DATA.IMAGENET_STD': Key([0.229, 0.224, 0.225], 'standard deviation of each channel', length=3),
+    'DATA.MAX_BAD_FRACTION': Key(0.0, 'share of the training images that may be undecodable; others of their class '
+                                 'replace them; 0: stop at the first', low=0, high=0.5, resume=MAY_DIFFER),
     'DATA.NUM_WORKERS': Key(4, 'DataLoader workers per process; 0 loads in the process itself', low=0,
                             flag='num_workers', resume=MAY_DIFFER),
 
@@ -128,6 +130,9 @@ KEYS = {
                                 ('adamw', 'sgd', 'momentum', 'nadam', 'lion', 'adan', 'lamb')),
     'TRAIN.OPTIMIZER.EPS': Key(1e-8, 'added to denominators', low=0, high=1),
     'TRAIN.OPTIMIZER.BETAS': Key([0.9, 0.999], "'momentum' uses the first; 'adan' takes three: [0.98, 0.92, 0.99]"),
+    'TRAIN.FREEZE': Key(0, 'first parts of the model that are not trained: 1 the stem, 2 also the first stage, ...; '
+                        '0: none', low=0),
+    'TRAIN.PATIENCE': Key(0, 'stop after so many epochs without a better accuracy; 0: never', low=0, resume=MAY_DIFFER),
     'TRAIN.MODEL_EMA': Key(True, 'keep and evaluate an exponential moving average of the weights'),
     'TRAIN.MODEL_EMA_DECAY': Key(0.9999, 'decay per optimizer step', low=0, high=1),
     'TRAIN.SYNC_BN': Key(True, 'synchronised batch norm on several GPUs'),
@@ -135,6 +140,10 @@ KEYS = {
     # ---- training: loss and augmentation, see docs/augmentation.md
     'TRAIN.LOSS': Key('auto', "loss; 'auto' is cross-entropy", (
         'auto', 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', 'asymmetric_single')),
+    'TRAIN.CLASS_WEIGHTS': Key('', "weights of the classes in the cross-entropy: 'balanced' (inverse to their number "
+                               "of images), 'sqrt' (to its square root) or '' for none", ('', 'balanced', 'sqrt')),
+    'TRAIN.SAMPLER': Key('shuffle', "'shuffle': each image once in an epoch; 'balanced': each class equally often",
+                         ('shuffle', 'balanced')),
     'TRAIN.SMOOTHING': Key(0.1, 'label smoothing', low=0, high=0.999),
     'TRAIN.BCE_THRESHOLD': Key(0.0, "above 0, 'bce' turns targets above it into 1 and the others into 0", low=0,
                                high=0.999),
@@ -455,6 +464,9 @@ def _check_model(config):
             yield key, f'is {values}; it takes whole numbers from 1 up, one per stage'
         if len(values) != len(model.LAYERS):
             yield key, f'has {len(values)} stages and MODEL.LAYERS {len(model.LAYERS)}; give one value per stage'
+    if config.TRAIN.FREEZE > 1 + len(model.LAYERS):
+        yield ('TRAIN.FREEZE', f'is {config.TRAIN.FREEZE}; the stem and {len(model.LAYERS)} stages are '
+               f'{1 + len(model.LAYERS)} parts', 'MODEL.LAYERS')
     for kernel in model.LARGE_KERNEL_SIZES:
         if kernel % 2 == 0:
             yield 'MODEL.LARGE_KERNEL_SIZES', f'has the even kernel {kernel}; kernels are odd'
@@ -519,6 +531,12 @@ def _check_loss(config):
     if train.AUG_SPLITS and train.LOSS != 'jsd':
         yield ('TRAIN.AUG_SPLITS', f'is {train.AUG_SPLITS}, for TRAIN.LOSS jsd; with {train.LOSS} use '
                'TRAIN.REPEATED_AUG', 'TRAIN.LOSS')
+    if train.CLASS_WEIGHTS and train.LOSS not in ('auto', 'soft_target', 'label_smoothing'):
+        yield ('TRAIN.CLASS_WEIGHTS', f'is {train.CLASS_WEIGHTS}, for cross-entropy; TRAIN.LOSS is {train.LOSS}',
+               'TRAIN.LOSS')
+    if train.SAMPLER == 'balanced' and train.REPEATED_AUG > 1:
+        yield ('TRAIN.SAMPLER', 'is balanced, which repeats images already; set TRAIN.REPEATED_AUG to 0',
+               'TRAIN.REPEATED_AUG')
     if train.AUG_SPLITS and not (train.AUTO_AUGMENT or train.COLOR_JITTER or train.RANDOM_ERASE_PROB):
         yield ('TRAIN.AUG_SPLITS', f'is {train.AUG_SPLITS}, for augmented views, but TRAIN.AUTO_AUGMENT, '
                'TRAIN.COLOR_JITTER and TRAIN.RANDOM_ERASE_PROB are all off', 'TRAIN.AUTO_AUGMENT')
@@ -548,6 +566,9 @@ def _check_schedule(config):
         yield ('TRAIN.COOLDOWN_EPOCHS', f'is {train.COOLDOWN_EPOCHS}, more than TRAIN.WARMUP_EPOCHS '
                f'{train.WARMUP_EPOCHS} leaves of TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}',
                'TRAIN.WARMUP_EPOCHS', 'TRAIN.NUM_EPOCHS')
+    if train.PATIENCE and not config.VALIDATE_FREQ:
+        yield ('TRAIN.PATIENCE', 'waits for a better accuracy, but with VALIDATE_FREQ 0 none is measured',
+               'VALIDATE_FREQ')
     milestones = train.LR_SCHEDULER.MILESTONES
     if train.LR_SCHEDULER.NAME == 'multistep' and not milestones:
         yield ('TRAIN.LR_SCHEDULER.MILESTONES', 'is empty; multistep takes the epochs to decay at',

@@ -20,7 +20,7 @@ from errors import UserError
 from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
 from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
 from transforms import eval_transform, train_transform
-from utils import STREAM_AUGMENT, STREAM_ORDER, device_count, logger, random_generator
+from utils import STREAM_AUGMENT, STREAM_ORDER, STREAM_REPLACE, device_count, logger, random_generator
 
 DATASETS = ('imagenet2012',)
 MODES = ('train', 'val')
@@ -69,6 +69,13 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         """Path of an image file."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
+    def stand_ins(self, key):
+        """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key."""
+        epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
+        same_class = np.flatnonzero(self.labels == self.labels[index])
+        rng = random_generator(self.seed, STREAM_REPLACE, epoch, index, *copy)
+        return [(epoch, int(other), *copy) for other in rng.permutation(same_class[same_class != index])[:10]]
+
     def __len__(self):
         return len(self.labels)
 
@@ -110,14 +117,15 @@ class TrainBatchSampler:
         rank, world_size: rank of this process and number of processes.
         seed: int >= 0.
         repeats: copies of each image; 0 or 1 for no repeated augmentation.
+        labels: int64 array [size] to show each class equally often, see `balanced_order`; None for each image once.
 
     Raises:
         UserError: the dataset is smaller than one global batch.
     """
 
-    def __init__(self, size, batch_size, rank=0, world_size=1, seed=0, repeats=0):
+    def __init__(self, size, batch_size, rank=0, world_size=1, seed=0, repeats=0, labels=None):
         self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
-        self.repeats = repeats
+        self.repeats, self.labels = repeats, labels
         self.epoch = self.start_batch = 0
         if len(self) == 0:
             raise UserError(f'{size} training images are fewer than one global batch of {batch_size * world_size} '
@@ -128,18 +136,47 @@ class TrainBatchSampler:
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self):
-        order = random_generator(self.seed, STREAM_ORDER, self.epoch).permutation(self.size)
+        rng = random_generator(self.seed, STREAM_ORDER, self.epoch)
+        if self.labels is None:
+            order, copies = rng.permutation(self.size), None
+        else:
+            order, copies = balanced_order(self.labels, rng)
         global_batch = self.batch_size * self.world_size
         for batch in range(self.start_batch, len(self)):
             positions = range(batch * global_batch + self.rank, (batch + 1) * global_batch, self.world_size)
             if self.repeats > 1:
                 yield [(self.epoch, int(order[p // self.repeats]), p % self.repeats) for p in positions]
+            elif copies is not None:
+                yield [(self.epoch, int(order[p]), int(copies[p])) for p in positions]
             else:
                 yield [(self.epoch, int(order[p])) for p in positions]
 
     def __len__(self):
         """Batches of a whole epoch; `start_batch` is not subtracted."""
         return self.size // (self.batch_size * self.world_size)
+
+
+def balanced_order(labels, rng):
+    """An order of as many images as there are labels, in which all classes appear equally often (or once more).
+
+    Within a class, no image appears again before all others have.
+
+    Args:
+        labels: int64 array [images].
+        rng: np.random.Generator.
+    Returns:
+        int64 arrays [images]: indices of the images, and how often each has appeared before.
+    """
+    by_class = np.split(np.argsort(labels, kind='stable'), np.flatnonzero(np.diff(np.sort(labels))) + 1)
+    counts = np.full(len(by_class), len(labels) // len(by_class))
+    counts[rng.permutation(len(by_class))[:len(labels) % len(by_class)]] += 1
+    chosen, copies = [], []
+    for images, count in zip(by_class, counts):
+        rounds = [rng.permutation(images) for _ in range(-(-count // len(images)))]
+        chosen.append(np.concatenate([*rounds, images[:0]])[:count])
+        copies.append(np.arange(count) // len(images))
+    order = rng.permutation(len(labels))
+    return np.concatenate(chosen)[order], np.concatenate(copies)[order]
 
 
 class EvalBatchSampler:
@@ -164,32 +201,43 @@ class EvalBatchSampler:
 
 
 class _ErrorsAsValues(paddle.io.Dataset):
-    """Returns a DataError in place of the sample; Paddle would print one that a worker raises as pages of traceback."""
+    """Adds to each sample '' or the message about the image that it replaces; returns a DataError, where nothing does.
 
-    def __init__(self, dataset):
+    Paddle would print an error that a worker raises as pages of traceback.
+
+    Args:
+        dataset: ImageNet2012Dataset.
+        replace: whether other images of their class replace images that cannot be decoded.
+    """
+
+    def __init__(self, dataset, replace):
         super().__init__()
-        self.dataset = dataset
+        self.dataset, self.replace = dataset, replace
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         try:
-            return self.dataset[key]
+            return *self.dataset[key], ''
         except DataError as error:
+            if self.replace:
+                for other in self.dataset.stand_ins(key):
+                    with contextlib.suppress(DataError):
+                        return *self.dataset[other], str(error)
             return error
 
 
 def _collate(samples):
-    """Samples -> [images, labels, error message or ''], as in `DataLoader`."""
+    """Samples -> [images, labels, messages about replaced images, error message or ''], as in `DataLoader`."""
     for sample in samples:
         if isinstance(sample, DataError):
-            return [np.zeros(1, np.float32), np.zeros(1, np.int64), str(sample)]
-    images, labels = zip(*samples)
+            return [np.zeros(1, np.float32), np.zeros(1, np.int64), '', str(sample)]
+    images, labels, replaced = zip(*samples)
     images = np.stack(images)
     if images.ndim == 5:
         images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
-    return [images, np.array(labels, dtype=np.int64), '']
+    return [images, np.array(labels, dtype=np.int64), '\n'.join(filter(None, replaced)), '']
 
 
 def _exit_with_parent(_):
@@ -243,10 +291,15 @@ class DataLoader(paddle.io.DataLoader):
     and labels, int64 [n].
     Workers are started for each iteration, in about 0.1 s: Paddle's persistent workers take longer to resume and fail
     after an iteration that was not finished.
+
+    Attributes:
+        replaced: number of images of the current iteration in whose place others of their class were yielded, because
+            they cannot be decoded; each is logged once. Only with `replace_bad`.
     """
 
-    def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True):
-        super().__init__(_ErrorsAsValues(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
+    def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True, replace_bad=False):
+        self.replaced, self._reported = 0, set()
+        super().__init__(_ErrorsAsValues(dataset, replace_bad), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
                          use_shared_memory=use_shared_memory,
                          worker_init_fn=_exit_with_parent)
@@ -260,10 +313,16 @@ class DataLoader(paddle.io.DataLoader):
         batches = super().__iter__()
         if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread is
             signal.signal(signal.SIGCHLD, handler)
+        self.replaced = 0
         with _exit_if_one_dies(getattr(batches, '_workers', [])):
-            for images, labels, error in batches:
+            for images, labels, replaced, error in batches:
                 if error:
                     raise DataError(error)
+                for message in filter(None, replaced.split('\n')):
+                    self.replaced += 1
+                    if message not in self._reported:
+                        self._reported.add(message)
+                        logger.warning(f'{message}; another image of its class takes its place')
                 yield images, labels
 
 
@@ -315,7 +374,8 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     _check_mode(mode)
     if mode == 'train':
         sampler = TrainBatchSampler(len(dataset), config.DATA.BATCH_SIZE, rank, world_size, config.SEED,
-                                    config.TRAIN.REPEATED_AUG)
+                                    config.TRAIN.REPEATED_AUG,
+                                    dataset.labels if config.TRAIN.SAMPLER == 'balanced' else None)
     else:
         sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
     workers = config.DATA.NUM_WORKERS
@@ -329,7 +389,8 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
         logger.warning(
             'the DataLoader needs %d MB of /dev/shm, but %d MB are free: batches go through pipes, which is slower '
             '(in Docker, raise --shm-size)', needed >> 20, _free_shared_memory() >> 20)
-    return DataLoader(dataset, sampler, workers, use_shared_memory=shared)
+    return DataLoader(dataset, sampler, workers, use_shared_memory=shared,
+                      replace_bad=mode == 'train' and config.DATA.MAX_BAD_FRACTION > 0)
 
 
 def _check_mode(mode):

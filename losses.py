@@ -1,6 +1,7 @@
 """Training losses; all compute in float32, for logits of any dtype and under automatic mixed precision."""
 import math
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -63,6 +64,47 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
         with paddle.amp.auto_cast(enable=False):
             log_probs = _log_softmax(logits)
             return (1 - self.smoothing) * F.nll_loss(log_probs, labels) - self.smoothing * log_probs.mean()
+
+
+class ClassWeightedCrossEntropyLoss(nn.Layer):
+    """Cross-entropy in which each class counts by its weight.
+
+    Args:
+        weights: K numbers.
+        smoothing: float s in [0, 1), smoothing of labels; distributions are used unchanged.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, weights, smoothing=0.1):
+        super().__init__()
+        _check_smoothing(smoothing)
+        if min(weights) < 0:
+            raise ValueError('class weights must not be negative')
+        self.smoothing = smoothing
+        self.weights = paddle.to_tensor(weights, dtype='float32')
+
+    def forward(self, logits, targets):
+        """logits [N, K], targets [N, K] or labels [N] int64 -> mean over the batch, float32 scalar."""
+        with paddle.amp.auto_cast(enable=False):
+            targets = _distributions(targets, logits.shape[1], self.smoothing)
+            return -(targets * self.weights * _log_softmax(logits)).sum(axis=-1).mean()
+
+
+def class_weights(labels, num_classes, kind='balanced'):
+    """Weights for `ClassWeightedCrossEntropyLoss` whose mean over the images is 1.
+
+    Args:
+        labels: int64 array, the labels of all training images.
+        num_classes: number of classes; those without images get the weight of one with a single image.
+        kind: 'balanced' (inverse to the number of images of a class) or 'sqrt' (to its square root).
+    Returns:
+        float64 array [num_classes].
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = np.maximum(counts, 1) ** {'balanced': -1.0, 'sqrt': -0.5}[kind]
+    return weights * (counts.sum() / (counts @ weights))
 
 
 class CrossEntropyLoss(nn.Layer):
@@ -200,7 +242,7 @@ class AsymmetricSingleLabelLoss(nn.Layer):
 
 
 def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_threshold=0.0, jsd_alpha=12.0,
-               gamma_neg=4.0, gamma_pos=0.0, clip=0.05):
+               gamma_neg=4.0, gamma_pos=0.0, clip=0.05, weights=None):
     """The loss with a name of TRAIN.LOSS.
 
     'auto' is cross-entropy: with the targets of mixup (which smooths them itself) or else with smoothed labels.
@@ -213,10 +255,15 @@ def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_thr
         bce_threshold: see `BinaryCrossEntropyLoss`.
         jsd_alpha: see `JsdCrossEntropyLoss`.
         gamma_neg, gamma_pos, clip: see `AsymmetricLoss`.
+        weights: of the classes, see `ClassWeightedCrossEntropyLoss`; None for none.
 
     Raises:
-        ValueError: the name is unknown, or an argument is out of range.
+        ValueError: the name is unknown, it has no weights, or an argument is out of range.
     """
+    if weights is not None:
+        if name not in ('auto', 'soft_target', 'label_smoothing'):
+            raise ValueError(f'class weights are for cross-entropy, not for the loss {name!r}')
+        return ClassWeightedCrossEntropyLoss(weights, smoothing)
     if name == 'auto':
         name = 'soft_target' if mixup else 'label_smoothing'
     if name == 'soft_target':

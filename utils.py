@@ -90,7 +90,7 @@ def barrier(_calls=itertools.count()):  # noqa: B008 - the default counts the ca
 # ---- seeds
 
 # Every use of random numbers has its own stream: this number follows the seed in the key of its generator.
-STREAM_MIXUP, STREAM_PADDLE, STREAM_INIT, STREAM_AUGMENT, STREAM_ORDER = 1, 2, 3, 4, 5
+STREAM_MIXUP, STREAM_PADDLE, STREAM_INIT, STREAM_AUGMENT, STREAM_ORDER, STREAM_REPLACE = 1, 2, 3, 4, 5, 6
 
 
 def random_generator(*key):

@@ -61,6 +61,17 @@ def remove_if_empty(config):
         os.rmdir(config.SAVE)
 
 
+def out_of_patience(config, epochs, best):
+    """Whether training ends because the accuracy has not improved for TRAIN.PATIENCE epochs.
+
+    Args:
+        epochs: epochs done.
+        best: entry 'best' of `checkpoint.SCHEMA`.
+    """
+    latest = max((metrics['epoch'] for metrics in best.values()), default=epochs)
+    return bool(config.TRAIN.PATIENCE) and epochs - latest >= config.TRAIN.PATIENCE
+
+
 def read_resumed(path):
     """Reads what `-resume=path` resumes from: a checkpoint, or the newest intact one of a run folder.
 
@@ -98,6 +109,9 @@ def _is_unfinished(folder, config):
         with open(os.path.join(folder, CONFIG), encoding='utf-8') as file:
             if any(config_changes(file.read(), config)):
                 return False
-        return not is_at_work(folder) and read_resumed(folder)[1]['epoch'] < config.TRAIN.NUM_EPOCHS
+        if is_at_work(folder):
+            return False
+        state = read_resumed(folder)[1]
+        return state['epoch'] < config.TRAIN.NUM_EPOCHS and not out_of_patience(config, state['epoch'], state['best'])
     except (OSError, UserError):
         return False

@@ -39,7 +39,7 @@ def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=No
     progress = Progress(f'epoch {epoch}', steps, settings.report_freq,
                         (settings.total_steps or first_step + steps) - first_step, sums)
     batches = progress.timed(loader)
-    parts.model.train()
+    parts.training_mode()
     began, slow = time.perf_counter(), True
     utils.barrier()  # the first step builds the depthwise operator
     for step in range(first_step + sums['steps'], first_step + steps):

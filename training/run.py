@@ -11,7 +11,7 @@ from fuse import pack
 from large_kernel import operator_in_use
 from replknet import RepLKNet
 from run_folder.curves import curves_line
-from run_folder.resume import read_resumed
+from run_folder.resume import out_of_patience, read_resumed
 from run_folder.writer import RunFolder
 from training.agreement import agree, agree_on_settings, data_facts, model_facts
 from training.amp import Amp
@@ -59,7 +59,7 @@ def run(config, device):
         if changed:
             folder.record(event='data', epoch=state.epochs, step=state.step, changed=changed)
     del start, prepared  # the checkpoint is as large as the model, its moving average and the optimizer together
-    return _Training(config, folder, parts, state, data.val).run(loader)
+    return _Training(config, folder, parts, state, data).run(loader)
 
 
 class _Prepared(NamedTuple):
@@ -167,11 +167,12 @@ class _Training:
         config: frozen settings.
         folder: the RunFolder of rank 0; None on the other ranks, and for a run that saves nothing.
         parts, state: see `build_training`.
-        val_set: dataset to evaluate on, or None.
+        data: RunData.
     """
 
-    def __init__(self, config, folder, parts, state, val_set):
-        self.config, self.folder, self.parts, self.state, self.val_set = config, folder, parts, state, val_set
+    def __init__(self, config, folder, parts, state, data):
+        self.config, self.folder, self.parts, self.state, self.val_set = config, folder, parts, state, data.val
+        self.images, self.replaced = len(data.train), 0  # in an epoch; how many of them could not be decoded
         self.models = {'model': parts.bare_model, **({'model_ema': parts.ema.module} if parts.ema is not None else {})}
 
     def run(self, loader):
@@ -182,6 +183,10 @@ class _Training:
         """
         last = {}
         while self.state.epochs < self.config.TRAIN.NUM_EPOCHS:
+            if out_of_patience(self.config, self.state.epochs, self.state.best):
+                logger.info(f'stopped after epoch {self.state.epochs}: no better accuracy for '
+                            f'{self.config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE)')
+                break
             epoch = self.state.epochs + 1
             if not self.state.epoch_trained:
                 with stop.deferred():
@@ -199,28 +204,40 @@ class _Training:
         """Trains for one epoch, or for the rest of it, and averages the running statistics over the ranks."""
         state, parts, epochs = self.state, self.parts, self.config.TRAIN.NUM_EPOCHS
         loader.set_epoch(epoch, start_batch=state.sums['steps'] * parts.settings.accum_iter)
+        self.replaced = 0
         trained = train_one_epoch(
             parts, loader, epoch=epoch, first_step=state.epochs * state.steps_per_epoch, sums=state.sums,
             on_report=None if self.folder is None else partial(self.folder.record, event='step'),
-            votes=self._votes, after_step=self._after_step)
+            votes=partial(self._votes, loader), after_step=self._after_step)
         logger.info(f"epoch {epoch}/{epochs} loss {trained['loss']:.4f} lr {trained['lr']:.3g} "
                     f"images/s {trained['images_per_s']:.1f} data wait {100 * trained['data_wait']:.0f}% "
                     f"time {duration(trained['seconds'])} eta {duration(trained['seconds'] * (epochs - epoch))}"
-                    + (f" skipped {trained['skipped']}" if trained['skipped'] else ''))
-        self._record(event='train', epoch=epoch, step=state.step, processes=utils.world_size(), **trained)
+                    + (f" skipped {trained['skipped']}" if trained['skipped'] else '')
+                    + (f' replaced {self.replaced}' if self.replaced else ''))
+        self._record(event='train', epoch=epoch, step=state.step, processes=utils.world_size(), **trained,
+                     **({'replaced': self.replaced} if self.replaced else {}))
         if state.own_statistics:
             for model in self.models.values():
                 average_statistics(model)
 
-    def _votes(self):
-        """Whether this rank has received a signal, and whether it is time to save; summed over the ranks."""
+    def _votes(self, loader):
+        """Whether this rank has received a signal, whether it is time to save, and how many images of this epoch were
+        replaced; summed over the ranks."""
         minutes = self.config.SAVE_MINUTES
         due = self.folder is not None and minutes and time.monotonic() - self.folder.saved_at > 60 * minutes
-        return stop.received, due
+        return stop.received, due, loader.replaced
 
-    def _after_step(self, stopped, due):
-        """Saves every SAVE_STEPS steps or when a rank has voted for it; a signal stops all ranks at the same step."""
-        state, every = self.state, self.config.SAVE_STEPS
+    def _after_step(self, stopped, due, replaced):
+        """Saves every SAVE_STEPS steps or when a rank has voted for it; a signal stops all ranks at the same step.
+
+        Raises:
+            UserError: more images could not be decoded than DATA.MAX_BAD_FRACTION allows.
+        """
+        state, every, allowed = self.state, self.config.SAVE_STEPS, self.config.DATA.MAX_BAD_FRACTION
+        self.replaced = int(replaced)
+        if replaced > allowed * self.images:
+            raise UserError(f'{self.replaced:,} of {self.images:,} training images could not be decoded in epoch '
+                            f'{state.epochs + 1}, more than DATA.MAX_BAD_FRACTION {allowed:g} allows; the log names them')
         if state.epoch_trained:  # the end of the epoch saves
             return
         if stopped or due or (every and state.step % every == 0):

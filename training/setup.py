@@ -2,15 +2,16 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 import paddle
 
 import utils
-from losses import build_loss
+from losses import build_loss, class_weights
 from mixup import Mixup
 from training.amp import Amp, LossScaler
 from training.ema import ModelEMA
+from training.freezing import freeze
 from training.optim import build_optimizer, parameter_groups
 from training.run_state import RunState
 from training.schedules import build_schedule, build_weight_decay
@@ -51,6 +52,7 @@ class TrainingParts:
         scaler: loss scaling for float16, or None.
         ema: moving average of the model, or None.
         mixup: mixup and CutMix, or None.
+        frozen: layers that keep their weights and statistics, see `freezing.freeze`.
         settings: what all steps share.
     """
     model: paddle.nn.Layer
@@ -62,12 +64,19 @@ class TrainingParts:
     scaler: Optional[LossScaler] = None
     ema: Optional[ModelEMA] = None
     mixup: Optional[Mixup] = None
+    frozen: Tuple[paddle.nn.Layer, ...] = ()
     settings: StepSettings = StepSettings()
 
     @property
     def bare_model(self):
         """The RepLKNet itself, without DataParallel."""
         return self.model._layers if isinstance(self.model, paddle.DataParallel) else self.model
+
+    def training_mode(self):
+        """Sets the model to training mode, but its frozen layers to evaluation mode."""
+        self.model.train()
+        for layer in self.frozen:
+            layer.eval()
 
     @cached_property
     def trained_parameters(self):
@@ -94,6 +103,7 @@ def build_training(config, device, amp, start, loader, data):
     """
     train, world = config.TRAIN, utils.world_size()
     steps_per_epoch = math.ceil(len(loader) / train.ACCUM_ITER)
+    frozen = freeze(start.model, train.FREEZE)
     lr_at = build_schedule(config, steps_per_epoch, world)
     sync_bn = train.SYNC_BN and device == 'gpu' and world > 1
     model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(start.model) if sync_bn else start.model
@@ -102,9 +112,9 @@ def build_training(config, device, amp, start, loader, data):
                                 betas=train.OPTIMIZER.BETAS, eps=train.OPTIMIZER.EPS)
     model, optimizer = amp.decorate(model, optimizer)
     parts = TrainingParts(
-        model=model, criterion=_build_criterion(train), optimizer=optimizer, lr_at=lr_at, amp=amp,
+        model=model, criterion=_build_criterion(config, data), optimizer=optimizer, lr_at=lr_at, amp=amp,
         weight_decay_at=build_weight_decay(config, lr_at.total_steps), scaler=amp.scaler(), ema=ema,
-        mixup=_build_mixup(config), settings=StepSettings(
+        mixup=_build_mixup(config), frozen=frozen, settings=StepSettings(
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
     state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch,
@@ -120,11 +130,14 @@ def build_training(config, device, amp, start, loader, data):
     return parts, state
 
 
-def _build_criterion(train):
+def _build_criterion(config, data):
+    train, weights = config.TRAIN, None
+    if train.CLASS_WEIGHTS:
+        weights = class_weights(data.train.labels, config.MODEL.NUM_CLASSES, train.CLASS_WEIGHTS)
     return build_loss(train.LOSS, mixup=train.MIXUP_PROB > 0, smoothing=train.SMOOTHING, aug_splits=train.AUG_SPLITS,
                       bce_threshold=train.BCE_THRESHOLD, jsd_alpha=train.JSD_ALPHA,
                       gamma_neg=train.ASYMMETRIC.GAMMA_NEG, gamma_pos=train.ASYMMETRIC.GAMMA_POS,
-                      clip=train.ASYMMETRIC.CLIP)
+                      clip=train.ASYMMETRIC.CLIP, weights=weights)
 
 
 def _build_mixup(config):
