@@ -37,6 +37,7 @@ from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_
 from errors import ArgumentParser, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
 from image_files.decode import decode_image
+from image_files.find import images_in
 from image_files.lists import CLASSES, read_class_names
 from large_kernel import load_operator
 from large_kernel.build import OPERATORS, BuildError
@@ -295,15 +296,13 @@ def comparison_images(config, options):
     if source:
         if not os.path.isdir(source):
             raise FileNotFoundError(f'-pictures={source}: no such folder')
-        names = sorted(os.listdir(source))
-        images = [transform(decode_image(os.path.join(source, names[i]))) for i in _evenly_spaced(len(names))]
+        paths = images_in(source)
+        images = [transform(decode_image(paths[i])) for i in _evenly_spaced(len(paths))]
     elif config.DATA.DATA_PATH and os.path.isfile(val_list):
         dataset = get_dataset(config, 'val')
         images, source = [dataset[i][0] for i in _evenly_spaced(len(dataset))], val_list
     else:
         images, source = [transform(_generated_image(rng)) for _ in range(IMAGES)], 'generated'
-    if not images:
-        raise UserError(f'-pictures={source}: the folder is empty')
     sizes = [(size, size)] + [(size + 13, size + 37)] * options.dynamic
     arrays = [np.stack(images), *(rng.standard_normal((IMAGES, 3, *s)).astype('float32') for s in sizes)]
     batches = tuple(array[i:i + BATCH] for array in arrays for i in range(0, len(array), BATCH))

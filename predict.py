@@ -115,6 +115,7 @@ def read_arguments(argv=None):
             ('cfg', None, 'settings file (YAML), if there is none next to the weights'),
             ('output', None, 'file of results, .csv or .jsonl; without it, they are printed'),
             ('save_images', None, 'new folder for contact sheets: frames are green where right, red where wrong'),
+            ('font', None, 'font file for the names of the classes on contact sheets'),
             ('topk', 5, 'number of classes in each prediction'),
             ('batch_size', 16, 'images per forward pass'),
             ('num_workers', None, 'number of decoding threads'),
@@ -145,7 +146,8 @@ def main():
             raise DataError(f'{path}: label {label}, but the model has {len(predictor.names)} classes')
     errors, accuracy = [], Accuracy()
     with contextlib.ExitStack() as stack:
-        sheets = stack.enter_context(ContactSheets(args.save_images)) if args.save_images else None
+        sheets = stack.enter_context(ContactSheets(
+            args.save_images, predictor.names, args.font)) if args.save_images else None
         write = _print
         if args.output:
             write = stack.enter_context(results_file(args.output, min(args.topk, len(predictor.names)), args.features))

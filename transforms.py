@@ -25,6 +25,7 @@ INTERPOLATIONS = {'nearest': Image.NEAREST, 'bilinear': Image.BILINEAR, 'bicubic
                   'lanczos': Image.LANCZOS}
 EVAL_PROTOCOLS = ('crop', 'warp')
 ERASING_MODES = ('const', 'rand', 'pixel')
+THIN = 16  # longer side relative to the shorter one from which on an image counts as very long and thin
 
 
 def eval_transform(image_size, *, crop_pct=0.875, protocol='crop', interpolation='bicubic',
@@ -63,16 +64,28 @@ def eval_geometry(image, image_size, *, crop_pct=0.875, protocol='crop', interpo
     """The part of `eval_transform` before normalisation: RGB image of any size -> square RGB image."""
     resample = INTERPOLATIONS[interpolation]
     if protocol == 'warp':
+        if image.height > THIN * max(image.width, image_size):  # Pillow resizes the width first, for every row
+            image = image.resize((image.width, image_size), resample, reducing_gap=4)
         return image.resize((image_size, image_size), resample)
-    image = _resize_shorter_side(image, int(image_size / crop_pct), resample)
-    return _centre_crop(image, image_size, image_size)
+    return _resize_and_crop(image, int(image_size / crop_pct), image_size, resample)
 
 
-def _resize_shorter_side(image, size, resample):
+def _resize_and_crop(image, shorter_side, size, resample):
+    """Resizes the shorter side, and crops the centre.
+
+    Of a very long and thin image only what the crop shows is resized, since the whole could take gigabytes. Pillow may
+    then resize height and width in another order, which rounds differently.
+    """
     width, height = image.size
     if width <= height:
-        return image.resize((size, int(size * height / width)), resample)
-    return image.resize((int(size * width / height), size), resample)
+        resized = shorter_side, int(shorter_side * height / width)
+    else:
+        resized = int(shorter_side * width / height), shorter_side
+    left, top = (round((side - size) / 2) for side in resized)
+    if max(resized) <= THIN * shorter_side:
+        return image.resize(resized, resample).crop((left, top, left + size, top + size))
+    x, y = width / resized[0], height / resized[1]
+    return image.resize((size, size), resample, box=(left * x, top * y, (left + size) * x, (top + size) * y))
 
 
 def _centre_crop(image, width, height):

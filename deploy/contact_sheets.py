@@ -1,11 +1,14 @@
 """Contact sheets: PNG files that show images in a grid, with the file name and the predicted class below each."""
+import logging
 import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from deploy.fonts import font_for, has
 from errors import UserError
 from image_files.decode import DataError, decode_image
 
+logger = logging.getLogger('replknet')
 COLUMNS, ROWS = 6, 5
 SIDE, MARGIN, LINE = 160, 10, 16  # pixels: side of an image, space around it, height of a line of text
 RIGHT, WRONG, UNKNOWN = (20, 150, 60), (205, 40, 40), (170, 170, 170)  # colours of the frames
@@ -14,20 +17,29 @@ RIGHT, WRONG, UNKNOWN = (20, 150, 60), (205, 40, 40), (170, 170, 170)  # colours
 class ContactSheets:
     """Writes `sheet_0001.png`, `sheet_0002.png`, ... with 30 images each; a context manager.
 
+    Args:
+        folder: new or empty folder.
+        names: names of all classes. If no font has their characters, the numbers of the classes are written instead.
+        font: font file; None for Pillow's own font or, for names that it cannot write, one of the system's.
     Raises:
-        UserError: the folder cannot be created or is not empty.
+        UserError: the folder cannot be created or is not empty, or the font cannot be read.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, names=(), font=None):
         try:
             os.makedirs(folder, exist_ok=True)
             taken = os.listdir(folder)
         except OSError as error:
             raise UserError(f'-save_images={folder}: {error.strerror}; name a folder') from None
         if taken:
-            raise UserError(f'-save_images={folder}: is not empty; choose another folder, or empty this one')
+            raise UserError(f'-save_images={folder}: is not empty; choose another folder')
         self._folder, self._tiles, self._count = folder, [], 0
-        self._font = ImageFont.load_default()
+        chosen = font_for(names, font)
+        self._font, self._names = chosen or ImageFont.load_default(), chosen is not None
+        if chosen is None:
+            lacking = f'{font} lacks' if font else 'every font of this system lacks'
+            logger.warning(f'{lacking} characters of the names of the classes, so contact sheets show their numbers; '
+                           'name another font with -font=FILE')
 
     def __enter__(self):
         return self
@@ -46,10 +58,11 @@ class ContactSheets:
         if prediction.error:
             lines, frame = ['cannot be read'], UNKNOWN
         else:
-            lines = [f'{prediction.names[0]} {prediction.scores[0]:.1%}']
+            name = prediction.names[0] if self._names else f'class {prediction.classes[0]}'
+            lines = [f'{name} {prediction.scores[0]:.1%}']
             frame = UNKNOWN if truth is None else RIGHT if prediction.classes[0] == truth else WRONG
             if frame == WRONG:
-                lines.append(f'is {truth_name}')
+                lines.append(f'is {truth_name}' if self._names else f'is class {truth}')
         self._tiles.append((prediction.picture, [os.path.basename(prediction.picture), *lines], frame))
         if len(self._tiles) == COLUMNS * ROWS:
             self._write()
@@ -75,7 +88,8 @@ class ContactSheets:
         self._tiles = []
 
     def _shortened(self, text):
-        text = text.encode('utf-8', 'replace').decode()  # a file name may contain arbitrary bytes
+        text = ''.join(character if has(self._font, character) else character.encode(
+            'ascii', 'backslashreplace').decode() for character in text)  # a file name may contain any bytes
         if self._font.getlength(text) <= SIDE:
             return text
         while self._font.getlength(text + '...') > SIDE:

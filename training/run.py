@@ -237,7 +237,8 @@ class _Training:
         self.replaced = int(replaced)
         if replaced > allowed * self.images:
             raise UserError(f'{self.replaced:,} of {self.images:,} training images could not be decoded in epoch '
-                            f'{state.epochs + 1}, more than DATA.MAX_BAD_FRACTION {allowed:g} allows; the log names them')
+                            f'{state.epochs + 1}, more than DATA.MAX_BAD_FRACTION {allowed:g} allows; the log names '
+                            'them')
         if state.epoch_trained:  # the end of the epoch saves
             return
         if stopped or due or (every and state.step % every == 0):
