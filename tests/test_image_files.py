@@ -34,8 +34,8 @@ def touch(folder, *names):
 
 
 def test_only_decodable_images_are_found_and_the_others_counted(tmp_path, log):
-    touch(tmp_path, 'b.JPG', 'a/c.png', 'a/d.webp', 'x.pdf', 'x.h5', 'x.mpg', 'x.eps', 'raw.CR2', 'phone.HEIC', 'raw2.cr2',
-          'README', '._a.png', '.DS_Store', '.ipynb_checkpoints/e.png', '__MACOSX/f.png')
+    touch(tmp_path, 'b.JPG', 'a/c.png', 'a/d.webp', 'x.pdf', 'x.h5', 'x.mpg', 'x.eps', 'raw.CR2', 'phone.HEIC',
+          'raw2.cr2', 'README', '._a.png', '.DS_Store', '.ipynb_checkpoints/e.png', '__MACOSX/f.png')
     assert [os.path.relpath(path, tmp_path) for path in images_in(tmp_path)] == ['a/c.png', 'a/d.webp', 'b.JPG']
     line, = log.messages
     assert line.startswith(f'{tmp_path}: not images that can be read, left out: 2 .cr2, ')
@@ -170,7 +170,8 @@ def test_a_tiny_file_of_a_very_thin_image_is_evaluated(tmp_path):
     size = (1).to_bytes(4, 'big') + (20000).to_bytes(4, 'big')
     chunks = [(b'IHDR', size + b'\x08\0\0\0\0'), (b'IDAT', rows), (b'IEND', b'')]
     (tmp_path / 'thin.png').write_bytes(header + b''.join(
-        len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big') for kind, data in chunks))
+        len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
+        for kind, data in chunks))
     assert eval_geometry(decode_image(tmp_path / 'thin.png'), 224).size == (224, 224)
 
 
