@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from atomic_file import append_whole, atomic_file
 from deploy.contact_sheets import ContactSheets
-from deploy.predictor import BACKENDS, Prediction, Predictor
+from deploy.predictor import BACKENDS, NOT_FINITE, Prediction, Predictor
 from errors import ArgumentParser, Interrupted, UserError, exit_status
 from image_files.decode import DataError
 from image_files.find import find_images
@@ -193,8 +193,11 @@ def main():
         print(accuracy_line(accuracy.metrics()))
     for error in errors:
         print(error, file=sys.stderr)
-    if errors:
-        print(f'{len(errors)} of {len(paths)} images have no prediction', file=sys.stderr)
+    broken = sum(error.endswith(NOT_FINITE) for error in errors)
+    for count, what in ((len(errors) - broken, 'images could not be read'),
+                        (broken, f'images have no prediction: {NOT_FINITE}; check the weights')):
+        if count:
+            print(f'{count} of {len(paths)} {what}', file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -39,6 +39,7 @@ from zoo import ZOO, build_model, pretrained_weights, settings_file
 
 IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
 BACKENDS = ('auto', 'dygraph', 'inference')
+NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass
@@ -218,7 +219,7 @@ class Predictor:
     def _prediction(self, picture, output):
         logits, features = np.split(output, [len(self.names)])
         if not np.isfinite(output).all():
-            return Prediction(picture, error=f"{described(picture)}: the model's logits are not finite")
+            return Prediction(picture, error=f'{described(picture)}: {NOT_FINITE}')
         classes = np.argsort(-logits, kind='stable')[:self.topk]
         exponentials = np.exp(logits - logits.max(), dtype=np.float64)
         return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
