@@ -6,6 +6,8 @@ import hashlib
 import os
 import secrets
 
+from errors import DISK_FULL
+
 DIGEST_MARK = b'\nsha256:'  # comes before the digest, at the end of a file that has one
 DIGEST_BYTES = len(DIGEST_MARK) + hashlib.sha256().digest_size
 
@@ -21,8 +23,8 @@ def atomic_file(path, keep_old_as=None):
         path: file name.
         keep_old_as: new name, in the same folder, for the file that `path` names so far; None overwrites that file.
     Raises:
-        OSError: the disk is full, the folder cannot be written, and so on. The old file remains; if the failure came
-            between the two renames of `keep_old_as`, under its new name.
+        OSError: the disk is full, the folder cannot be written, and so on; its `filename` is set. The old file remains;
+            if the failure came between the two renames of `keep_old_as`, under its new name.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.tmp')
@@ -34,7 +36,9 @@ def atomic_file(path, keep_old_as=None):
         if keep_old_as and os.path.exists(path):
             os.replace(path, os.path.join(folder, keep_old_as))
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
+            error.filename = path
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
@@ -44,6 +48,24 @@ def atomic_file(path, keep_old_as=None):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def append_whole(file, data, flush=False):
+    """Appends all of the data to an unbuffered binary file, or nothing; `flush` also flushes it to disk.
+
+    Raises:
+        OSError: the disk is full; the file is as before.
+    """
+    size = file.tell()
+    try:
+        while data:
+            data = data[file.write(data):]
+        if flush:
+            os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(size)
+        file.seek(size)
+        raise
 
 
 def remove_leftovers(folder):

@@ -18,6 +18,7 @@ import tempfile
 
 import numpy as np
 
+from atomic_file import atomic_file
 from benchmarks import harness
 from deploy.layout import FORMS
 from errors import ArgumentParser, UserError
@@ -231,9 +232,9 @@ def read_arguments(argv=None):
 
 
 def measure(args):
-    """Measures all combinations of the arguments; returns their rows."""
+    """Measures all combinations of the arguments; yields a row of the results for each that could be measured."""
     forms, backends = harness.choose('form', args.form, FORMS), harness.choose('backend', args.backend, BACKENDS)
-    rows, answers = [], {}
+    answers = {}
     for size, batch, threads, form, backend in itertools.product(args.image_size, args.batch_size, args.threads, forms,
                                                                  backends):
         case = {'model': args.model, 'form': form, 'backend': backend, 'threads': threads, 'size': size, 'batch': batch}
@@ -248,10 +249,7 @@ def measure(args):
         same_input[label] = answer
         if label in harness.disagreement(same_input):
             print(f'{label}: its results differ from those of {next(iter(same_input))}', file=sys.stderr)
-        rows.append(row)
-    if not rows:
-        raise UserError('nothing was measured, see above')
-    return rows
+        yield row
 
 
 def print_results(header, rows):
@@ -272,12 +270,19 @@ def main():
         child(args.child, args.export)
         return
     header, load = {'model': args.model, **harness.describe_run(','.join(map(str, args.threads)))}, harness.Load()
-    rows = measure(args)
-    header = {**header, 'paddle': rows[0]['paddle'], **harness.describe_load(load)}
-    print_results(header, rows)
-    if args.output:
-        with open(args.output, 'w', encoding='utf-8') as file:
-            json.dump({**header, 'results': rows}, file, indent=1)
+    rows = []
+    try:
+        for row in measure(args):
+            rows.append(row)
+    finally:  # an interruption keeps the rows so far
+        if rows:
+            header = {**header, 'paddle': rows[0]['paddle'], **harness.describe_load(load)}
+            if args.output:
+                with atomic_file(args.output) as file:
+                    file.write(json.dumps({**header, 'results': rows}, indent=1, allow_nan=False).encode())
+            print_results(header, rows)
+    if not rows:
+        raise UserError('nothing was measured, see above')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,13 @@
 """Errors with a one-line message for the user, which the scripts print without a traceback."""
 import argparse
+import contextlib
+import errno
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 
 
@@ -37,6 +42,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: {message} (see -h)\n')
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what a disk may answer to a correct command
+
+
 def _with_home(argument):
     """Replaces ~ at the start of an argument or of a flag's value, as a shell does only for some of them."""
     flag, path = re.fullmatch(r'(--?\w+=)?(.*)', argument, re.DOTALL).groups()
@@ -47,6 +55,11 @@ class CheckpointError(UserError):
     """A file is not a checkpoint, is corrupt, or contains more than data; the message names it in one line."""
 
 
+def one_line(error):
+    """The text of an error in one line, or its type if it has none."""
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
 # This environment variable names a file that the first process to report an error creates: if all processes of a run
 # fail alike, the error is printed once.
 REPORTED = 'REPLKNET_ERROR_REPORTED'
@@ -55,25 +68,112 @@ REPORTED = 'REPLKNET_ERROR_REPORTED'
 def exit_status(function, *args):
     """Calls `function` and turns its errors into messages on standard error and an exit status.
 
-    When several processes of a run fail, only the first one reports; the others usually fail as a consequence.
+    Meanwhile SIGINT, SIGTERM and SIGHUP raise `Interrupted` in the main thread, see `_signals_interrupt`, and standard
+    output and standard error escape the characters that they cannot encode. When several processes of a run fail, only
+    the first one reports; the others usually fail as a consequence.
 
     Returns:
-        the return value of `function`, or 0 for None; 1 if training had to stop or a traceback was printed; 2 for a
-        user's mistake, reported in one line; 128 + the number of the signal that ended the run.
+        the return value of `function`, or 0 for None; 1 if training had to stop, a disk is full or a traceback was
+        printed; 2 for a user's mistake, reported in one line; 128 + the number of the signal that ended the run; 141,
+        without a message, if standard output is a pipe that its reader has closed (the status of other tools then).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
-        return function(*args) or 0
-    except (UserError, FileNotFoundError) as error:
-        status, message = 2, str(error)
+        with _signals_interrupt():
+            try:
+                return function(*args) or 0
+            finally:
+                _write(sys.stdout)  # here a failure still has an effect on the status
     except TrainingStopped as error:
         status, message = 1, str(error)
     except Interrupted as error:
         status, message = 128 + error.signal, str(error)
+    except UserError as error:
+        status, message = 2, str(error)
+    except OSError as error:
+        status, message = _describe(error)
     except Exception:
         status, message = 1, traceback.format_exc().rstrip()
-    if _first_to_report():
-        print(message, file=sys.stderr, flush=True)
+    if message and _first_to_report():
+        with contextlib.suppress(OSError):
+            _write(sys.stderr, message + '\n')
     return status
+
+
+def default_interrupt():
+    """Makes Ctrl-C end this process without a traceback: for the long imports of a script, before `exit_status`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _signals_interrupt(patience=3):
+    """Within this block SIGINT, SIGTERM and SIGHUP raise `Interrupted` in the main thread.
+
+    Further signals in the first `patience` seconds are ignored (`timeout` sends two at once); after that, they end the
+    process at once. A signal that the process ignores stays ignored. Nothing changes where training.signals has blocked
+    them.
+    """
+    received, earlier = [], {}
+
+    def interrupt(number, _):
+        if not received:
+            received.append(time.monotonic())
+            raise Interrupted(number, 'stopped by a signal')
+        if time.monotonic() - received[0] > patience:
+            os._exit(128 + number)
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, 'pthread_sigmask') else ()
+    if threading.current_thread() is threading.main_thread() and signal.SIGTERM not in blocked:
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                earlier[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _write(stream, text=''):
+    """Writes to a standard stream and flushes it. If that fails, the stream discards everything from then on.
+
+    Otherwise Python would try again when it ends, and print a traceback.
+
+    Raises:
+        OSError: the disk is full, or the reader of a pipe has closed it; `filename` is the name of the stream.
+    """
+    if stream is None:  # closed when the process started
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+        error.filename = 'standard output' if stream is sys.stdout else 'standard error'
+        raise
+
+
+def _describe(error):
+    """Exit status and message of an OSError; '' for no message."""
+    if error.filename is None and (error.errno in DISK_FULL or isinstance(error, BrokenPipeError)):
+        try:  # a failed `print` may leave nothing in the buffer to try again
+            _write(sys.stdout, '\n')
+            _write(sys.stderr, '\n')
+        except OSError as failure:
+            error = failure
+    status = 1 if error.errno in DISK_FULL else 2
+    if error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return (141, '') if isinstance(error, BrokenPipeError) else (status, f'{name}: {error.strerror}')
+    if status == 1 or isinstance(error, FileNotFoundError):
+        return status, str(error)
+    return 1, traceback.format_exc().rstrip()
 
 
 def _first_to_report():

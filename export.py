@@ -9,6 +9,10 @@ program that uses standard operators only; `model.onnx` with `-format=onnx`; and
 differs from the original model by more than the tolerance, nothing is exported and the exit status is 1.
 docs/export.md describes how to use the files.
 """
+from errors import default_interrupt
+
+if __name__ == '__main__':
+    default_interrupt()
 import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
 import contextlib
@@ -28,13 +32,14 @@ import paddle
 from PIL import Image
 
 import utils
+from atomic_file import atomic_file
 from config import config_text, get_config
 from datasets import get_dataset, get_transform
 from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
 from deploy.layout import CERTIFICATE, FORMS, is_export
 from deploy.onnx_graph import write_onnx
 from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
-from errors import ArgumentParser, UserError, exit_status
+from errors import ArgumentParser, Interrupted, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
 from image_files.decode import decode_image
 from image_files.find import images_in
@@ -155,10 +160,10 @@ def export(config, output, **options):
         read_class_names(names, config.MODEL.NUM_CLASSES)  # refuses a file that does not fit
     with _complete_or_absent(output) as folder:
         certificate = _write_programs(folder, config, options, model, twin, images)
-        with open(os.path.join(folder, CERTIFICATE), 'w', encoding='utf-8') as file:
-            json.dump(certificate, file, indent=2)
-        with open(os.path.join(folder, CONFIG), 'w', encoding='utf-8') as file:
-            file.write(config_text(config))
+        for name, text in ((CERTIFICATE, json.dumps(certificate, indent=2, allow_nan=False)),
+                           (CONFIG, config_text(config))):
+            with atomic_file(os.path.join(folder, name)) as file:
+                file.write(text.encode())
         if names:
             shutil.copyfile(names, os.path.join(folder, CLASSES))
     return certificate
@@ -174,9 +179,15 @@ def _complete_or_absent(output):
             folder = os.path.join(scratch, 'new')
             os.mkdir(folder)
             yield folder
-            if os.path.exists(output):
-                os.rename(output, os.path.join(scratch, 'old'))
-            os.rename(folder, output)
+            old = os.path.join(scratch, 'old')
+            try:
+                if os.path.exists(output):
+                    os.rename(output, old)
+                os.rename(folder, output)
+            except BaseException:
+                if os.path.exists(old) and not os.path.exists(output):
+                    os.rename(old, output)
+                raise
     except OSError as error:
         raise UserError(f'-output={output}: cannot be written: {error.strerror}') from None
 
@@ -330,6 +341,8 @@ class Comparison:
         original = dygraph_program(WithFeatures(model) if options.features else model)
         self._model, self._batches, self._tolerance = model, images.batches, options.tolerance
         self._expected = [original(batch) for batch in images.batches]
+        if not all(np.isfinite(values).all() for values in self._expected):
+            raise CertificateError("nothing is exported: the original model's logits are not finite; check its weights")
 
     def check_groups(self, twin):
         """Entry of the certificate for each group of layers of another form of the model."""
@@ -377,6 +390,8 @@ def main():
     except CertificateError as error:
         print(error, file=sys.stderr)
         return 1
+    except Interrupted as error:
+        raise Interrupted(error.signal, f'{error}; nothing is exported') from None
     print(table(certificate))
     print(f"\nwritten to {arguments['output']}; these figures are in its {CERTIFICATE}")
     return 0

@@ -4,28 +4,32 @@
     python predict.py data/digits/val_list.txt -model=output/RUN -output=digits.csv -save_images=sheets
 
 A folder is searched recursively for images; a list (.txt) has a 'relative/path' or 'relative/path label' per line.
-The results are in the order of the images. If there are labels, the accuracy is printed. Unreadable images are listed
-at the end; the exit status is then 1.
+The results are in the order of the images. If there are labels, the accuracy is printed. Images without a prediction,
+such as unreadable ones, are listed at the end; the exit status is then 1. After Ctrl-C or SIGTERM, the results so far
+are kept.
 """
 import os
 
 os.environ.setdefault('GLOG_minloglevel', '2')  # hides a warning about each program that Paddle traces
+from errors import default_interrupt  # noqa: E402, I001
+if __name__ == '__main__':
+    default_interrupt()
 import paddle_env  # noqa: E402, F401, I001 - sets the environment, so before paddle
 
 import contextlib
 import csv
-import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 from tqdm import tqdm
 
-from atomic_file import atomic_file
+from atomic_file import append_whole, atomic_file
 from deploy.contact_sheets import ContactSheets
-from deploy.predictor import BACKENDS, Prediction, Predictor
-from errors import ArgumentParser, UserError, exit_status
+from deploy.predictor import BACKENDS, NOT_FINITE, Prediction, Predictor
+from errors import ArgumentParser, Interrupted, UserError, exit_status
 from image_files.decode import DataError
 from image_files.find import find_images
 from utils import accuracy_line, accuracy_metrics, accuracy_sums, logger
@@ -37,7 +41,7 @@ OUTPUTS = ('.csv', '.jsonl')
 
 @contextlib.contextmanager
 def results_file(path, topk, features):
-    """Opens a file of results, .csv or .jsonl, which appears when the block ends without an error.
+    """Opens a file of results, .csv or .jsonl, which appears when the block ends, with the results so far.
 
     A CSV file has one row per image; the features are written to NAME.npz next to it. JSON lines include them.
 
@@ -46,30 +50,49 @@ def results_file(path, topk, features):
         topk: number of classes in each prediction.
         features: whether the predictions have features.
     Yields:
-        function that writes a prediction and its label.
+        function that writes a prediction and its label. A result that no longer fits on the disk raises OSError and is
+        left out whole.
     """
-    with atomic_file(path) as binary:
-        text = io.TextIOWrapper(binary, 'utf-8', errors='surrogateescape', newline='')
-        if path.endswith('.jsonl'):
-            yield lambda prediction, label: text.write(_json_line(prediction, label))
-        else:
-            rows = csv.writer(text, lineterminator='\n')
-            rows.writerow(['picture', 'label', 'error'] + [
-                f'{column}_{k}' for k in range(1, topk + 1) for column in ('class', 'name', 'score')])
-            paths, arrays = [], []
+    count, ended_by, paths, arrays = 0, None, [], []
 
-            def write(prediction, label):
-                rows.writerow(_csv_row(prediction, label))
-                if prediction.features is not None:
-                    paths.append(prediction.picture)
-                    arrays.append(prediction.features)
+    def write_and_count(prediction, label):
+        nonlocal count
+        write(prediction, label)
+        count += 1
+        if features and path.endswith('.csv') and prediction.features is not None:
+            paths.append(prediction.picture)
+            arrays.append(prediction.features)
 
-            yield write
-            if features and arrays:
-                with atomic_file(os.path.splitext(path)[0] + '.npz') as file:
-                    np.savez(file, pictures=np.array(paths), features=np.stack(arrays))
-        text.flush()
-        text.detach()  # atomic_file closes the binary file
+    with atomic_file(path) as file:
+        write = _writer(file.raw, path, topk)
+        try:
+            yield write_and_count
+        except BaseException as error:  # an interruption, a full disk, a defect: what is done remains useful
+            if not count:
+                raise
+            ended_by = error
+    if arrays:
+        with atomic_file(os.path.splitext(path)[0] + '.npz') as file:
+            np.savez(file, pictures=np.array(paths), features=np.stack(arrays))
+    if ended_by is not None:
+        raise ended_by
+
+
+def _writer(file, path, topk):
+    """Function that writes a prediction and its label to an unbuffered binary file in the format of `path`."""
+    def append(text):
+        try:
+            append_whole(file, text.encode('utf-8', 'surrogateescape'))  # a file name may be any bytes
+        except OSError as error:
+            error.filename = path
+            raise
+
+    if path.endswith('.jsonl'):
+        return lambda prediction, label: append(_json_line(prediction, label))
+    rows = csv.writer(SimpleNamespace(write=append), lineterminator='\n')
+    rows.writerow(['picture', 'label', 'error'] + [
+        f'{column}_{k}' for k in range(1, topk + 1) for column in ('class', 'name', 'score')])
+    return lambda prediction, label: rows.writerow(_csv_row(prediction, label))
 
 
 def _csv_row(prediction, label):
@@ -89,7 +112,7 @@ def _json_line(prediction, label):
                          zip(prediction.classes, prediction.names, prediction.scores)]
         if prediction.features is not None:
             record['features'] = prediction.features.tolist()
-    return json.dumps(record) + '\n'
+    return json.dumps(record, allow_nan=False) + '\n'
 
 
 class Accuracy:
@@ -99,7 +122,7 @@ class Accuracy:
         self.images, self.sums = 0, np.zeros(3)
 
     def add(self, logits, label):
-        sums = accuracy_sums(paddle.to_tensor(logits[None]), paddle.to_tensor([label]))
+        *sums, _ = accuracy_sums(paddle.to_tensor(logits[None]), paddle.to_tensor([label]))
         self.sums += [float(value) for value in sums]
         self.images += 1
 
@@ -145,27 +168,38 @@ def main():
         if label >= len(predictor.names):
             raise DataError(f'{path}: label {label}, but the model has {len(predictor.names)} classes')
     errors, accuracy = [], Accuracy()
-    with contextlib.ExitStack() as stack:
-        sheets = stack.enter_context(ContactSheets(
-            args.save_images, predictor.names, args.font)) if args.save_images else None
-        write = _print
-        if args.output:
-            write = stack.enter_context(results_file(args.output, min(args.topk, len(predictor.names)), args.features))
-        progress = tqdm(predictor.stream(paths), total=len(paths), unit='image', disable=not os.isatty(2))
-        for prediction, label in zip(progress, labels):
-            write(prediction, label)
-            if sheets is not None:
-                sheets.add(prediction, *((label, predictor.names[label]) if label >= 0 else ()))
-            if prediction.error:
-                errors.append(prediction.error)
-            elif label >= 0:
-                accuracy.add(prediction.logits, label)
+    done = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            sheets = stack.enter_context(ContactSheets(
+                args.save_images, predictor.names, args.font)) if args.save_images else None
+            write = _print
+            if args.output:
+                write = stack.enter_context(
+                    results_file(args.output, min(args.topk, len(predictor.names)), args.features))
+            predictions = stack.enter_context(contextlib.closing(predictor.stream(paths)))
+            progress = tqdm(predictions, total=len(paths), unit='image', disable=not os.isatty(2))
+            for prediction, label in zip(progress, labels):
+                write(prediction, label)
+                done += 1
+                if sheets is not None:
+                    sheets.add(prediction, *((label, predictor.names[label]) if label >= 0 else ()))
+                if prediction.error:
+                    errors.append(prediction.error)
+                elif label >= 0:
+                    accuracy.add(prediction.logits, label)
+    except Interrupted as error:
+        where = f' are in {args.output}' if args.output and done else ' were done'
+        raise Interrupted(error.signal, f'{error}: {done} of {len(paths)} images{where}') from None
     if accuracy.images:
         print(accuracy_line(accuracy.metrics()))
     for error in errors:
         print(error, file=sys.stderr)
-    if errors:
-        print(f'{len(errors)} of {len(paths)} images could not be read', file=sys.stderr)
+    broken = sum(error.endswith(NOT_FINITE) for error in errors)
+    for count, what in ((len(errors) - broken, 'images could not be read'),
+                        (broken, f'images have no prediction: {NOT_FINITE}; check the weights')):
+        if count:
+            print(f'{count} of {len(paths)} {what}', file=sys.stderr)
     return 1 if errors else 0
 
 

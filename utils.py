@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import logging.handlers
-import os
 import sys
 
 import numpy as np
@@ -13,6 +12,7 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.base.core import create_or_get_global_tcp_store
 
+from atomic_file import append_whole
 from errors import UserError
 
 logger = logging.getLogger('replknet')
@@ -112,13 +112,15 @@ def accuracy_sums(logits, labels):
         logits: [N, K], of any float dtype.
         labels: [N], int64.
     Returns:
-        three tensors: images whose highest logit is that of the label, images with the label among the five highest (or
-        all K, if fewer), and the sum of the cross-entropy in float64.
+        four tensors: images whose highest logit is that of the label, images with the label among the five highest (or
+        all K, if fewer), the sum of the cross-entropy in float64, and images with a logit that is not finite, for which
+        the others mean nothing.
     """
     logits = logits.astype('float32')
     hits = paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)
     loss = F.cross_entropy(logits, labels, reduction='none').astype('float64').sum()
-    return hits[:, 0].astype('int64').sum(), hits.astype('int64').sum(), loss
+    broken = paddle.logical_not(paddle.isfinite(logits)).any(axis=1).astype('int64').sum()
+    return hits[:, 0].astype('int64').sum(), hits.astype('int64').sum(), loss, broken
 
 
 def accuracy_metrics(correct1, correct5, loss, images):
@@ -141,6 +143,7 @@ def accuracy_line(metrics, name=''):
 def setup_logging(verbose):
     """Logs to standard output, and keeps the lines for `log_to_file`; without `verbose`, only warnings are logged."""
     console = logging.StreamHandler(sys.stdout)
+    console.handleError = lambda record: None  # a closed pipe or a full disk does not stop a run, see `log_to_file`
     console.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%m-%d %H:%M:%S'))
     kept = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
     for source in _LOGGERS:
@@ -151,7 +154,7 @@ def setup_logging(verbose):
 
 def log_to_file(path):
     """Appends all log lines, also the earlier ones, to a file; a full disk loses lines but does not stop the run."""
-    file = logging.FileHandler(path, encoding='utf-8')
+    file = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')  # a file name may be any bytes
     file.handleError = lambda record: None
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     console, kept = logger.handlers
@@ -176,15 +179,7 @@ def append_json_line(path, record):
     """
     clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
     with open(path, 'ab', buffering=0) as file:
-        size = file.tell()
-        line = json.dumps(clean).encode() + b'\n'
-        try:
-            while line:
-                line = line[file.write(line):]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)
-            raise
+        append_whole(file, json.dumps(clean).encode() + b'\n', flush=True)
 
 
 def truncate_lines(path, size):

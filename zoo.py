@@ -8,10 +8,11 @@ own name or as `replknet_31b_1k_224.pth`, it is converted first, once.
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Optional
 
-from errors import UserError
+from errors import UserError, exit_status
 from image_files.lists import CLASSES, IMAGENET_NAMES, names_file
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
@@ -256,7 +257,11 @@ def table():
     return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-if __name__ == '__main__':
+def main():
     print('\n'.join(table()))
     print('\ntop-1: as published with the official code; re-measured: by mmpretrain, which warps to 384x384 as well.')
     print('docs/weights.md has the links to the files and the commands to convert them.')
+
+
+if __name__ == '__main__':
+    sys.exit(exit_status(main))

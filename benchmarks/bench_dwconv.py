@@ -215,8 +215,7 @@ def build_peak(folder):
 
 
 def bench(names, cases, arguments):
-    """Measures the cases; returns (header, rows) of the results."""
-    header, load, rows, versions = harness.describe_run(arguments.threads), harness.Load(), [], set()
+    """Measures the cases; yields (row of the results, version of its system)."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         library = build_peak(folder)
         commands = {name: [__file__, f'-child={name}'] for name in names}
@@ -242,11 +241,9 @@ def bench(names, cases, arguments):
                 row['gflops'] = round(useful_flop(case) / row['median_ms'] / 1e6, 2)
                 row['peak_gflops'] = round(peak_gflops, 1) if peak_gflops else ''
                 row['share_of_peak'] = round(row['gflops'] / peak_gflops, 4) if peak_gflops else ''
-                rows.append(row)
-                versions.add(answers[name]['version'])
+                yield row, answers[name]['version']
             print(f'{shape}: ' + ', '.join(f'{name} {statistics.median(v):.3g} ms' for name, v in times.items()),
                   file=sys.stderr)
-    return {**header, 'versions': ', '.join(sorted(versions)), **harness.describe_load(load)}, rows
 
 
 def print_results(rows, names):
@@ -281,14 +278,8 @@ def main():
         child(arguments.child, arguments.library)
         return
     names = harness.choose('systems', arguments.systems, SYSTEMS)
-    header, rows = bench(names, read_shapes(arguments.shapes), arguments)
-    if not rows:
-        raise UserError('nothing was measured, see above')
-    for name, text in header.items():
-        print(f'{name}: {text}')
-    print_results(rows, names)
-    if arguments.output:
-        harness.write_csv(arguments.output, header, rows)
+    harness.report(bench(names, read_shapes(arguments.shapes), arguments), arguments,
+                   lambda rows: print_results(rows, names))
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ import zlib
 
 import harness
 import numpy as np
-from harness import ArgumentParser, UserError
+from harness import ArgumentParser
 
 _CUSTOM = {'LARGE_KERNEL_CONV_IMPL': 'custom', **harness.BOUND_PADDLE}
 _NATIVE = {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.BOUND_PADDLE}
@@ -268,8 +268,7 @@ def groups_of(suites, names, config):
 
 
 def bench(suites, names, config, arguments):
-    """Measures the cases of the suites; returns (header, rows) of the results."""
-    header, load, rows, versions = harness.describe_run(arguments.threads), harness.Load(), [], set()
+    """Measures the cases of the suites; yields (row of the results, version of its system)."""
     for group in groups_of(suites, names, config):
         cases = {f'{name}, ' + ', '.join(f'{field} {value}' for field, value in case.items()): (name, case)
                  for name, case in group}
@@ -281,11 +280,8 @@ def bench(suites, names, config, arguments):
             row = {'system': name, **case, 'kernels': ' '.join(map(str, case['kernels'])), **harness.summary(values)}
             row['images_per_s'] = round(case['batch'] / row['median_ms'] * 1000, 3)
             row['peak_mb'] = round(answers[key]['peak_mb'])
-            rows.append(row)
-            versions.add(answers[key]['version'])
             print(f'{key}: {row["median_ms"]:.4g} ms, {row["peak_mb"]} MB', file=sys.stderr)
-    return {**header, 'model': config.MODEL.NAME, 'versions': ', '.join(sorted(versions)),
-            **harness.describe_load(load)}, rows
+            yield row, answers[key]['version']
 
 
 def measure_group(cases, model, arguments):
@@ -332,17 +328,16 @@ def main():
         child(arguments.child, arguments.folder, arguments.export)
         return
     from config import get_config
-    header, rows = bench(harness.choose('suites', arguments.suites, PARTICIPANTS),
-                         harness.choose('systems', arguments.systems, SYSTEMS), get_config(arguments.cfg), arguments)
-    if not rows:
-        raise UserError('nothing was measured, see above')
-    for name, text in header.items():
-        print(f'{name}: {text}')
-    print()
+    config = get_config(arguments.cfg)
+    results = bench(harness.choose('suites', arguments.suites, PARTICIPANTS),
+                    harness.choose('systems', arguments.systems, SYSTEMS), config, arguments)
+    harness.report(results, arguments, print_results, model=config.MODEL.NAME)
+
+
+def print_results(rows):
+    """Prints the rows as a table."""
     columns = [name for name in rows[0] if name not in ('min_ms', 'calls')]
-    print(harness.table(columns, [[row[name] for name in columns] for row in rows]))
-    if arguments.output:
-        harness.write_csv(arguments.output, header, rows)
+    print('\n' + harness.table(columns, [[row[name] for name in columns] for row in rows]))
 
 
 if __name__ == '__main__':

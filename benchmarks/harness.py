@@ -8,6 +8,7 @@ import contextlib
 import csv
 import datetime
 import gc
+import io
 import json
 import os
 import platform
@@ -24,8 +25,8 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(FOLDER)
 sys.path.insert(0, ROOT)
 
-import errors  # noqa: E402
-from errors import ArgumentParser, UserError  # noqa: E402, F401
+from atomic_file import atomic_file  # noqa: E402
+from errors import ArgumentParser, UserError, exit_status  # noqa: E402, F401
 
 BOUND = {'OMP_PROC_BIND': 'true', 'OMP_PLACES': 'cores'}
 # With OMP_PROC_BIND, Paddle's MKL uses a single thread; KMP_AFFINITY binds the threads of its OpenMP instead.
@@ -113,6 +114,10 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
             times[name] = []
         except SystemFailed as error:
             failed[name] = str(error)
+    for name, answer in list(answers.items()):
+        if not np.isfinite(np.concatenate([[0], *answer['sample']])).all():
+            failed[name] = 'its results are not finite'
+            del times[name], answers[name]
     for name in disagreement(answers) if alike else ():
         failed[name] = f'its results differ from those of {next(iter(answers))}'
         del times[name]
@@ -211,6 +216,36 @@ def describe_load(load):
     return {} if others is None else {'load': f'other processes used {others:.0%} of the cores during the run'}
 
 
+def report(results, arguments, show, **header):
+    """Collects results, prints them with a header, and writes them to the CSV file of -output.
+
+    If an interruption or an error ends the measurement, this happens with the results so far.
+
+    Args:
+        results: yields (row, version of its system), see `write_csv`.
+        arguments: threads and output of the command line.
+        show: prints the rows.
+        header: more entries for the header.
+    Raises:
+        UserError: there are no results.
+    """
+    header, load, rows, versions = {**describe_run(arguments.threads), **header}, Load(), [], set()
+    try:
+        for row, version in results:
+            rows.append(row)
+            versions.add(version)
+    finally:
+        if rows:
+            header.update(versions=', '.join(sorted(versions)), **describe_load(load))
+            if arguments.output:
+                write_csv(arguments.output, header, rows)
+            for name, text in header.items():
+                print(f'{name}: {text}')
+            show(rows)
+    if not rows:
+        raise UserError('nothing was measured, see above')
+
+
 def choose(flag, text, known):
     """Splits the comma-separated value of a flag into names.
 
@@ -232,12 +267,14 @@ def openvino_settings(case):
 def write_csv(path, header, rows):
     """Writes rows, dicts with the same keys, as CSV, after a line `# name: text` for each entry of the header."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        for name, text in header.items():
-            file.write(f'# {name}: {text}\n')
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline='')
+    for name, value in header.items():
+        text.write(f'# {name}: {value}\n')
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode(errors='backslashreplace'))
 
 
 def read_csv(path):
@@ -262,14 +299,6 @@ def table(columns, rows):
     widths = [max(len(str(row[i])) for row in [columns, *rows]) for i in range(len(columns))]
     return ''.join('| ' + ' | '.join(str(v).ljust(width) for v, width in zip(row, widths)) + ' |\n'
                    for row in [columns, ['-' * width for width in widths], *rows])
-
-
-def exit_status(function):
-    """`errors.exit_status`, with status 130 after Ctrl-C."""
-    try:
-        return errors.exit_status(function)
-    except KeyboardInterrupt:
-        return 130
 
 
 # ---- the child

@@ -200,8 +200,8 @@ def main():
     for draw, rows, name in ((draw_layers, layers, 'layers'), (draw_growth, models, 'growth')):
         if rows:
             draw(pyplot, rows, f'{os.path.splitext(arguments.page)[0]}_{name}.png')
-    with open(arguments.page, 'w', encoding='utf-8') as file:
-        file.write(page)
+    with harness.atomic_file(arguments.page) as file:
+        file.write(page.encode())
 
 
 if __name__ == '__main__':

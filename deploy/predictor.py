@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
 
@@ -20,7 +20,6 @@ import paddle_env
 import paddle  # isort: skip
 
 import numpy as np
-from PIL import Image
 
 import utils
 from config import get_config
@@ -28,28 +27,30 @@ from datasets import get_transform
 from deploy.equivalence import dygraph_program
 from deploy.layout import CERTIFICATE, is_export
 from deploy.runtimes import load_paddle_program, save_paddle_program
-from errors import UserError
+from errors import UserError, one_line
 from fuse import WithFeatures, fuse, pack
-from image_files.decode import DataError, decode_image, to_rgb
+from image_files.decode import DataError
 from image_files.lists import read_class_names
+from image_files.memory import check_type, described, listed, read_picture, snapshot
 from large_kernel import build, operator_in_use
 from run_folder.layout import CONFIG
 from run_folder.metrics import best_checkpoint
 from zoo import ZOO, build_model, class_names_file, pretrained_weights, settings_file
 
 BACKENDS = ('auto', 'dygraph', 'inference')
+NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass
 class Prediction:
-    """The classes of an image, most probable first. If the image cannot be read, only `error` is set.
+    """The classes of an image, most probable first. If there is an `error`, the other fields are empty.
 
     Attributes:
-        picture: the image as it was passed in, a path or a Pillow image.
+        picture: the image as it was passed in: a path, a Pillow image or an array.
         classes, names, scores: numbers, names and probabilities of the `topk` most probable classes.
         logits: float32 [num_classes].
         features: float32 [C], the input of the head, if the predictor returns features.
-        error: why the image cannot be read, in one line.
+        error: why the image cannot be read, or that the model's logits for it are not finite, in one line.
     """
     picture: Any
     classes: List[int] = field(default_factory=list)
@@ -141,62 +142,87 @@ class Predictor:
         self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 
     def __call__(self, pictures):
-        """Predicts the classes of images.
+        """Predicts the classes of images. Nothing of the caller's is changed.
 
         Args:
-            pictures: paths or Pillow images, or a single one.
+            pictures: paths, Pillow images and RGB arrays (uint8 [H, W, 3]; OpenCV's arrays are BGR), or a single one.
         Returns:
-            list of `Prediction` in the same order.
+            list of `Prediction` in the same order; those of images that cannot be used have an error.
+        Raises:
+            TypeError: an item is something else; the text says what is accepted.
         """
-        return list(self.stream([pictures] if isinstance(pictures, (str, os.PathLike, Image.Image)) else pictures))
+        pictures = list(listed(pictures))
+        for picture in pictures:
+            check_type(picture)
+        return list(self.stream(pictures))
 
     def stream(self, pictures):
-        """Yields the predictions of any number of images in their order, batch by batch."""
-        samples = self._samples(pictures)
+        """Yields the predictions of any number of images in their order, batch by batch.
+
+        See `__call__`; a TypeError comes after the predictions of the items before.
+        """
+        samples = self._samples(listed(pictures))
         while True:
             batch = list(itertools.islice(samples, self.batch_size))
             if not batch:
                 return
-            arrays = [result for _, result in batch if not isinstance(result, DataError)]
+            arrays = [result for _, result in batch if not isinstance(result, Exception)]
             outputs = iter(self._compute(np.stack(arrays)) if arrays else ())
-            for image, result in batch:
-                if isinstance(result, DataError):
-                    yield Prediction(image, error=str(result))
+            for picture, result in batch:
+                if isinstance(result, TypeError):
+                    raise result
+                if isinstance(result, Exception):
+                    yield Prediction(picture, error=str(result))
                 else:
-                    yield self._prediction(image, next(outputs))
+                    yield self._prediction(picture, next(outputs))
 
-    def _samples(self, images):
-        """Yields (image, preprocessed array or DataError) in order; threads decode two batches ahead."""
+    def _samples(self, pictures):
+        """Yields (picture, preprocessed array or its error) in order; threads decode two batches ahead."""
         pending = deque()
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                for image in images:
-                    pending.append((image, pool.submit(self._preprocess, image)))
+                for picture in pictures:
+                    pending.append((picture, self._submitted(pool, picture)))
                     if len(pending) > 2 * self.batch_size:
-                        image, future = pending.popleft()
-                        yield image, future.result()
+                        picture, future = pending.popleft()
+                        yield picture, future.result()
                 while pending:
-                    image, future = pending.popleft()
-                    yield image, future.result()
+                    picture, future = pending.popleft()
+                    yield picture, future.result()
             finally:
                 for _, future in pending:
                     future.cancel()
 
-    def _preprocess(self, image):
-        """Array [3, H, W] of a path or a Pillow image; a DataError is returned, not raised."""
+    def _submitted(self, pool, picture):
+        """The future of a preprocessed picture; the caller may change the picture, or give it twice, from now on."""
         try:
-            decoded = to_rgb(image) if isinstance(image, Image.Image) else decode_image(image)
-        except DataError as error:
-            return error
-        return self._transform(decoded)
+            check_type(picture)
+            return pool.submit(self._preprocess, snapshot(picture), described(picture))
+        except Exception as error:
+            failed = Future()
+            failed.set_result(error if isinstance(error, TypeError) else _unreadable(described(picture), error))
+            return failed
 
-    def _prediction(self, image, output):
+    def _preprocess(self, picture, name):
+        """Array [3, H, W] of a picture; a DataError that begins with `name` is returned, not raised."""
+        try:
+            return self._transform(read_picture(picture))
+        except Exception as error:
+            return error if isinstance(error, DataError) and name == str(picture) else _unreadable(name, error)
+
+    def _prediction(self, picture, output):
         logits, features = np.split(output, [len(self.names)])
+        if not np.isfinite(output).all():
+            return Prediction(picture, error=f'{described(picture)}: {NOT_FINITE}')
         classes = np.argsort(-logits, kind='stable')[:self.topk]
         exponentials = np.exp(logits - logits.max(), dtype=np.float64)
-        return Prediction(image, classes.tolist(), [self.names[c] for c in classes],
+        return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
                           (exponentials / exponentials.sum())[classes].tolist(), logits,
                           features if self._features else None)
+
+
+def _unreadable(name, error):
+    return DataError(f'{name}: cannot read the image: {one_line(error)}')
 
 
 def _traced(network, size):

@@ -3,14 +3,14 @@ import os
 import sys
 
 import paddle_env
+from errors import UserError, exit_status
 from large_kernel import build, conv
 
 
 def main():
     name = os.environ.get(conv.VARIABLE) or 'auto'
     if name not in conv.IMPLEMENTATIONS:
-        print(f'{conv.VARIABLE}={name}: expected one of {", ".join(conv.IMPLEMENTATIONS)}', file=sys.stderr)
-        return 2
+        raise UserError(f'{conv.VARIABLE}={name}: expected one of {", ".join(conv.IMPLEMENTATIONS)}')
     reason = build.reason_unavailable()
     print(f'C++ operator: {build.load_operator() if reason is None else "not available: " + reason}')
     if name != 'auto':
@@ -24,4 +24,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(exit_status(main))

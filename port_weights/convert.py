@@ -23,7 +23,7 @@ if not __package__:  # run as a script
 
 import paddle_env  # noqa: E402, F401 - before paddle, which -verify imports
 from atomic_file import atomic_file  # noqa: E402
-from errors import ArgumentParser, CheckpointError, UserError  # noqa: E402
+from errors import ArgumentParser, CheckpointError, exit_status  # noqa: E402
 from port_weights import names as naming  # noqa: E402
 from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
@@ -139,8 +139,8 @@ def convert(source, destination, **options):
 
     tensors, report = _load(source, options)
     if options.report:
-        with open(options.report, 'w', encoding='utf-8') as file:
-            file.write('\n'.join([*report.summary(), *report.listing(), '']))
+        with atomic_file(options.report) as file:
+            file.write('\n'.join([*report.summary(), *report.listing(), '']).encode(errors='backslashreplace'))
     if report.problems():
         raise CheckpointError(f'{source}: {report.problems()}; nothing was written')
     with atomic_file(destination) as file:
@@ -250,6 +250,10 @@ def _check_reference(model, reference, report, source):
 
 def main(argv=None):
     """Runs the command line; returns the exit status."""
+    return exit_status(_run, argv)
+
+
+def _run(argv):
     parser = ArgumentParser(__doc__.split('\n')[0])
     parser.add_argument('source', metavar='SRC')
     parser.add_argument('destination', metavar='DST', help='.safetensors, .pdparams or .pth')
@@ -262,14 +266,9 @@ def main(argv=None):
     parser.add_argument('-reference', '--reference', metavar='NPZ', help='compare with these logits; implies -verify')
     parser.add_argument('-report', '--report', metavar='FILE', help='list what became of every tensor')
     args = parser.parse_args(argv)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # Paddle prints notes
-            report = convert(**vars(args))
-    except (UserError, OSError) as error:
-        print(f'convert.py: {error}', file=sys.stderr)
-        return 2
+    with contextlib.redirect_stdout(sys.stderr):  # Paddle prints notes
+        report = convert(**vars(args))
     print('\n'.join(report.summary()))
-    return 0
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import ArgumentParser, UserError  # noqa: E402
+from errors import ArgumentParser, exit_status  # noqa: E402
 from run_folder.curves import draw_curves  # noqa: E402
 from run_folder.layout import CURVES  # noqa: E402
 
@@ -22,14 +22,9 @@ def main():
                         help=f'default: RUN/{CURVES}, or ./{CURVES} for several runs')
     args = parser.parse_args()
     path = args.output or (os.path.join(args.runs[0], CURVES) if len(args.runs) == 1 else CURVES)
-    try:
-        draw_curves(args.runs, path)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    draw_curves(args.runs, path)
     print(path)
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import ArgumentParser, UserError  # noqa: E402
+from errors import ArgumentParser, UserError, exit_status  # noqa: E402
 
 SIZES = {'train': 1437, 'val': 360}
 
@@ -99,15 +99,10 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('-output', '--output', default='data/digits', help='folder to write (default: %(default)s)')
     output = parser.parse_args().output
-    try:
-        written = prepare_digits(output)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    written = prepare_digits(output)
     print(f'{output}: {"written" if written else "exists already"}, '
           f'{SIZES["train"]} training and {SIZES["val"]} validation images')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -175,10 +175,11 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
     Returns:
         dict of acc1 and acc5 (percent; with fewer than five classes acc5 is 100), loss (mean cross-entropy) and images.
     Raises:
+        TrainingStopped: on every rank, when logits are not finite.
         RuntimeError: the ranks together have not seen `dataset_size` images.
     """
     model.eval()
-    sums, images_seen = [0, 0, 0.0], 0
+    sums, images_seen = [0, 0, 0.0, 0], 0
     progress = Progress(name, len(loader))
     for images, labels in progress.timed(loader):
         with amp.autocast():
@@ -188,7 +189,11 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
         progress.step(images.shape[0])
     progress.close()
     utils.barrier()  # a rank may have one batch more than another
-    *sums, images_seen = utils.all_reduce_sum([*sums, images_seen])
+    *sums, broken, images_seen = utils.all_reduce_sum([*sums, images_seen])
+    if broken:
+        hint = ', or evaluate without -amp or with AMP_DTYPE bfloat16' if amp.enabled else ''
+        raise TrainingStopped(f'{name}: the logits of {broken:.0f} of {images_seen:.0f} images are not finite; '
+                              f'check the weights{hint}')
     if images_seen != dataset_size:
         raise RuntimeError(f'evaluated {images_seen:.0f} images of a dataset of {dataset_size}')
     return utils.accuracy_metrics(*sums, images_seen)

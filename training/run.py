@@ -156,7 +156,11 @@ def _evaluate(config, model, val_set, amp, name):
         logger.info(f"evaluated {'the model' if name == 'model' else 'its moving average (EMA)'}: "
                     f"Acc@1 {metrics['acc1']:.3f}")
     if utils.is_main():
-        print(accuracy_line(metrics, {'eval': '', 'model': 'model', 'model_ema': 'EMA'}[name]), flush=True)
+        try:
+            print(accuracy_line(metrics, {'eval': '', 'model': 'model', 'model_ema': 'EMA'}[name]), flush=True)
+        except OSError:  # a closed pipe or a full disk; training goes on, and metrics.jsonl has the figures
+            if name == 'eval':
+                raise
     return metrics
 
 
@@ -260,7 +264,11 @@ class _Training:
         every, metrics = self.config.VALIDATE_FREQ, {}
         if every and (epoch % every == 0 or epoch == self.config.TRAIN.NUM_EPOCHS):
             for name, model in self.models.items():
-                metrics[name] = _evaluate(self.config, model, self.val_set, self.parts.amp, name)
+                try:
+                    metrics[name] = _evaluate(self.config, model, self.val_set, self.parts.amp, name)
+                except TrainingStopped as error:
+                    saved = f'; the state before this evaluation is in {self.config.SAVE}' if self.config.SAVE else ''
+                    raise TrainingStopped(f'epoch {epoch}: {error}{saved}') from None
                 self._record(event='eval', epoch=epoch, step=self.state.step, weights=name, **metrics[name])
         return metrics
 
