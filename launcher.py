@@ -2,6 +2,7 @@
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -92,6 +93,7 @@ def run_in_processes(config, device):
         logging.getLogger().setLevel(logging.WARNING)  # Paddle logs the ports it found
         os.environ[REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
+        paddle_env.forget_paddles_threads()
         resource_tracker.ensure_running()  # see `deferred`; the ranks must start with the signals blocked
         with stop.deferred():  # a signal sets the exit status once the ranks, which report it, have ended
             context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
@@ -99,8 +101,8 @@ def run_in_processes(config, device):
 
 
 def _child(config, device):
+    end_with_parent(multiprocessing.parent_process().pid)
     stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
-    end_with_parent()
     sys.exit(exit_status(run_in_this_process, config, device))
 
 

@@ -19,7 +19,34 @@ import zlib  # noqa: F401 - Paddle 2.6 exports zlib's symbols; if zlib is loaded
 from pathlib import Path
 
 VARIABLE = 'MKL_DEBUG_CPU_TYPE'
-_USER_THREADS = None if 'paddle' in sys.modules else os.environ.get('OMP_NUM_THREADS')  # importing paddle sets it to 1
+THREADS = 'OMP_NUM_THREADS'
+
+
+def paddle_launcher():
+    """The process id of Paddle's launcher if it started this process, else 0; Linux only."""
+    parent = os.getppid()
+    try:
+        command = Path(f'/proc/{parent}/cmdline').read_bytes()
+    except OSError:
+        return 0
+    started = 'PADDLE_TRAINER_ID' in os.environ and (b'paddle.distributed' in command or b'fleetrun' in command)
+    return parent if started else 0
+
+
+def _users_threads():
+    """OMP_NUM_THREADS as the user has set it, or None. Importing paddle sets it to 1, in Paddle's launcher as well."""
+    if 'paddle' in sys.modules:
+        return None
+    launcher = os.environ.get(THREADS) == '1' and paddle_launcher()
+    try:
+        if launcher and f'\0{THREADS}='.encode() not in b'\0' + Path(f'/proc/{launcher}/environ').read_bytes():
+            return None  # that file has the variables with which the launcher was started
+    except OSError:
+        pass
+    return os.environ.get(THREADS)
+
+
+_USER_THREADS = _users_threads()
 
 
 def cpu_info(path='/proc/cpuinfo'):
@@ -78,6 +105,13 @@ def describe():
     if os.environ.get('OMP_PROC_BIND', 'false').lower() not in ('', 'false') or os.environ.get('OMP_PLACES'):
         return f"{_MESSAGE}; OMP_PROC_BIND or OMP_PLACES leaves Paddle's MKL one thread: bind with KMP_AFFINITY instead"
     return _MESSAGE
+
+
+def forget_paddles_threads():
+    """Undoes what importing paddle did to OMP_NUM_THREADS: processes started from now on see what the user has set."""
+    os.environ.pop(THREADS, None)
+    if _USER_THREADS is not None:
+        os.environ[THREADS] = _USER_THREADS
 
 
 def set_threads(processes=1, threads=None):
