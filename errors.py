@@ -60,17 +60,20 @@ def exit_status(function, *args):
         status, message = 128 + error.signal, str(error)
     except Exception:
         status, message = 1, traceback.format_exc().rstrip()
-    if _first_to_report():
+    if first_to_report():
         print(message, file=sys.stderr, flush=True)
     return status
 
 
-def _first_to_report():
+def first_to_report():
+    """Whether this is the first process of the run to report an error: always, where that cannot be noted."""
     marker = os.environ.get(REPORTED)
     if not marker:
         return True
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-        return True
-    except OSError:
+    except FileExistsError:
         return False
+    except OSError:  # the folder cannot be written, or is gone because the first process of the run has ended
+        pass
+    return True

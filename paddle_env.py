@@ -94,8 +94,12 @@ def _configure_malloc():
 
 _MESSAGE = f'{_configure_mkl()}; {_configure_malloc()}'
 
-# Paddle's informational messages would bury the lines that matter; warnings and errors are still shown.
-os.environ.setdefault('GLOG_minloglevel', '1')
+# Paddle's informational messages would bury the lines that matter; warnings and errors are still shown, but not the
+# warnings of ranks, which only repeat that a connection is lost.
+_VERBOSITY = 'GLOG_minloglevel'
+_QUIET = _VERBOSITY not in os.environ
+if _QUIET:
+    os.environ[_VERBOSITY] = '2' if 'PADDLE_TRAINER_ID' in os.environ else '1'
 for _note in ('No ccache found', 'Your model will be trained under CPUONLY', 'When training, we now always track'):
     warnings.filterwarnings('ignore', message=_note)
 
@@ -107,11 +111,13 @@ def describe():
     return _MESSAGE
 
 
-def forget_paddles_threads():
-    """Undoes what importing paddle did to OMP_NUM_THREADS: processes started from now on see what the user has set."""
+def prepare_ranks():
+    """Sets the environment for ranks to start, without the OMP_NUM_THREADS that Paddle has set in this process."""
     os.environ.pop(THREADS, None)
     if _USER_THREADS is not None:
         os.environ[THREADS] = _USER_THREADS
+    if _QUIET:
+        os.environ[_VERBOSITY] = '2'
 
 
 def set_threads(processes=1, threads=None):
