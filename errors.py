@@ -96,7 +96,7 @@ def exit_status(function, *args):
         status, message = _describe(error)
     except Exception:
         status, message = 1, traceback.format_exc().rstrip()
-    if message and _first_to_report():
+    if message and first_to_report():
         with contextlib.suppress(OSError):
             _write(sys.stderr, message + '\n')
     return status
@@ -176,12 +176,15 @@ def _describe(error):
     return 1, traceback.format_exc().rstrip()
 
 
-def _first_to_report():
+def first_to_report():
+    """Whether this is the first process of the run to report an error: always, where that cannot be noted."""
     marker = os.environ.get(REPORTED)
     if not marker:
         return True
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-        return True
-    except OSError:
+    except FileExistsError:
         return False
+    except OSError:  # the folder cannot be written, or is gone because the first process of the run has ended
+        pass
+    return True

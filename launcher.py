@@ -2,6 +2,7 @@
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,9 +19,10 @@ from config import get_arguments, get_config
 from dry_run.likely_mistakes import warnings_of_a_run
 from dry_run.plan import make_plan, planned_device
 from dry_run.report import report
-from errors import REPORTED, UserError, exit_status
+from errors import REPORTED, UserError, exit_status, first_to_report
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
-from run_folder.resume import choose_folder, remove_if_empty
+from run_folder.resume import choose_folder, remove_unused_folder
+from training.peers import watched
 from training.run import run
 from training.signals import STOP_SECONDS, end_with_parent, stop
 from zoo import require_settings_file
@@ -55,8 +57,14 @@ def read_settings(description, argv=None):
     return config, device
 
 
-def run_in_this_process(config, device):
-    """Runs the settings in this process, which may be one of several that `run_in_processes` or Paddle started."""
+def run_in_this_process(config, device, ready=lambda cure: None):
+    """Runs the settings in this process, which may be one of several that `run_in_processes` or Paddle started.
+
+    Args:
+        config: frozen settings.
+        device: kind of device.
+        ready: called when the ranks have found each other; see `peers.watched`.
+    """
     processes = int(os.environ.get('PADDLE_TRAINERS_NUM', '1'))
     if config.DRY_RUN:
         if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
@@ -68,6 +76,8 @@ def run_in_this_process(config, device):
             os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'  # on a machine with GPUs, Paddle would choose nccl
         with contextlib.redirect_stderr(io.StringIO()):  # Paddle prints its flags there
             dist.init_parallel_env()
+        ready(f'start again with -resume={config.SAVE} to continue' if config.SAVE and not config.EVAL else
+              'start the run again')
     local = int(os.environ.get('PADDLE_LOCAL_SIZE', dist.get_world_size()))
     threads = paddle_env.set_threads(processes=local) if device == 'cpu' else 0
     paddle.set_device('cpu' if device == 'cpu' else f'{device}:{dist.ParallelEnv().device_id}')
@@ -100,6 +110,7 @@ def run_in_processes(config, device):
         logging.getLogger().setLevel(logging.WARNING)  # Paddle logs the ports it found
         os.environ[REPORTED] = os.path.join(folder, 'reported')
         options = {'backend': 'gloo'} if device == 'cpu' else {}
+        paddle_env.prepare_ranks()
         resource_tracker.ensure_running()  # see `deferred`; the ranks must start with the signals blocked
         with stop.deferred():  # a signal sets the exit status once the ranks, which report it, have ended
             context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
@@ -107,9 +118,16 @@ def run_in_processes(config, device):
 
 
 def _child(config, device):
+    end_with_parent(multiprocessing.parent_process().pid)
     stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
-    end_with_parent()
-    sys.exit(exit_status(run_in_this_process, config, device))
+    sys.exit(exit_status(_run_rank, lambda: (config, device)))
+
+
+def _run_rank(settings):
+    """Runs one of several ranks; `settings` returns the arguments of `run_in_this_process`."""
+    environment = dist.ParallelEnv()
+    with watched(environment.rank, environment.trainer_endpoints) as ready:
+        run_in_this_process(*settings(), ready)
 
 
 def _wait(processes):
@@ -127,15 +145,15 @@ def _wait(processes):
     if stop.received:
         for process in processes:
             process.terminate()
+    for rank, code in ended.items():  # the process has printed the reason for these, or its signal was meant for all
+        if code not in (0, 1, 2, 143, -signal.SIGTERM) and not stop.received and first_to_report():
+            print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '
+                  'the others were stopped', file=sys.stderr, flush=True)
     # after a signal they finish their step, but this process must have killed those that hang before its own time is
     # up; otherwise they only need to end by themselves, as they do when all of them report the same mistake
     _stop(processes, STOP_SECONDS - 7 if stop.received else 5)
-    for rank, code in ended.items():
-        if code not in (0, 1, 2, 143) and not stop.received:  # the process has printed the reason for these
-            print(f'process {rank} ended with {"signal" if code < 0 else "status"} {abs(code)}; '
-                  'the others were stopped', file=sys.stderr, flush=True)
     codes = {p.exitcode for p in processes}
-    return 0 if codes == {0} else 143 if 143 in ended.values() else 2 if 2 in codes else 1
+    return 0 if codes == {0} else 143 if {143, -signal.SIGTERM} & set(ended.values()) else 2 if 2 in codes else 1
 
 
 def _stop(processes, patience):
@@ -153,19 +171,17 @@ def _stop(processes, patience):
 
 def run_single(description):
     """Trains or evaluates in this process, according to the command line."""
-    config, device = read_settings(description)
     try:
-        run_in_this_process(config, device)
+        run_in_this_process(*read_settings(description))
     finally:
-        remove_if_empty(config)
+        remove_unused_folder()
 
 
 def run_multi(description):
     """Trains or evaluates with one process per device, according to the command line."""
-    config, device = read_settings(description)
     try:
         if 'PADDLE_TRAINER_ID' in os.environ:  # Paddle's launcher started this process
-            return run_in_this_process(config, device)
-        return run_in_processes(config, device)
+            return _run_rank(lambda: read_settings(description))
+        return run_in_processes(*read_settings(description))
     finally:
-        remove_if_empty(config)
+        remove_unused_folder()

@@ -7,14 +7,16 @@ Paddle's launcher can start the processes instead, also on several machines:
 
     python -m paddle.distributed.launch --nnodes 2 --rank 0 --master IP:PORT main_multi_gpu.py -cfg=...
 """
-import paddle_env  # noqa: F401, I001 - sets the environment, so before paddle
+import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
 import signal
 import sys
 
-from training.signals import stop
+from training.signals import end_with_parent, stop
 
 if __name__ == '__main__':
+    if paddle_env.paddle_launcher():
+        end_with_parent(paddle_env.paddle_launcher())
     stop.listen(signal.SIGTERM, signal.SIGINT)  # before the imports that take long and start threads
     from errors import exit_status
     from launcher import run_multi

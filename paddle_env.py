@@ -19,7 +19,34 @@ import zlib  # noqa: F401 - Paddle 2.6 exports zlib's symbols; if zlib is loaded
 from pathlib import Path
 
 VARIABLE = 'MKL_DEBUG_CPU_TYPE'
-_USER_THREADS = None if 'paddle' in sys.modules else os.environ.get('OMP_NUM_THREADS')  # importing paddle sets it to 1
+THREADS = 'OMP_NUM_THREADS'
+
+
+def paddle_launcher():
+    """The process id of Paddle's launcher if it started this process, else 0; Linux only."""
+    parent = os.getppid()
+    try:
+        command = Path(f'/proc/{parent}/cmdline').read_bytes()
+    except OSError:
+        return 0
+    started = 'PADDLE_TRAINER_ID' in os.environ and (b'paddle.distributed' in command or b'fleetrun' in command)
+    return parent if started else 0
+
+
+def _users_threads():
+    """OMP_NUM_THREADS as the user has set it, or None. Importing paddle sets it to 1, in Paddle's launcher as well."""
+    if 'paddle' in sys.modules:
+        return None
+    launcher = os.environ.get(THREADS) == '1' and paddle_launcher()
+    try:
+        if launcher and f'\0{THREADS}='.encode() not in b'\0' + Path(f'/proc/{launcher}/environ').read_bytes():
+            return None  # that file has the variables with which the launcher was started
+    except OSError:
+        pass
+    return os.environ.get(THREADS)
+
+
+_USER_THREADS = _users_threads()
 
 
 def cpu_info(path='/proc/cpuinfo'):
@@ -67,8 +94,12 @@ def _configure_malloc():
 
 _MESSAGE = f'{_configure_mkl()}; {_configure_malloc()}'
 
-# Paddle's informational messages would bury the lines that matter; warnings and errors are still shown.
-os.environ.setdefault('GLOG_minloglevel', '1')
+# Paddle's informational messages would bury the lines that matter; warnings and errors are still shown, but not the
+# warnings of ranks, which only repeat that a connection is lost.
+_VERBOSITY = 'GLOG_minloglevel'
+_QUIET = _VERBOSITY not in os.environ
+if _QUIET:
+    os.environ[_VERBOSITY] = '2' if 'PADDLE_TRAINER_ID' in os.environ else '1'
 for _note in ('No ccache found', 'Your model will be trained under CPUONLY', 'When training, we now always track'):
     warnings.filterwarnings('ignore', message=_note)
 
@@ -78,6 +109,15 @@ def describe():
     if os.environ.get('OMP_PROC_BIND', 'false').lower() not in ('', 'false') or os.environ.get('OMP_PLACES'):
         return f"{_MESSAGE}; OMP_PROC_BIND or OMP_PLACES leaves Paddle's MKL one thread: bind with KMP_AFFINITY instead"
     return _MESSAGE
+
+
+def prepare_ranks():
+    """Sets the environment for ranks to start, without the OMP_NUM_THREADS that Paddle has set in this process."""
+    os.environ.pop(THREADS, None)
+    if _USER_THREADS is not None:
+        os.environ[THREADS] = _USER_THREADS
+    if _QUIET:
+        os.environ[_VERBOSITY] = '2'
 
 
 def set_threads(processes=1, threads=None):

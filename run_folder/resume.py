@@ -12,6 +12,8 @@ from run_folder.layout import CONFIG, LAST, OUTPUT, resumable_checkpoints, run_o
 from run_folder.writer import RunFolder, is_at_work
 from utils import logger
 
+_created = []  # new run folders of this process
+
 
 def choose_folder(config):
     """Sets config.SAVE to the run folder, and config.MODEL.RESUME to what to resume, '' for a new run.
@@ -48,6 +50,7 @@ def _new_folder(config):
             if not config.DRY_RUN:
                 os.makedirs(OUTPUT, exist_ok=True)
                 os.mkdir(folder)
+                _created.append(folder)
             return folder
         except FileExistsError:
             continue
@@ -55,10 +58,11 @@ def _new_folder(config):
             raise UserError(f'{folder}: cannot be created: {error.strerror}; name a folder with -output') from None
 
 
-def remove_if_empty(config):
-    """Removes a run folder that was created for a run which then did not start."""
-    with contextlib.suppress(OSError):
-        os.rmdir(config.SAVE)
+def remove_unused_folder():
+    """Removes the folder that this process has created with `_new_folder`, if its run did not start."""
+    for folder in _created:
+        with contextlib.suppress(OSError):  # it is not empty
+            os.rmdir(folder)
 
 
 def out_of_patience(config, epochs, best):
