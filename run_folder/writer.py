@@ -1,12 +1,11 @@
 """Writes a run folder: settings, logs, metrics and checkpoints. Only rank 0 does."""
 import contextlib
-import errno
 import os
 import shutil
 import time
 
 import utils
-from atomic_file import atomic_file, remove_leftovers
+from atomic_file import atomic_file, lock_file, remove_leftovers
 from config import config_changes, config_text
 from errors import UserError
 from image_files.lists import CLASSES, names_file
@@ -25,21 +24,7 @@ from run_folder.layout import (
 from run_folder.metrics import VisualDL
 from utils import logger
 
-try:
-    import fcntl
-except ImportError:  # on Windows nothing keeps a second process from writing the same run
-    fcntl = None
 LOCK_SECONDS = 15  # how long to wait for the lock; by then the processes of a killed run have ended
-
-
-def lock_file(file):
-    """Locks an open file until this process ends or closes it; returns False if another process holds the lock."""
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # otherwise the file system does not support locks
-    return True
 
 
 def is_at_work(folder):
