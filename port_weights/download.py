@@ -86,8 +86,8 @@ def _locked(part, path):
 def _check_existing(path, sha256):
     with open(path, 'rb') as file:
         if not _digest(file).startswith(sha256):
-            raise UserError(f'{path}: is not the published file, whose SHA-256 begins with {sha256}; move it away and '
-                            'run the command again')
+            raise UserError(f'{path}: is another file than the one to download, whose SHA-256 begins with {sha256}; use '
+                            'it as it is, or move it away and run the command again')
     _say(f'{path}: there already; its SHA-256 begins with {sha256}')
 
 

@@ -110,7 +110,7 @@ def test_a_file_that_is_there_is_checked_and_kept(server, path, capsys):
     succeeds(server, path, [])
     assert capsys.readouterr().err == f'{path}: there already; its SHA-256 begins with {SHA256}\n'
     path.write_bytes(b'the official one')
-    with pytest.raises(UserError, match='is not the published file.*move it away'):
+    with pytest.raises(UserError, match='is another file than the one to download.*move it away'):
         download(server.url, str(path), SHA256)
     assert path.read_bytes() == b'the official one' and server.ranges == []
 
