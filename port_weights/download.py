@@ -66,8 +66,7 @@ def _locked(part, path):
     waiting = False
     while not os.path.exists(path):
         with open(part, 'a+b') as file:
-            # the process that had the lock may have renamed or deleted this file, and another made a new one
-            if lock_file(file) and os.path.exists(part) and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+            if lock_file(file) and _is_open(part, file):
                 try:
                     if not os.path.exists(path):
                         yield file
@@ -83,11 +82,19 @@ def _locked(part, path):
     yield None
 
 
+def _is_open(part, file):
+    """Whether an open file still has its name: the process that had the lock may have renamed or deleted it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(part))
+    except FileNotFoundError:
+        return False
+
+
 def _check_existing(path, sha256):
     with open(path, 'rb') as file:
         if not _digest(file).startswith(sha256):
-            raise UserError(f'{path}: is another file than the one to download, whose SHA-256 begins with {sha256}; use '
-                            'it as it is, or move it away and run the command again')
+            raise UserError(f'{path}: is another file than the one to download, whose SHA-256 begins with {sha256}; '
+                            'use it as it is, or move it away and run the command again')
     _say(f'{path}: there already; its SHA-256 begins with {sha256}')
 
 
