@@ -1,4 +1,4 @@
-"""Atomic file writes, and a SHA-256 at the end of files that reveals damage."""
+"""Atomic file writes, locks, and a SHA-256 at the end of files that reveals damage."""
 import contextlib
 import errno
 import glob
@@ -7,6 +7,11 @@ import os
 import secrets
 
 from errors import DISK_FULL
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps a second process from writing the same file
+    fcntl = None
 
 DIGEST_MARK = b'\nsha256:'  # comes before the digest, at the end of a file that has one
 DIGEST_BYTES = len(DIGEST_MARK) + hashlib.sha256().digest_size
@@ -72,6 +77,16 @@ def remove_leftovers(folder):
     """Deletes the temporary files of processes killed inside `atomic_file`; no other process may be writing there."""
     for path in glob.glob(os.path.join(glob.escape(folder), f'.*.{"[0-9a-f]" * 8}.tmp')):
         os.remove(path)
+
+
+def lock_file(file):
+    """Locks a file open for writing until this process ends or closes it; False if another process holds the lock."""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # otherwise the file system does not support locks
+    return True
 
 
 class DigestWriter:

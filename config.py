@@ -197,8 +197,8 @@ KEYS = {
                        '0 for none', low=0, resume=MAY_DIFFER),
     'REPORT_FREQ': Key(20, 'optimizer steps between progress lines, in the log and in metrics.jsonl', low=1,
                        resume=MAY_DIFFER),
-    'VISUALDL': Key(False, 'write scalars for VisualDL to the run folder too; needs the package visualdl',
-                    resume=MAY_DIFFER),
+    'SCALARS': Key('', 'write scalars to the run folder too: visualdl, tensorboard (needs tensorboardX) or both',
+                   ('', 'visualdl', 'tensorboard', 'both'), resume=MAY_DIFFER),
     'CURVES': Key(True, 'draw curves.png at the end of a run, if matplotlib is installed', resume=MAY_DIFFER),
     'VALIDATE_FREQ': Key(1, 'epochs between evaluations; 0 for none during training', low=0, resume=MAY_DIFFER),
     'SEED': Key(42, 'seed of all random draws', low=0, high=2**31 - 1),
@@ -213,6 +213,8 @@ KEYS = {
 
 # Keys of earlier versions with the only value they could have: still accepted in files and saved runs, and ignored.
 RETIRED_KEYS = {'DATA.IMAGE_CHANNELS': 3, 'MODEL.TYPE': 'RepLKNet'}
+
+VISUALDL = 'VISUALDL'  # a boolean of earlier versions, still accepted: whether SCALARS includes VisualDL
 
 _FLAGS = {declared.flag: key for key, declared in KEYS.items() if declared.flag}
 
@@ -293,6 +295,8 @@ def config_changes(text, config):
         two lists of 'KEY old -> new': changes that make it another run, and those that do not.
     """
     old = dict(_flat(yaml.safe_load(text)))
+    if VISUALDL in old:
+        old['SCALARS'] = _with_visualdl(old.get('SCALARS', ''), old.pop(VISUALDL))
     old = {**{key: declared.default for key, declared in KEYS.items()},  # for keys that the run did not have yet
            **{key: value for key, value in old.items() if (key, value) not in RETIRED_KEYS.items()}}
     new = dict(_flat(yaml.safe_load(config_text(config))))
@@ -381,7 +385,17 @@ def _keys_of_group(key):
     return [known for known in KEYS if known.startswith(key + '.')]
 
 
+def _with_visualdl(scalars, on):
+    """The value of SCALARS after VisualDL is switched on or off, with TensorBoard as it was."""
+    return {(False, False): '', (True, False): 'visualdl', (False, True): 'tensorboard', (True, True): 'both'}[
+        bool(on), scalars in ('tensorboard', 'both')]
+
+
 def _set(config, key, value, origin, origins):
+    if key == VISUALDL:
+        if not isinstance(value, bool):
+            raise ConfigError(f'{origin}: {key} takes True or False, not {value!r}; SCALARS is its new name')
+        key, value = 'SCALARS', _with_visualdl(config.SCALARS, value)
     if key in RETIRED_KEYS:
         if value != RETIRED_KEYS[key]:
             raise ConfigError(f'{origin}: {key} is {value!r}; only {RETIRED_KEYS[key]!r} is supported, so leave it out')

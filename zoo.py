@@ -1,5 +1,9 @@
 """The published RepLKNet checkpoints: `python zoo.py` prints them.
 
+    python zoo.py -download replknet_31b_1k_224
+
+downloads one to ./weights/, and
+
     -pretrained=replknet_31b_1k_224
 
 loads `replknet_31b_1k_224.safetensors` or `.pdparams` from ./weights/. If there is only the official file, under its
@@ -12,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from typing import Optional
 
-from errors import UserError, exit_status
+from errors import ArgumentParser, UserError, exit_status
 from image_files.lists import CLASSES, IMAGENET_NAMES, names_file
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
@@ -24,6 +28,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 logger = logging.getLogger('replknet')
 _DRIVE = 'https://drive.google.com/file/d/{}/view?usp=sharing'
 _BAIDU = 'https://pan.baidu.com/s/{}'
+_MMPRETRAIN = 'https://download.openmmlab.com/mmclassification/v0/replknet/{}_20221024-{}.pth'
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Checkpoint:
         remeasured_top1: the same as measured independently by mmpretrain, or None.
         official_file: its name as published; `head`: the head of that file to keep, None if it has only one.
         official_drive, official_baidu, paddle_drive, paddle_baidu: links to the official file and to a converted one.
+        sha256: beginning of the SHA-256 of mmpretrain's copy of the official file, None if there is no copy.
     """
     name: str
     variant: str
@@ -53,10 +59,23 @@ class Checkpoint:
     paddle_drive: Optional[str] = None
     paddle_baidu: Optional[str] = None
     head: Optional[str] = None
+    sha256: Optional[str] = None
 
     @property
     def config(self):
         return f'configs/{self.name}.yaml'
+
+    @property
+    def address(self):
+        """Where mmpretrain's copy of the file can be downloaded, or None."""
+        return _MMPRETRAIN.format(os.path.splitext(self.official_file)[0], self.sha256) if self.sha256 else None
+
+    def where(self, weights_dir):
+        """Where to get the file in a browser, and under which name it belongs into `weights_dir`."""
+        return (f'put {self.official_file} into {weights_dir}, from {_DRIVE.format(self.official_drive)} or '
+                f'{_BAIDU.format(self.official_baidu)}'
+                + (f'; or {self.name}.pdparams, from {_DRIVE.format(self.paddle_drive)} or '
+                   f'{_BAIDU.format(self.paddle_baidu)}' if self.paddle_drive else ''))
 
 
 _CROP_224 = 'resize 256, centre crop 224'
@@ -67,27 +86,27 @@ ZOO = {checkpoint.name: checkpoint for checkpoint in (
     Checkpoint('replknet_31b_1k_224', 'replknet_31b', 1000, 224, _CROP_224, 83.5, 83.48,
                'RepLKNet-31B_ImageNet-1K_224.pth',
                '1azQUiCxK9feYVkkrPqwVPBtNsTzDrX7S', '1gspbbfqooMtegt_DO1TUeA?pwd=lknt',
-               '1w1-CUZekxJSeNdsdY_TkjUS4WobpXpU5', '1zPU2J3bI49OiMGl7kzLRCQ?pwd=yi5k'),
+               '1w1-CUZekxJSeNdsdY_TkjUS4WobpXpU5', '1zPU2J3bI49OiMGl7kzLRCQ?pwd=yi5k', sha256='debd6715'),
     Checkpoint('replknet_31b_1k_384', 'replknet_31b', 1000, 384, _WARP_384, 84.8, 84.84,
                'RepLKNet-31B_ImageNet-1K_384.pth',
                '1vo-P3XB6mRLUeDzmgv90dOu73uCeLfZN', '1WhLaCKKv4NuKc3qMYECOIQ?pwd=lknt',
-               '1BZBeIq0SuQdj4w4REynS8UgDNGopMJVh', '1o5wt4l01my7zNzXZvpvpEA?pwd=8x5q'),
+               '1BZBeIq0SuQdj4w4REynS8UgDNGopMJVh', '1o5wt4l01my7zNzXZvpvpEA?pwd=8x5q', sha256='3d05883f'),
     Checkpoint('replknet_31b_22k1k_224', 'replknet_31b', 1000, 224, _CROP_224, 85.2, 85.20,
                'RepLKNet-31B_ImageNet-22K-to-1K_224.pth',
                '1DslZ2voXZQR1QoFY9KnbsHAeF84hzS0s', '169wDunCdop-jQM8K-AX27g?pwd=lknt',
-               '1HamtzvO_QbC4qQrLaEc7yz-OMOCmrCuG', '1jHw0dF4jfD_UcFk5IHA-aw?pwd=bve2'),
+               '1HamtzvO_QbC4qQrLaEc7yz-OMOCmrCuG', '1jHw0dF4jfD_UcFk5IHA-aw?pwd=bve2', sha256='f68d7698'),
     Checkpoint('replknet_31b_22k1k_384', 'replknet_31b', 1000, 384, _WARP_384, 86.0, 85.99,
                'RepLKNet-31B_ImageNet-22K-to-1K_384.pth',
                '1Sc46BWdXXm2fVP-K_hKKU_W8vAB-0duX', '11-F3JIKEzSOU7KUhebUWEQ?pwd=lknt',
-               '1wyaL3Bxd_JILwVtsQRJQEpVMAom7lx77', '18bnQeqaZHx8wU2DkNNFWrA?pwd=ytfc'),
+               '1wyaL3Bxd_JILwVtsQRJQEpVMAom7lx77', '18bnQeqaZHx8wU2DkNNFWrA?pwd=ytfc', sha256='ca9f04ca'),
     Checkpoint('replknet_31l_22k1k_384', 'replknet_31l', 1000, 384, _WARP_384, 86.6, 86.63,
                'RepLKNet-31L_ImageNet-22K-to-1K_384.pth',
                '1JYXoNHuRvC33QV1pmpzMTKEni1hpWfBl', '1MWIsPXJJV4mTEtgcKv3F3w?pwd=lknt',
-               '1WuYif9niWr8qyOaPfFzChoGw869AmHI1', '1CzacWWjzy1XZqTpeU6lGBg?pwd=nrtq'),
+               '1WuYif9niWr8qyOaPfFzChoGw869AmHI1', '1CzacWWjzy1XZqTpeU6lGBg?pwd=nrtq', sha256='6f8ee74d'),
     Checkpoint('replknet_xl_73m1k_320', 'replknet_xl', 1000, 320, _CROP_320, 87.8, 87.57,
                'RepLKNet-XL_MegData73M_ImageNet1K.pth',
                '1tPC60El34GntXByIRHb-z-Apm4Y5LX1T', '1C1bJJLz9O28ChZ4NcxjUsw?pwd=lknt',
-               '1dpSE2lujUbnVMANhSwZ6HbW7mEEIuilK', '1EIVGq3Fc4my0DCPqXyjSZw?pwd=rf9t'),
+               '1dpSE2lujUbnVMANhSwZ6HbW7mEEIuilK', '1EIVGq3Fc4my0DCPqXyjSZw?pwd=rf9t', sha256='664f2980'),
     Checkpoint('replknet_31b_22k', 'replknet_31b', 21841, 224, _CROP_224, None, None,
                'RepLKNet-31B_ImageNet-22K.pth',
                '1PYJiMszZYNrkZOeYwjccvxX8UHMALB7z', '1YiQSn7VJDiNWX1IWg19O6g?pwd=lknt',
@@ -167,22 +186,48 @@ def resolve_weights(name_or_path, weights_dir='./weights'):
             raise FileNotFoundError(f'{name_or_path}: neither a file nor a name that `python zoo.py` lists')
         return best_checkpoint(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     checkpoint = ZOO[name_or_path]
+    source = _file_of(checkpoint, weights_dir)
+    if not source:
+        raise FileNotFoundError(
+            f'{name_or_path}: not in {weights_dir}; '
+            + (f'download it with python zoo.py -download {name_or_path}, or ' if checkpoint.address else '')
+            + checkpoint.where(weights_dir))
     root = os.path.join(weights_dir, checkpoint.name)
-    for extension in ('.safetensors', '.pdparams'):
-        if os.path.isfile(root + extension):
-            return root + extension
+    if source in (f'{root}.safetensors', f'{root}.pdparams'):
+        return source
+    report = convert(source, f'{root}.safetensors', model=checkpoint.variant, head=checkpoint.head,
+                     num_classes=checkpoint.classes)
+    logger.info(f'{source}: converted to {root}.safetensors, {len(report.mapped)} tensors')
+    return f'{root}.safetensors'
+
+
+def _file_of(checkpoint, weights_dir):
+    """The file in `weights_dir` that is used for a checkpoint of the zoo, or None."""
+    root = os.path.join(weights_dir, checkpoint.name)
     official = os.path.join(weights_dir, os.path.splitext(checkpoint.official_file)[0])
-    for source in (f'{official}.pth', f'{official}.safetensors', f'{root}.pth'):
-        if os.path.isfile(source):
-            report = convert(source, f'{root}.safetensors', model=checkpoint.variant, head=checkpoint.head,
-                             num_classes=checkpoint.classes)
-            logger.info(f'{source}: converted to {root}.safetensors, {len(report.mapped)} tensors')
-            return f'{root}.safetensors'
-    raise FileNotFoundError(
-        f'{name_or_path}: not in {weights_dir}; put {checkpoint.official_file} there, from '
-        f'{_DRIVE.format(checkpoint.official_drive)} or {_BAIDU.format(checkpoint.official_baidu)}'
-        + (f', or {checkpoint.name}.pdparams from {_DRIVE.format(checkpoint.paddle_drive)}'
-           if checkpoint.paddle_drive else ''))
+    files = (f'{root}.safetensors', f'{root}.pdparams', f'{official}.pth', f'{official}.safetensors', f'{root}.pth')
+    return next(filter(os.path.isfile, files), None)
+
+
+def download_weights(name, weights_dir='./weights'):
+    """Downloads a checkpoint of the zoo to `weights_dir`/`name`.pth, if no file of it is there; see `download`.
+
+    Returns:
+        path of the file that `-pretrained` uses.
+    Raises:
+        UserError: not a zoo name, the checkpoint has no address for direct downloads, or the download fails.
+    """
+    from port_weights.download import download
+    if name not in ZOO:
+        raise UserError(f'-download={name}: is not in the zoo; choose from {", ".join(ZOO)}')
+    checkpoint, path = ZOO[name], os.path.join(weights_dir, f'{name}.pth')
+    found = _file_of(checkpoint, weights_dir)
+    if found and (found != path or not checkpoint.address):
+        return found
+    if not checkpoint.address:
+        raise UserError(f'{name}: has no address for direct downloads; {checkpoint.where(weights_dir)}')
+    download(checkpoint.address, path, checkpoint.sha256, checkpoint.where(weights_dir))
+    return path
 
 
 def pretrained_weights(name_or_path, weights_dir='./weights'):
@@ -258,8 +303,15 @@ def table():
 
 
 def main():
+    parser = ArgumentParser('Lists the published checkpoints, or downloads one to ./weights.')
+    parser.add_argument('-download', '--download', metavar='NAME', help='checkpoint to download')
+    name = parser.parse_args().download
+    if name is not None:
+        print(f'{download_weights(name)}: used for -pretrained={name}')
+        return
     print('\n'.join(table()))
     print('\ntop-1: as published with the official code; re-measured: by mmpretrain, which warps to 384x384 as well.')
+    print('`python zoo.py -download NAME` downloads mmpretrain\'s copy of those with a re-measured accuracy.')
     print('docs/weights.md has the links to the files and the commands to convert them.')
 
 

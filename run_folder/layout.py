@@ -5,8 +5,7 @@ import os
 OUTPUT = 'output'  # parent of the run folders that get a name of NAME-TIME
 CONFIG = 'config.yaml'  # settings of the run, a file for -cfg
 LOG = 'log.txt'  # log lines; the process that trains holds a lock on this file
-METRICS = 'metrics.jsonl'  # see run_folder/metrics.py
-SCALARS = 'visualdl'  # folder with the same numbers for VisualDL
+METRICS = 'metrics.jsonl'  # see run_folder/metrics.py; run_folder/scalars.py has the folders with copies
 CURVES = 'curves.png'  # see run_folder/curves.py; classes.txt has its name in image_files/lists.py
 LAST, PREVIOUS = 'last.pdparams', 'previous.pdparams'  # the newest checkpoint to resume from, and the one before it
 NUMBERED, NUMBERED_GLOB = 'epoch_{:04d}.pdparams', 'epoch_*.pdparams'  # checkpoints of epochs, also to resume from

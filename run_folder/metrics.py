@@ -1,4 +1,4 @@
-"""Metrics of a run: reads metrics.jsonl, finds the best checkpoint from it, and writes VisualDL scalars.
+"""Metrics of a run: reads metrics.jsonl and finds the best checkpoint from it.
 
 Each line of metrics.jsonl is a JSON object with `event`, `time` (Unix time in seconds), `epoch` and `step` (optimizer
 steps done so far). The other keys depend on the event:
@@ -9,13 +9,11 @@ steps done so far). The other keys depend on the event:
             after -eval without weights, epoch and step
     data    when a run is resumed with other data (DATA.ALLOW_CHANGES): changed, a list of 'train', 'val', 'classes'
 """
-import importlib.util
 import json
-import math
 import os
 
 from errors import UserError
-from run_folder.layout import BEST, LAST, METRICS, SCALARS
+from run_folder.layout import BEST, LAST, METRICS
 
 
 def read_metrics(folder):
@@ -60,31 +58,3 @@ def best_checkpoint(folder):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
     raise UserError(f'{folder}: no checkpoint; a run folder has {", ".join([*BEST.values(), LAST])}')
-
-
-class VisualDL:
-    """Writes the records of a run to FOLDER/visualdl, as scalars named `event/value` over optimizer steps.
-
-    Raises:
-        UserError: the package visualdl is not installed.
-    """
-
-    def __init__(self, folder):
-        self.check()
-        from visualdl import LogWriter
-        self._writer = LogWriter(logdir=os.path.join(folder, SCALARS))
-
-    @staticmethod
-    def check():
-        """Raises UserError if the package visualdl is not installed."""
-        if importlib.util.find_spec('visualdl') is None:
-            raise UserError('VISUALDL True: visualdl is not installed; pip install visualdl, or set VISUALDL False')
-
-    def add(self, record):
-        """Adds the finite numbers of a metrics.jsonl record."""
-        event = '_'.join(filter(None, (record['event'], record.get('weights'))))
-        for name, value in record.items():
-            if name not in ('time', 'step') and isinstance(value, (int, float)) and math.isfinite(value):
-                self._writer.add_scalar(tag=f'{event}/{name}', step=record['step'], value=value)
-        if event != 'step':
-            self._writer.flush()

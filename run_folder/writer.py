@@ -1,12 +1,11 @@
 """Writes a run folder: settings, logs, metrics and checkpoints. Only rank 0 does."""
 import contextlib
-import errno
 import os
 import shutil
 import time
 
 import utils
-from atomic_file import atomic_file, remove_leftovers
+from atomic_file import atomic_file, lock_file, remove_leftovers
 from config import config_changes, config_text
 from errors import UserError
 from image_files.lists import CLASSES, names_file
@@ -22,24 +21,10 @@ from run_folder.layout import (
     resumable_checkpoints,
     run_of,
 )
-from run_folder.metrics import VisualDL
+from run_folder.scalars import Scalars, require_packages
 from utils import logger
 
-try:
-    import fcntl
-except ImportError:  # on Windows nothing keeps a second process from writing the same run
-    fcntl = None
 LOCK_SECONDS = 15  # how long to wait for the lock; by then the processes of a killed run have ended
-
-
-def lock_file(file):
-    """Locks an open file until this process ends or closes it; returns False if another process holds the lock."""
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # otherwise the file system does not support locks
-    return True
 
 
 def is_at_work(folder):
@@ -74,8 +59,7 @@ class RunFolder:
         self.own = bool(continued) and os.path.realpath(self.path) == os.path.realpath(continued)
         self._refuse_if_taken(live=is_at_work(self.path))  # not while this process has the lock, which it would lose
         self._scalars = None
-        if config.VISUALDL:
-            VisualDL.check()
+        require_packages(config.SCALARS)
 
     def _refuse_if_taken(self, live):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
@@ -140,21 +124,21 @@ class RunFolder:
             if classes:
                 shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
+            if self.config.SCALARS and not self.config.EVAL:
+                self._scalars = Scalars(self.path, self.config.SCALARS)
         except OSError as error:
             raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
-        if self.config.VISUALDL and not self.config.EVAL:
-            self._scalars = VisualDL(self.path)
         logger.info(f'run folder {self.path}')
 
     def record(self, **values):
-        """Adds a record to metrics.jsonl and to VisualDL; see run_folder/metrics.py for its keys."""
-        path = os.path.join(self.path, METRICS)
+        """Adds a record to metrics.jsonl and to the scalars; see run_folder/metrics.py for its keys."""
+        path, record = os.path.join(self.path, METRICS), {'time': round(time.time(), 3), **values}
         try:
-            utils.append_json_line(path, {'time': round(time.time(), 3), **values})
+            utils.append_json_line(path, record)
         except OSError as error:
             logger.error(f'{path}: a line is lost: {error.strerror}')
         if self._scalars is not None:
-            self._scalars.add(values)
+            self._scalars.add(record)
 
     def save_last(self, state):
         """Saves the last checkpoint and keeps the one before as the previous one; first retries failed saves."""

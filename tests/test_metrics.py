@@ -1,4 +1,4 @@
-"""Metrics of a run: step records, metrics.jsonl, curves and VisualDL scalars."""
+"""Metrics of a run: step records, metrics.jsonl and curves."""
 import importlib.util
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from run_folder.curves import curves_line, draw_curves
-from run_folder.metrics import VisualDL, read_metrics
+from run_folder.metrics import read_metrics
 from tests.test_engine import batches, linear, train
 from training.amp import LossScaler
 from training.optim import gradient_norm
@@ -131,39 +131,3 @@ def test_a_run_without_steps_has_no_curves(tmp_path, run_script):
     (tmp_path / 'metrics.jsonl').write_text('{"event": "eval", "acc1": 1.0}\n')
     done = run_script('tools/plot_run.py', tmp_path)
     assert done.returncode == 2 and 'has no training steps to draw' in done.stderr and done.stderr.count('\n') == 1
-
-
-# ---- VisualDL
-
-@pytest.mark.skipif(not importlib.util.find_spec('visualdl'), reason='needs visualdl')
-def test_visualdl_gets_the_numbers_of_metrics_jsonl(run_script, list_dataset, tiny_yaml, tmp_path):
-    done = run_script('main_single_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu',
-                      f'-output={tmp_path}/run', '-opts', 'VISUALDL', 'True')
-    assert done.returncode == 0, done.stderr
-    from visualdl import LogReader
-    file, = (tmp_path / 'run/visualdl').iterdir()
-    reader = LogReader(file_path=str(file))
-    records = read_metrics(tmp_path / 'run')
-    for event, weights, names in (('step', None, ('loss', 'lr', 'grad_norm', 'images_per_s')),
-                                  ('train', None, ('loss', 'skipped')), ('eval', 'model', ('acc1', 'loss')),
-                                  ('eval', 'model_ema', ('acc1', 'loss'))):
-        for name in names:
-            expected = [(r['step'], r[name]) for r in records if (r['event'], r.get('weights')) == (event, weights)]
-            got = reader.get_data('scalar', '/'.join(('_'.join(filter(None, (event, weights))), name)))
-            assert [(r.id, r.value) for r in got] == [(step, pytest.approx(value)) for step, value in expected]
-
-
-def test_missing_visualdl_is_reported_in_one_line(run_script, list_dataset, tiny_yaml, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.modules["visualdl"] = None\n')
-    done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-device=cpu',
-                      f'-output={tmp_path}/run', '-opts', 'VISUALDL', 'True', PYTHONPATH=tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('VISUALDL True: visualdl is not installed')
-    assert not (tmp_path / 'run').exists()
-
-
-def test_scalars_that_are_not_finite_are_omitted(monkeypatch):
-    added = []
-    scalars = object.__new__(VisualDL)
-    scalars._writer = type('Writer', (), {'add_scalar': lambda self, **values: added.append(values)})()
-    scalars.add({'event': 'step', 'step': 3, 'time': 1.0, 'loss': 1.5, 'grad_norm': float('inf'), 'lr': None})
-    assert added == [{'tag': 'step/loss', 'step': 3, 'value': 1.5}]

@@ -101,6 +101,7 @@ def test_where_to_get_it(tmp_path, name):
     assert '\n' not in text and str(tmp_path) in text and ZOO[name].official_file in text
     assert f'https://drive.google.com/file/d/{ZOO[name].official_drive}/view?usp=sharing' in text
     assert f'https://pan.baidu.com/s/{ZOO[name].official_baidu}' in text
+    assert (f'python zoo.py -download {name}' in text) == (ZOO[name].address is not None)
 
 
 @pytest.mark.parametrize('extension', ['.safetensors', '.pdparams'])
