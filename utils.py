@@ -105,6 +105,11 @@ def seed_paddle(*key):
 
 # ---- metrics
 
+def top_classes(logits):
+    """The five classes with the highest logits, best first, or all K, if fewer: float32 [N, K] -> int64 [N, 5]."""
+    return paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1]
+
+
 def accuracy_sums(logits, labels):
     """The sums over a batch from which `accuracy_metrics` computes the metrics of an evaluation.
 
@@ -116,7 +121,7 @@ def accuracy_sums(logits, labels):
         all K, if fewer), and the sum of the cross-entropy in float64.
     """
     logits = logits.astype('float32')
-    hits = paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)
+    hits = top_classes(logits) == labels.unsqueeze(1)
     loss = F.cross_entropy(logits, labels, reduction='none').astype('float64').sum()
     return hits[:, 0].astype('int64').sum(), hits.astype('int64').sum(), loss
 
