@@ -106,8 +106,8 @@ def seed_paddle(*key):
 # ---- metrics
 
 def top_classes(logits):
-    """The five classes with the highest logits, best first, or all K, if fewer: float32 [N, K] -> int64 [N, 5]."""
-    return paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1]
+    """The five classes with the highest logits, best first, or all K, if fewer: [N, K] -> int64 [N, 5]."""
+    return paddle.topk(logits.astype('float32'), min(5, logits.shape[1]), axis=1)[1]
 
 
 def accuracy_sums(logits, labels):
@@ -120,9 +120,8 @@ def accuracy_sums(logits, labels):
         three tensors: images whose highest logit is that of the label, images with the label among the five highest (or
         all K, if fewer), and the sum of the cross-entropy in float64.
     """
-    logits = logits.astype('float32')
     hits = top_classes(logits) == labels.unsqueeze(1)
-    loss = F.cross_entropy(logits, labels, reduction='none').astype('float64').sum()
+    loss = F.cross_entropy(logits.astype('float32'), labels, reduction='none').astype('float64').sum()
     return hits[:, 0].astype('int64').sum(), hits.astype('int64').sum(), loss
 
 

@@ -92,8 +92,8 @@ def _head(content):
     if len(content.names) > 5:
         figures.append(('top-5 accuracy', f"{accuracy['acc5']:.3f} %"))
     figures += [('mean accuracy of the classes', _percent(_mean(classes.recall))),
-                ('mean F1', _percent(_mean(classes.f1))), ('cross-entropy', f"{accuracy['loss']:.4f}"), ('ECE', _percent(content.curve.ece)),
-                ('images', f'{len(content.paths):,}'),
+                ('mean F1', _percent(_mean(classes.f1))), ('cross-entropy', f"{accuracy['loss']:.4f}"),
+                ('ECE', _percent(content.curve.ece)), ('images', f'{len(content.paths):,}'),
                 ('classes, with images', f'{len(content.names):,}, {np.count_nonzero(classes.support):,}')]
     tiles = ''.join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in figures)
     facts = ''.join(f'<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>' for name, value in content.facts.items())

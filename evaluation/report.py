@@ -104,7 +104,7 @@ def write_report(folder, outcome, paths, names, accuracy, facts):
         with atomic_folder(folder) as scratch:
             _write_files(scratch, outcome, paths, names, accuracy, facts)
     except OSError as error:
-        raise UserError(f'-report={folder}: cannot be written: {error.strerror}') from None
+        raise UserError(f'-report={folder}: cannot be written: {error.strerror or error}') from None
 
 
 def _write_files(folder, outcome, paths, names, accuracy, facts):
