@@ -58,6 +58,7 @@ def draw_confusion(outcome, names, path):
 
 
 def _draw_matrix(outcome, names, path):
+    from matplotlib.colors import PowerNorm
     count = len(names)
     matrix = np.zeros([count, count], int)
     labels, predicted, images = confusion_cells(outcome, count)
@@ -65,17 +66,17 @@ def _draw_matrix(outcome, names, path):
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure = _figure(3 + 0.32 * count, 2.6 + 0.3 * count)
     axes = figure.add_subplot()
-    drawn = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    drawn = axes.imshow(shares, cmap='Blues', norm=PowerNorm(0.5, 0, 1))  # so that rare mistakes are visible
     if count <= NUMBERS_UP_TO:
         for row, column in zip(*np.nonzero(matrix)):
             axes.text(column, row, str(matrix[row, column]), ha='center', va='center', fontsize=8,
-                      color='white' if shares[row, column] > 0.55 else 'black')
+                      color='white' if shares[row, column] > 0.3 else 'black')
     texts = [class_label(number, names) for number in range(count)]
     axes.set_xticks(range(count), texts, rotation=90, fontsize=8)
     axes.set_yticks(range(count), texts, fontsize=8)
     axes.set_xlabel('predicted class')
     axes.set_ylabel('label')
-    figure.colorbar(drawn, label="share of the label's images", shrink=min(1, 6 / (1 + 0.3 * count)))
+    figure.colorbar(drawn, label="share of the label's images", shrink=min(1, 6 / (1 + 0.3 * count)), pad=0.02)
     _save(figure, path)
 
 
@@ -88,7 +89,8 @@ def _draw_pairs(outcome, names, path):
                                          for label, guess in zip(labels, predicted)], fontsize=8)
     for row, (label, number) in enumerate(zip(labels, images)):
         axes.text(number, row, f' {number} of {np.sum(outcome.labels == label)}', va='center', fontsize=8)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.invert_yaxis()
     axes.set_xlabel('images')
     axes.set_title('most confused pairs: label → predicted class' if len(images) else 'no image is predicted wrongly',
