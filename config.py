@@ -499,6 +499,8 @@ def _check_run(config):
     for key in ('EVAL_REPORT', 'EVAL_TTA'):
         if setting(config, key) and not config.EVAL:
             yield key, 'is used only with -eval; add it, or leave this out'
+    if config.EVAL_REPORT and config.SAVE and os.path.abspath(config.EVAL_REPORT) == os.path.abspath(config.SAVE):
+        yield 'EVAL_REPORT', f'is {config.EVAL_REPORT}, which is also the run folder; name another, or one in it'
     if config.SAVE_TOP_K and not config.VALIDATE_FREQ:
         yield ('SAVE_TOP_K', 'keeps the most accurate checkpoints, but with VALIDATE_FREQ 0 no accuracy is measured',
                'VALIDATE_FREQ')

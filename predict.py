@@ -135,6 +135,9 @@ def read_arguments(argv=None):
         raise UserError(f'-output={args.output}: there is no folder {os.path.dirname(args.output)}')
     if args.features and not args.output:
         raise UserError('-features: name a file for them, with -output=NAME.jsonl or -output=NAME.csv')
+    folders = [os.path.realpath(folder) for folder in (args.save_images, args.report, args.cam) if folder]
+    if len(set(folders)) < len(folders):
+        raise UserError('-save_images, -report and -cam: name a folder of its own for each')
     if args.cam_stage is not None and not args.cam:
         raise UserError(f'-cam_stage={args.cam_stage}: name a folder for the maps, with -cam=FOLDER')
     return args

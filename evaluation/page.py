@@ -94,7 +94,10 @@ def _head(content):
     figures += [('mean accuracy of the classes', _percent(_mean(classes.recall))),
                 ('mean F1', _percent(_mean(classes.f1))), ('cross-entropy', f"{accuracy['loss']:.4f}"),
                 ('ECE', _percent(content.curve.ece)), ('images', f'{len(content.paths):,}'),
-                ('classes, with images', f'{len(content.names):,}, {np.count_nonzero(classes.support):,}')]
+                ('classes', f'{len(content.names):,}')]
+    without = np.count_nonzero(classes.support == 0)
+    if without:
+        figures.append(('classes without images', f'{without:,}'))
     tiles = ''.join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in figures)
     facts = ''.join(f'<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>' for name, value in content.facts.items())
     return f'<h1>Evaluation</h1>\n<div class="tiles">{tiles}</div>\n<dl>{facts}</dl>'
