@@ -5,8 +5,9 @@ import glob
 import hashlib
 import os
 import secrets
+import tempfile
 
-from errors import DISK_FULL
+from errors import DISK_FULL, UserError
 
 try:
     import fcntl
@@ -71,6 +72,45 @@ def append_whole(file, data, flush=False):
         file.truncate(size)
         file.seek(size)
         raise
+def refuse_taken(path, flag):
+    """Refuses a folder of results that has contents, or that cannot be written.
+
+    Raises:
+        UserError: the message names `flag`, the flag that it was given with.
+    """
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f'-{flag}={path}: is a file; name a new folder')
+    if os.path.isdir(path) and os.listdir(path):
+        raise UserError(f'-{flag}={path}: is not empty; choose another folder')
+    existing = os.path.abspath(path)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f'-{flag}={path}: cannot be created in {existing}; choose another folder')
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yields a temporary folder whose contents move to `path` when the block ends; if it raises, they are discarded.
+
+    Args:
+        path: a folder that is empty or does not exist.
+    Raises:
+        OSError: the disk is full, the folder cannot be written, and so on.
+    """
+    path = os.path.abspath(path)
+    parent, name = os.path.split(path)
+    existed = os.path.isdir(path)  # it may be a mount point, which cannot be replaced
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{name}.', suffix='.tmp', dir=path if existed else parent) as scratch:
+        folder = os.path.join(scratch, 'new')
+        os.mkdir(folder)
+        yield folder
+        if existed:
+            for entry in sorted(os.listdir(folder)):
+                os.rename(os.path.join(folder, entry), os.path.join(path, entry))
+        else:
+            os.rename(folder, path)
 
 
 def remove_leftovers(folder):

@@ -182,6 +182,10 @@ KEYS = {
 
     # ---- the run
     'EVAL': Key(False, 'evaluate and stop', flag='eval', resume=PER_CALL),
+    'EVAL_REPORT': Key('', 'with -eval: new folder for a report with report.html; needs matplotlib', flag='report',
+                       path=True, resume=PER_CALL),
+    'EVAL_TTA': Key('', "with -eval: 'flip' averages the probabilities of each image and its mirror image",
+                    ('', 'flip'), flag='tta', resume=PER_CALL),
     'DEVICE': Key('auto', 'auto, gpu, cpu, npu or xpu', ('auto', 'gpu', 'cpu', 'npu', 'xpu'), flag='device',
                   resume=PER_CALL),
     'NPROCS': Key(0, 'processes of main_multi_gpu.py; 0: one per device, or 2 on a machine without devices', low=0,
@@ -518,6 +522,11 @@ def _check_run(config):
     for key in _keys_of_group('PLAN'):
         if setting(config, key) and not config.DRY_RUN:
             yield key, 'is for planning a run and is used only with -dry_run'
+    for key in ('EVAL_REPORT', 'EVAL_TTA'):
+        if setting(config, key) and not config.EVAL:
+            yield key, 'is used only with -eval; add it, or leave this out'
+    if config.EVAL_REPORT and config.SAVE and os.path.abspath(config.EVAL_REPORT) == os.path.abspath(config.SAVE):
+        yield 'EVAL_REPORT', f'is {config.EVAL_REPORT}, which is also the run folder; name another, or one in it'
     if config.SAVE_TOP_K and not config.VALIDATE_FREQ:
         yield ('SAVE_TOP_K', 'keeps the most accurate checkpoints, but with VALIDATE_FREQ 0 no accuracy is measured',
                'VALIDATE_FREQ')

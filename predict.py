@@ -2,6 +2,7 @@
 
     python predict.py cat.jpg dog.png -model=replknet_31b_1k_224
     python predict.py data/digits/val_list.txt -model=output/RUN -output=digits.csv -save_images=sheets
+    python predict.py data/digits/val_list.txt -model=output/RUN -report=report -cam=maps
 
 A folder is searched recursively for images; a list (.txt) has a 'relative/path' or 'relative/path label' per line.
 The results are in the order of the images. If there are labels, the accuracy is printed. Images without a prediction,
@@ -139,12 +140,16 @@ def read_arguments(argv=None):
             ('output', None, 'file of results, .csv or .jsonl; without it, they are printed'),
             ('save_images', None, 'new folder for contact sheets: frames are green where right, red where wrong'),
             ('font', None, 'font file for the names of the classes on contact sheets'),
+            ('report', None, 'new folder for a report on the images with labels, with report.html; needs matplotlib'),
+            ('cam', None, 'new folder for class activation maps, a PNG file for each image'),
+            ('cam_stage', None, 'with -cam: Grad-CAM of this stage, from 0, instead of the exact maps of the last one'),
+            ('tta', '', "'flip' averages the probabilities of each image and its mirror image"),
             ('topk', 5, 'number of classes in each prediction'),
             ('batch_size', 16, 'images per forward pass'),
             ('num_workers', None, 'number of decoding threads'),
             ('device', 'auto', 'auto, gpu, cpu, npu or xpu'),
             ('backend', 'auto', f'one of {", ".join(BACKENDS)}; auto chooses the faster one')):
-        kind = int if flag in ('topk', 'batch_size', 'num_workers') else str
+        kind = int if flag in ('topk', 'batch_size', 'num_workers', 'cam_stage') else str
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=kind, help=text)
     parser.add_argument('-features', '--features', action='store_true', help='also write the pooled features')
     args = parser.parse_args(argv)
@@ -154,15 +159,46 @@ def read_arguments(argv=None):
         raise UserError(f'-output={args.output}: there is no folder {os.path.dirname(args.output)}')
     if args.features and not args.output:
         raise UserError('-features: name a file for them, with -output=NAME.jsonl or -output=NAME.csv')
+    folders = [os.path.realpath(folder) for folder in (args.save_images, args.report, args.cam) if folder]
+    if len(set(folders)) < len(folders):
+        raise UserError('-save_images, -report and -cam: name a folder of its own for each')
+    if args.cam_stage is not None and not args.cam:
+        raise UserError(f'-cam_stage={args.cam_stage}: name a folder for the maps, with -cam=FOLDER')
     return args
+
+
+class Report:
+    """Collects the predictions whose labels are known, and writes a report on them: see evaluation/report.py."""
+
+    def __init__(self, folder, labels):
+        from evaluation.predictions import Predictions  # imported only where used
+        from evaluation.report import check_report
+        if max(labels) < 0:
+            raise UserError(f'-report={folder}: no image has a label; give a list with a label on each line')
+        check_report(folder)
+        self._folder, self._predictions, self._paths = folder, Predictions(), []
+
+    def add(self, prediction, label):
+        self._predictions.add(paddle.to_tensor(prediction.logits[None]), paddle.to_tensor([label]))
+        self._paths.append(prediction.picture)
+
+    def write(self, predictor, accuracy, sources, errors):
+        from evaluation.report import report_of_predictions
+        facts = {'images': ', '.join(sources), **({'unreadable images, left out': errors} if errors else {})}
+        report_of_predictions(self._folder, self._predictions, self._paths, accuracy, predictor, facts)
 
 
 def main():
     args = read_arguments()
     paths, labels = find_images(args.images)
     logger.setLevel('WARNING')
+    report = Report(args.report, labels) if args.report else None
     predictor = Predictor(args.model, args.cfg, device=args.device, batch_size=args.batch_size, topk=args.topk,
-                          features=args.features, backend=args.backend, workers=args.num_workers)
+                          features=args.features, backend=args.backend, workers=args.num_workers, tta=args.tta)
+    maps = None
+    if args.cam:
+        from evaluation.activation_maps import ActivationMaps  # imported only where used
+        maps = ActivationMaps(args.cam, args.model, args.cfg, args.cam_stage)
     print(f'weights of {predictor.origin}, {predictor.backend}', file=sys.stderr)
     for path, label in zip(paths, labels):
         if label >= len(predictor.names):
@@ -184,15 +220,21 @@ def main():
                 done += 1
                 if sheets is not None:
                     sheets.add(prediction, *((label, predictor.names[label]) if label >= 0 else ()))
+                if maps is not None:
+                    maps.add(prediction, label if label >= 0 else None, predictor.names)
                 if prediction.error:
                     errors.append(prediction.error)
                 elif label >= 0:
                     accuracy.add(prediction.logits, label)
+                    if report is not None:
+                        report.add(prediction, label)
     except Interrupted as error:
         where = f' are in {args.output}' if args.output and done else ' were done'
         raise Interrupted(error.signal, f'{error}: {done} of {len(paths)} images{where}') from None
     if accuracy.images:
         print(accuracy_line(accuracy.metrics()))
+        if report is not None:
+            report.write(predictor, accuracy.metrics(), args.images, len(errors))
     for error in errors:
         print(error, file=sys.stderr)
     broken = sum(error.endswith(NOT_FINITE) for error in errors)

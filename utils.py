@@ -105,6 +105,11 @@ def seed_paddle(*key):
 
 # ---- metrics
 
+def top_classes(logits):
+    """The five classes with the highest logits, best first, or all K, if fewer: [N, K] -> int64 [N, 5]."""
+    return paddle.topk(logits.astype('float32'), min(5, logits.shape[1]), axis=1)[1]
+
+
 def accuracy_sums(logits, labels):
     """The sums over a batch from which `accuracy_metrics` computes the metrics of an evaluation.
 
@@ -116,8 +121,8 @@ def accuracy_sums(logits, labels):
         all K, if fewer), the sum of the cross-entropy in float64, and images with a logit that is not finite, for which
         the others mean nothing.
     """
+    hits = top_classes(logits) == labels.unsqueeze(1)
     logits = logits.astype('float32')
-    hits = paddle.topk(logits, min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)
     loss = F.cross_entropy(logits, labels, reduction='none').astype('float64').sum()
     broken = paddle.logical_not(paddle.isfinite(logits)).any(axis=1).astype('int64').sum()
     return hits[:, 0].astype('int64').sum(), hits.astype('int64').sum(), loss, broken

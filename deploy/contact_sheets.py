@@ -82,16 +82,19 @@ class ContactSheets:
             draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)
             for line, text in enumerate(lines):
                 colour = 'black' if line == 0 or frame == UNKNOWN else frame
-                draw.text((left, top + SIDE + 6 + line * LINE), self._shortened(text), fill=colour, font=self._font)
+                draw.text((left, top + SIDE + 6 + line * LINE), shortened(text, self._font, SIDE), fill=colour,
+                          font=self._font)
         self._count += 1
         sheet.save(os.path.join(self._folder, f'sheet_{self._count:04d}.png'))
         self._tiles = []
 
-    def _shortened(self, text):
-        text = ''.join(character if has(self._font, character) else character.encode(
-            'ascii', 'backslashreplace').decode() for character in text)  # a file name may contain any bytes
-        if self._font.getlength(text) <= SIDE:
-            return text
-        while self._font.getlength(text + '...') > SIDE:
-            text = text[:-1]
-        return text + '...'
+
+def shortened(text, font, width):
+    """The text, cut to `width` pixels."""
+    text = ''.join(character if has(font, character) else character.encode('ascii', 'backslashreplace').decode()
+                   for character in text)  # a file name may contain any bytes
+    if font.getlength(text) <= width:
+        return text
+    while font.getlength(text + '...') > width:
+        text = text[:-1]
+    return text + '...'

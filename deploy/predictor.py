@@ -25,6 +25,7 @@ import utils
 from config import get_config
 from datasets import get_transform
 from deploy.equivalence import dygraph_program
+from deploy.flip import flip_averaged
 from deploy.layout import CERTIFICATE, is_export
 from deploy.runtimes import load_paddle_program, save_paddle_program
 from errors import UserError, one_line
@@ -76,8 +77,11 @@ class Predictor:
         backend: 'dygraph', 'inference' (Paddle Inference with oneDNN, CPU only) or 'auto'. 'auto' is 'inference' for
             an export, and on a CPU without the C++ operator, where it is faster; otherwise 'dygraph'.
         workers: number of decoding threads; None for one per core, at most 16.
+        tta: 'flip' averages the probabilities of each image and its mirror image, see deploy/flip.py; the `logits` are
+            then log-probabilities, and the features those of the image itself.
     Attributes:
         origin: path or zoo name of the weights, or path of the exported program.
+        settings: those of the model.
         names: names of all classes.
         device, backend: the ones in use.
     Raises:
@@ -85,12 +89,14 @@ class Predictor:
     """
 
     def __init__(self, model, cfg=None, device='auto', batch_size=16, topk=5, features=False, backend='auto',
-                 workers=None):
+                 workers=None, tta=''):
         if backend not in BACKENDS:
             raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
         if min(batch_size, topk, 1 if workers is None else workers) < 1:
             raise UserError('-batch_size, -topk and -num_workers must be at least 1')
-        self.batch_size, self.topk, self._features = batch_size, topk, features
+        if tta not in ('', 'flip'):
+            raise UserError(f'-tta={tta}: choose flip, or leave it out')
+        self.batch_size, self.topk, self.tta, self._features = batch_size, topk, tta, features
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
@@ -107,6 +113,8 @@ class Predictor:
             self._load_export(model, cfg)
         else:
             self._load_weights(model, cfg)
+        if tta:
+            self._compute = flip_averaged(self._compute, len(self.names))
 
     def _fastest_backend(self, exported):
         # With the operator, Paddle Inference is a few per cent faster than dygraph (docs/benchmarks.md), but tracing
@@ -137,7 +145,7 @@ class Predictor:
 
     def _configure(self, config, folder, cfg):
         """Sets the transform and the class names, see `zoo.class_names_file`."""
-        self._transform = get_transform(config, 'val')
+        self.settings, self._transform = config, get_transform(config, 'val')
         count, path = config.MODEL.NUM_CLASSES, class_names_file(config, folder, cfg)
         self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 

@@ -88,6 +88,9 @@ def _evaluation(plan):
     if size < 384 and eval_protocol(config) == 'warp':
         yield (f'evaluation warps at {size} pixels, but the published accuracies below 384 are with a centre crop: set '
                "DATA.EVAL_PROTOCOL to 'auto'")
+    if config.EVAL_TTA == 'flip' and config.TRAIN.HFLIP == 0:
+        yield ('-tta=flip evaluates mirror images, but TRAIN.HFLIP is 0: the model was trained without them, perhaps '
+               'because they are of another class; leave -tta out')
     if config.DATA.INTERPOLATION != 'bicubic':
         yield f'DATA.INTERPOLATION is {config.DATA.INTERPOLATION}; the published accuracies are with bicubic'
 

@@ -98,6 +98,29 @@ def tiny_yaml(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def random_run(tmp_path_factory, tiny_yaml):
+    """A run folder with random weights of the model of `tiny_yaml`, whose predictions differ between images."""
+    import paddle
+
+    from config import config_text, get_config
+    from replknet import build_replknet
+    from run_folder.checkpoint import model_arrays, save_checkpoint
+    folder = tmp_path_factory.mktemp('random run')
+    config = get_config(tiny_yaml)
+    (folder / 'config.yaml').write_text(config_text(config))
+    paddle.seed(1)
+    model = build_replknet(config)
+    for layer in model.sublayers():
+        if isinstance(layer, paddle.nn.BatchNorm2D):  # statistics of one batch, so that signals do not fade
+            layer._momentum = 0.0
+    model(paddle.randn([8, 3, 32, 32]))
+    save_checkpoint(folder / 'best.pdparams', {
+        'model': model_arrays(model), 'weights_key': 'model', 'optimizer': {}, 'epoch': 2, 'step': 4, 'best': {},
+        'config': config_text(config)})
+    return folder
+
+
+@pytest.fixture(scope='session')
 def run_script():
     """Runs a Python file of the project as a user would; returns the finished process with its output as text."""
 

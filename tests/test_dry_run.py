@@ -161,6 +161,7 @@ def test_a_plan_without_a_dry_run_is_refused():
     ('replknet_31b', ['TRAIN.BASE_LR', 4], 'TRAIN.BASE_LR 4 is very high for adamw'),
     ('replknet_31b', ['TRAIN.WEIGHT_DECAY', 5], 'not a percentage'),
     ('replknet_31b', ['TRAIN.MODEL_EMA_DECAY', 0.001], 'the share that is kept at each step, such as 0.999'),
+    ('replknet_nano_digits', ['EVAL', True, 'EVAL_TTA', 'flip'], 'TRAIN.HFLIP is 0'),
     ('replknet_31b', ['VALIDATE_FREQ', 0], 'measures no accuracy')])
 def test_a_likely_mistake_gets_its_line(name, opts, words):
     found = [warning for warning in warnings(planned(name, *opts)) if words in warning]

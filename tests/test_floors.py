@@ -20,6 +20,7 @@ FLOORS = [  # from the ground up; inference is below training, so it never impor
     {'zoo', 'fuse'},
     {'dense', 'hubconf', 'checkpoint'},
     {'deploy'},
+    {'evaluation'},
     {'predict', 'export', 'benchmark', 'programs'},
     {'training'},
     {'dry_run'},

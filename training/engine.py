@@ -163,7 +163,7 @@ def _count_step(sums, applied, loss_sum, images, lr):
 
 
 @paddle.no_grad()
-def evaluate(model, loader, dataset_size, amp, name='eval'):
+def evaluate(model, loader, dataset_size, amp, name='eval', on_batch=None):
     """Accuracy and loss over a whole dataset; every image counts once, over all ranks.
 
     Args:
@@ -172,6 +172,7 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
         dataset_size: number of images in the whole dataset.
         amp: see `Amp`.
         name: label of the progress lines.
+        on_batch: callable(logits [N, K], labels [N]), called after each batch.
     Returns:
         dict of acc1 and acc5 (percent; with fewer than five classes acc5 is 100), loss (mean cross-entropy) and images.
     Raises:
@@ -186,6 +187,8 @@ def evaluate(model, loader, dataset_size, amp, name='eval'):
             logits = model(images)
         sums = [total + batch for total, batch in zip(sums, utils.accuracy_sums(logits, labels))]
         images_seen += images.shape[0]
+        if on_batch is not None:
+            on_batch(logits, labels)
         progress.step(images.shape[0])
     progress.close()
     utils.barrier()  # a rank may have one batch more than another

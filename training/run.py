@@ -6,6 +6,7 @@ from typing import NamedTuple, Optional
 
 import utils
 from datasets import get_dataloader
+from deploy.flip import FlipAveraged
 from errors import TrainingStopped, UserError
 from fuse import pack
 from large_kernel import operator_in_use
@@ -51,7 +52,7 @@ def run(config, device):
     agree(facts, problem)  # before anything that would wait for a rank that has met a problem
     folder, start, data, changed = prepared
     if config.EVAL:
-        return _evaluate_only(config, amp, folder, start.model, data.val)
+        return _evaluate_only(config, amp, folder, start, data)
     loader = _loader(config, data.train, 'train')
     parts, state = build_training(config, device, amp, start, loader, data)
     if folder is not None:
@@ -79,6 +80,9 @@ def _prepare(config):
     folder = RunFolder(config) if utils.is_main() and config.SAVE else None
     if folder is not None and folder.own:
         folder.lock()
+    if config.EVAL_REPORT and utils.is_main():
+        from evaluation.report import check_report  # imported only where used
+        check_report(config.EVAL_REPORT)
     start = choose_start(config)
     data = read_data(config)
     training = start.checkpoint is not None and not config.EVAL
@@ -138,20 +142,30 @@ def _loader(config, dataset, mode):
     return get_dataloader(config, dataset, mode, utils.rank(), utils.world_size())
 
 
-def _evaluate_only(config, amp, folder, model, val_set):
-    """Evaluates the model of -eval and records its metrics."""
+def _evaluate_only(config, amp, folder, start, data):
+    """Evaluates the model of -eval, records its metrics and writes the report, if there is to be one."""
     if folder is not None:
         folder.claim()
-    model, _ = amp.decorate(model)
-    metrics = _evaluate(config, pack(model) if operator_in_use() else model, val_set, amp, 'eval')
+    model, _ = amp.decorate(start.model)
+    model = pack(model) if operator_in_use() else model
+    if config.EVAL_TTA:
+        model = FlipAveraged(model)
+    predictions = None
+    if config.EVAL_REPORT:
+        from evaluation.predictions import Predictions  # imported only where used
+        from evaluation.report import report_of_run
+        predictions = Predictions()
+    metrics = _evaluate(config, model, data.val, amp, 'eval', None if predictions is None else predictions.add)
     if folder is not None:
-        folder.record(event='eval', **metrics)
+        folder.record(event='eval', **metrics, **({'tta': config.EVAL_TTA} if config.EVAL_TTA else {}))
+    if config.EVAL_REPORT:
+        report_of_run(config, predictions, metrics, start.origin, data)
     return metrics
 
 
-def _evaluate(config, model, val_set, amp, name):
+def _evaluate(config, model, val_set, amp, name, on_batch=None):
     """Evaluates a model on the validation set and prints its accuracy; `name` is 'eval', 'model' or 'model_ema'."""
-    metrics = evaluate(model, _loader(config, val_set, 'val'), len(val_set), amp, name)
+    metrics = evaluate(model, _loader(config, val_set, 'val'), len(val_set), amp, name, on_batch)
     if name != 'eval':
         logger.info(f"evaluated {'the model' if name == 'model' else 'its moving average (EMA)'}: "
                     f"Acc@1 {metrics['acc1']:.3f}")
