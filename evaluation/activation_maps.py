@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from atomic_file import atomic_file, refuse_taken
 from datasets import eval_protocol
 from deploy.contact_sheets import LINE, MARGIN, RIGHT, UNKNOWN, WRONG, shortened
+from deploy.fonts import font_for
 from deploy.equivalence import layer_groups
 from deploy.layout import is_export
 from deploy.predictor import load_model
@@ -104,7 +105,7 @@ class ActivationMaps:
         self._stage, self._stride = stage, FIRST_STRIDE * 2 ** (stages - 1 if stage is None else stage)
         network = fuse(network)
         self._network = pack(network) if operator_in_use() and stage is None else network
-        self._folder, self._taken, self._font = folder, set(), ImageFont.load_default()
+        self._folder, self._taken, self._font = folder, set(), None
         os.makedirs(folder, exist_ok=True)
 
     def add(self, prediction, label=None, names=()):
@@ -117,6 +118,8 @@ class ActivationMaps:
         """
         if prediction.error:
             return
+        if self._font is None:
+            self._font = font_for(names) or ImageFont.load_default()
         guess, data = prediction.classes[0], self._config.DATA
         classes = [guess] if label in (None, guess) else [guess, label]
         image = decode_image(prediction.picture)

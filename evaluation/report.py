@@ -138,7 +138,7 @@ def _write_files(folder, outcome, paths, names, accuracy, facts):
     draw_calibration(curve, os.path.join(folder, 'calibration.png'))
     shown = wrong[:SHOWN_MISTAKES]
     if len(shown):
-        with ContactSheets(os.path.join(folder, 'mistakes')) as sheets:
+        with ContactSheets(os.path.join(folder, 'mistakes'), names) as sheets:
             for index in shown:
                 label, guess = outcome.labels[index], outcome.predicted[index]
                 sheets.add(Prediction(paths[index], [guess], [names[guess]], [outcome.confidence[index]]), label,

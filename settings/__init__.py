@@ -1,0 +1,1 @@
+"""What the settings in config.py have to satisfy beyond the limits of each key."""
