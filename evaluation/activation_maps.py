@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from atomic_file import atomic_file, refuse_taken
 from datasets import eval_protocol
 from deploy.contact_sheets import LINE, MARGIN, RIGHT, UNKNOWN, WRONG, shortened
-from deploy.fonts import font_for
 from deploy.equivalence import layer_groups
+from deploy.fonts import font_for
 from deploy.layout import is_export
 from deploy.predictor import load_model
 from errors import UserError
