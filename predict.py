@@ -145,7 +145,8 @@ def main():
             raise DataError(f'{path}: label {label}, but the model has {len(predictor.names)} classes')
     errors, accuracy = [], Accuracy()
     with contextlib.ExitStack() as stack:
-        sheets = stack.enter_context(ContactSheets(args.save_images)) if args.save_images else None
+        sheets = (stack.enter_context(ContactSheets(args.save_images, predictor.exif))
+                  if args.save_images else None)
         write = _print
         if args.output:
             write = stack.enter_context(results_file(args.output, min(args.topk, len(predictor.names)), args.features))

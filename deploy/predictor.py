@@ -78,6 +78,7 @@ class Predictor:
     Attributes:
         origin: path or zoo name of the weights, or path of the exported program.
         names: names of all classes.
+        exif: whether images are turned as their EXIF orientation says (DATA.EXIF).
         device, backend: the ones in use.
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
@@ -136,7 +137,7 @@ class Predictor:
 
     def _configure(self, config, folder, cfg):
         """Sets the transform and the class names, see `zoo.class_names_file`."""
-        self._transform = get_transform(config, 'val')
+        self._transform, self.exif = get_transform(config, 'val'), config.DATA.EXIF
         count, path = config.MODEL.NUM_CLASSES, class_names_file(config, folder, cfg)
         self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 
@@ -185,7 +186,8 @@ class Predictor:
     def _preprocess(self, image):
         """Array [3, H, W] of a path or a Pillow image; a DataError is returned, not raised."""
         try:
-            decoded = to_rgb(image) if isinstance(image, Image.Image) else decode_image(image)
+            decode = to_rgb if isinstance(image, Image.Image) else decode_image
+            decoded = decode(image, self.exif)
         except DataError as error:
             return error
         return self._transform(decoded)

@@ -5,7 +5,7 @@ import numpy as np
 
 from image_files.decode import DataError
 from image_files.find import find_images
-from image_files.lists import IMAGENET_NAMES, is_imagenet_1k, read_class_names
+from image_files.lists import IMAGENET_NAMES, is_imagenet_1k, names_file, read_class_names
 
 
 def subfolders(folder):
@@ -92,6 +92,28 @@ def read_folder(root, mode, num_classes=None):
     paths, labels = images_by_class(os.path.join(root, mode), classes)
     relative = [os.fsencode(os.path.relpath(path, root)) for path in paths]
     return np.array(relative), np.array(labels, dtype=np.int64)
+
+
+def class_names(root, dataset, num_classes=None):
+    """Names of the classes of a data folder.
+
+    Args:
+        root: data folder, '' for none.
+        dataset: DATA.DATASET.
+        num_classes: outputs of the model; None for any.
+    Returns:
+        for 'image_folder' the names of the folders, otherwise those of `lists.names_file`; None if there are none.
+    Raises:
+        DataError: see `data_classes` and `lists.read_class_names`.
+    """
+    if dataset != 'image_folder':
+        file = names_file(root, num_classes)
+        return read_class_names(file, num_classes) if file else None
+    names = names_of_folders(data_classes(root))
+    if num_classes not in (None, len(names)):
+        raise DataError(f'{root}: has folders of {len(names):,} classes, but the model has {num_classes:,}; set '
+                        f'MODEL.NUM_CLASSES to {len(names)}, or leave it out')
+    return names
 
 
 def names_of_folders(classes):

@@ -55,7 +55,8 @@ def inspect_images(paths, workers=None):
 
 def groups_of(inspections):
     """Groups of duplicates, see `duplicates.duplicate_groups`, of images that can all be decoded."""
-    return duplicate_groups([found.digest for found in inspections], np.stack([found.thumbnail for found in inspections]))
+    return duplicate_groups([found.digest for found in inspections],
+                            np.stack([found.thumbnail for found in inspections]))
 
 
 def _file_findings(path):

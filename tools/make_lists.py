@@ -4,8 +4,8 @@
     python tools/make_lists.py photos -output=lists -val=0.1 -seed=1
     python tools/make_lists.py imagenet -devkit=ILSVRC2012_devkit_t12 -no_check
 
-The classes are the folders, sorted by name. Of each class a share, -val, is for validation. Copies and near copies of an
-image are in the same list. Images that cannot be decoded are left out and named. Where there are folders train/ and
+The classes are the folders, sorted by name. Of each class a share, -val, is for validation. Copies and near copies of
+an image are in the same list. Images that cannot be decoded are left out and named. Where there are folders train/ and
 val/ that contain the class folders, the images stay in their part. For ImageNet, val/ may also contain all images
 directly; their labels then come from the development kit.
 """
