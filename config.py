@@ -21,6 +21,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from errors import ArgumentParser, UserError
+from image_files.folders import class_names
 from settings.checks import CHECKS, group_of, setting
 
 # Whether a key may have another value when a run is resumed, see `config_changes`.
@@ -62,10 +63,11 @@ KEYS = {
     'BASE': Key([], 'YAML files to start from, relative to the file that names them', elements=str),
 
     # ---- data
-    'DATA.DATASET': Key('imagenet2012', 'kind of dataset: ImageNet-style list files', ('imagenet2012',),
-                        flag='dataset'),
-    'DATA.DATA_PATH': Key('', 'folder with train_list.txt and val_list.txt ("relative/path label" per line)',
-                          flag='data_path', path=True, resume=MAY_DIFFER),
+    'DATA.DATASET': Key('imagenet2012', "'imagenet2012': list files; 'image_folder': folders train/CLASS and val/CLASS",
+                        ('imagenet2012', 'image_folder'), flag='dataset'),
+    'DATA.DATA_PATH': Key('', 'folder with train_list.txt and val_list.txt ("relative/path label" per line), or of '
+                          'DATASET image_folder', flag='data_path', path=True, resume=MAY_DIFFER),
+    'DATA.EXIF': Key(False, 'turn photos as their EXIF orientation says; off in the published protocol'),
     'DATA.ALLOW_CHANGES': Key(False, 'resume a run although its lists or its classes.txt have changed',
                               resume=PER_CALL),
     'DATA.BATCH_SIZE': Key(64, 'images per process and micro-batch', low=1, flag='batch_size', resume=MAY_DIFFER),
@@ -86,7 +88,8 @@ KEYS = {
 
     # ---- model
     'MODEL.NAME': Key('replknet_31b', 'name of the model, the beginning of the default run folder'),
-    'MODEL.NUM_CLASSES': Key(1000, 'outputs of the head', low=1),
+    'MODEL.NUM_CLASSES': Key(1000, 'outputs of the head; where it is not set, the number of classes in the data folder '
+                             'if that names them', low=1),
     'MODEL.LARGE_KERNEL_SIZES': Key([31, 29, 27, 13], 'large kernel of each stage, odd'),
     'MODEL.LAYERS': Key([2, 2, 18, 2], 'pairs of RepLKBlock and ConvFFN in each stage'),
     'MODEL.CHANNELS': Key([128, 256, 512, 1024], 'channels of each stage'),
@@ -251,6 +254,10 @@ def get_config(cfg_file=None, opts=(), flags=None):
         raise ConfigError(f'-opts: {opts[-1]} has no value; give KEY VALUE pairs')
     for key, value in zip(opts[::2], opts[1::2]):
         _set(config, key, _parse(key, value), '-opts', origins)
+    if 'MODEL.NUM_CLASSES' not in origins and config.DATA.DATA_PATH:
+        with contextlib.suppress(UserError):  # reading the data will report it
+            config.MODEL.NUM_CLASSES = len(
+                class_names(config.DATA.DATA_PATH, config.DATA.DATASET) or range(KEYS['MODEL.NUM_CLASSES'].default))
     problem = next(itertools.chain.from_iterable(check(config) for check in (_check_values, *CHECKS)), None)
     if problem:
         key, reason, *others = problem

@@ -1,7 +1,8 @@
 """ImageNet-style list datasets: decoding, samplers and loaders.
 
 A data folder contains `train_list.txt` and `val_list.txt` with one 'relative/path label' per line; paths may contain
-spaces. Predictions show the class names in `classes.txt`, if the folder has one: a name per line, class 0 first.
+spaces. With DATA.DATASET image_folder it contains folders train/CLASS and val/CLASS instead. Predictions show the class
+names in `classes.txt`, if the folder has one: a name per line, class 0 first.
 
 Every random draw depends only on (seed, epoch, image) or (seed, epoch), not on the worker or the process.
 """
@@ -18,11 +19,12 @@ from paddle.base.multiprocess_utils import _cleanup_mmap
 
 from errors import UserError
 from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
+from image_files.folders import read_folder
 from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
 from transforms import eval_transform, train_transform
 from utils import STREAM_AUGMENT, STREAM_ORDER, STREAM_REPLACE, device_count, logger, random_generator
 
-DATASETS = ('imagenet2012',)
+DATASETS = ('imagenet2012', 'image_folder')
 MODES = ('train', 'val')
 CHECK_FILES_UP_TO = 20_000  # lines; in longer lists a missing image is reported when it is read, for a quick start
 PREFETCH_FACTOR = 2  # batches prefetched per worker
@@ -39,6 +41,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         num_classes: labels must be in [0, num_classes); None for no limit.
         train: bool, whether the transform takes a random generator.
         seed: int >= 0, seed of the augmentation.
+        exif: bool, whether to turn images as their EXIF orientation says.
 
     Attributes:
         labels: int64 array [len(dataset)].
@@ -49,16 +52,23 @@ class ImageNet2012Dataset(paddle.io.Dataset):
             lines) its image is missing.
     """
 
-    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0):
+    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0, exif=False):
         super().__init__()
-        self.root, self.transform, self.train, self.seed = root, transform, train, seed
+        self.root, self.transform, self.train, self.seed, self.exif = root, transform, train, seed, exif
         self.list_file = os.path.join(root, list_file)
         # arrays, not lists of objects, whose reference counts would make workers copy the shared memory
-        self._paths, self.labels = read_list(self.list_file, num_classes)
+        self._paths, self.labels = self._read(list_file, num_classes)
         if len(self) <= CHECK_FILES_UP_TO:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
-                    raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such image')
+                    raise DataError(f'{self._where(index)}{self.path(index)}: no such image')
+
+    def _read(self, _, num_classes):
+        return read_list(self.list_file, num_classes)
+
+    def _where(self, index):
+        """Where an image is named, for messages about it."""
+        return f'{self.list_file}:{index + 1}: '
 
     @property
     def paths(self):
@@ -91,14 +101,28 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         """
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
-            image = decode_image(self.path(index))
+            image = decode_image(self.path(index), self.exif)
         except DataError as error:
-            raise DataError(f'{self.list_file}:{index + 1}: {error}') from error
+            raise DataError(f'{self._where(index)}{error}') from error
         if self.train:
             pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
         else:
             pixels = self.transform(image)
         return pixels, self.labels[index]
+
+
+class ImageFolderDataset(ImageNet2012Dataset):
+    """The same for images in folders root/MODE/CLASS, labelled by the sorted names of the class folders.
+
+    Args:
+        root: data folder; `list_file` is 'train' or 'val', see `folders.read_folder`.
+    """
+
+    def _read(self, mode, num_classes):
+        return read_folder(self.root, mode, num_classes)
+
+    def _where(self, _):
+        return ''
 
 
 class TrainBatchSampler:
@@ -348,6 +372,11 @@ def get_transform(config, mode):
                            re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS), **common)
 
 
+def source_name(config, mode):
+    """What in the data folder names the images for mode 'train' or 'val': a list, or a folder of class folders."""
+    return mode if config.DATA.DATASET == 'image_folder' else f'{mode}_list.txt'
+
+
 def get_dataset(config, mode='train'):
     """The dataset for mode 'train' or 'val' in the folder DATA.DATA_PATH.
 
@@ -359,8 +388,9 @@ def get_dataset(config, mode='train'):
     if config.DATA.DATASET not in DATASETS:
         raise UserError(f'unknown dataset {config.DATA.DATASET!r}: -dataset must be one of {", ".join(DATASETS)}')
     _check_mode(mode)
-    return ImageNet2012Dataset(config.DATA.DATA_PATH, f'{mode}_list.txt', get_transform(config, mode),
-                               num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED)
+    kind = ImageFolderDataset if config.DATA.DATASET == 'image_folder' else ImageNet2012Dataset
+    return kind(config.DATA.DATA_PATH, source_name(config, mode), get_transform(config, mode),
+                num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED, exif=config.DATA.EXIF)
 
 
 def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):

@@ -34,7 +34,7 @@ from PIL import Image
 import utils
 from atomic_file import atomic_file
 from config import config_text, get_config
-from datasets import get_dataset, get_transform
+from datasets import get_dataset, get_transform, source_name
 from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
 from deploy.layout import CERTIFICATE, FORMS, is_export
 from deploy.onnx_graph import write_onnx
@@ -303,15 +303,15 @@ def comparison_images(config, options):
     """Preprocessed images from a folder, from the validation list, or generated; then as many random inputs."""
     transform, size = get_transform(config, 'val'), config.DATA.IMAGE_SIZE
     rng = np.random.default_rng(0)
-    val_list, source = os.path.join(config.DATA.DATA_PATH, 'val_list.txt'), options.pictures
+    val, source = os.path.join(config.DATA.DATA_PATH, source_name(config, 'val')), options.pictures
     if source:
         if not os.path.isdir(source):
             raise FileNotFoundError(f'-pictures={source}: no such folder')
         paths = images_in(source)
-        images = [transform(decode_image(paths[i])) for i in _evenly_spaced(len(paths))]
-    elif config.DATA.DATA_PATH and os.path.isfile(val_list):
+        images = [transform(decode_image(paths[i], config.DATA.EXIF)) for i in _evenly_spaced(len(paths))]
+    elif config.DATA.DATA_PATH and os.path.exists(val):
         dataset = get_dataset(config, 'val')
-        images, source = [dataset[i][0] for i in _evenly_spaced(len(dataset))], val_list
+        images, source = [dataset[i][0] for i in _evenly_spaced(len(dataset))], val
     else:
         images, source = [transform(_generated_image(rng)) for _ in range(IMAGES)], 'generated'
     sizes = [(size, size)] + [(size + 13, size + 37)] * options.dynamic

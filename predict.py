@@ -208,7 +208,7 @@ def main():
     try:
         with contextlib.ExitStack() as stack:
             sheets = stack.enter_context(ContactSheets(
-                args.save_images, predictor.names, args.font)) if args.save_images else None
+                args.save_images, predictor.names, args.font, predictor.exif)) if args.save_images else None
             write = _print
             if args.output:
                 write = stack.enter_context(

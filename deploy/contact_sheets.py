@@ -1,4 +1,5 @@
 """Contact sheets: PNG files that show images in a grid, with the file name and the predicted class below each."""
+import contextlib
 import logging
 import os
 
@@ -21,11 +22,12 @@ class ContactSheets:
         folder: new or empty folder.
         names: names of all classes. If no font has their characters, the numbers of the classes are written instead.
         font: font file; None for Pillow's own font or, for names that it cannot write, one of the system's.
+        exif: whether to turn images as their EXIF orientation says.
     Raises:
         UserError: the folder cannot be created or is not empty, or the font cannot be read.
     """
 
-    def __init__(self, folder, names=(), font=None):
+    def __init__(self, folder, names=(), font=None, exif=False):
         try:
             os.makedirs(folder, exist_ok=True)
             taken = os.listdir(folder)
@@ -33,7 +35,7 @@ class ContactSheets:
             raise UserError(f'-save_images={folder}: {error.strerror}; name a folder') from None
         if taken:
             raise UserError(f'-save_images={folder}: is not empty; choose another folder')
-        self._folder, self._tiles, self._count = folder, [], 0
+        self._folder, self._exif, self._tiles, self._count = folder, exif, [], 0
         chosen = font_for(names, font)
         self._font, self._names = chosen or ImageFont.load_default(), chosen is not None
         if chosen is None:
@@ -68,25 +70,39 @@ class ContactSheets:
             self._write()
 
     def _write(self):
-        rows = -(-len(self._tiles) // COLUMNS)
-        width, height = SIDE + 2 * MARGIN, SIDE + 2 * MARGIN + 3 * LINE
-        sheet = Image.new('RGB', (min(COLUMNS, len(self._tiles)) * width, rows * height), 'white')
-        draw = ImageDraw.Draw(sheet)
-        for index, (path, lines, frame) in enumerate(self._tiles):
-            left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
-            try:
-                image = ImageOps.contain(decode_image(path), (SIDE, SIDE))
-                sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
-            except DataError:
-                pass  # the text below says so
-            draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)
-            for line, text in enumerate(lines):
-                colour = 'black' if line == 0 or frame == UNKNOWN else frame
-                draw.text((left, top + SIDE + 6 + line * LINE), shortened(text, self._font, SIDE), fill=colour,
-                          font=self._font)
         self._count += 1
+        sheet = draw_sheet([(self._decoded(path), lines, frame) for path, lines, frame in self._tiles], self._font)
         sheet.save(os.path.join(self._folder, f'sheet_{self._count:04d}.png'))
         self._tiles = []
+
+    def _decoded(self, path):
+        with contextlib.suppress(DataError):  # the text says so
+            return decode_image(path, self._exif)
+
+
+def draw_sheet(tiles, font=None):
+    """Draws images in a grid.
+
+    Args:
+        tiles: list of (RGB image or None, lines of text, colour of the frame); the first line is black.
+        font: Pillow font; None for Pillow's own.
+    Returns:
+        RGB image.
+    """
+    columns, font = min(COLUMNS, len(tiles)), font or ImageFont.load_default()
+    width, height = SIDE + 2 * MARGIN, SIDE + 2 * MARGIN + 3 * LINE
+    sheet = Image.new('RGB', (columns * width, -(-len(tiles) // COLUMNS) * height), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, lines, frame) in enumerate(tiles):
+        left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
+        if image is not None:
+            image = ImageOps.contain(image, (SIDE, SIDE))
+            sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
+        draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)
+        for line, text in enumerate(lines):
+            colour = 'black' if line == 0 or frame == UNKNOWN else frame
+            draw.text((left, top + SIDE + 6 + line * LINE), shortened(text, font, SIDE), fill=colour, font=font)
+    return sheet
 
 
 def shortened(text, font, width):

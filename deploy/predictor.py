@@ -83,6 +83,7 @@ class Predictor:
         origin: path or zoo name of the weights, or path of the exported program.
         settings: those of the model.
         names: names of all classes.
+        exif: whether images are turned as their EXIF orientation says (DATA.EXIF).
         device, backend: the ones in use.
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
@@ -145,7 +146,7 @@ class Predictor:
 
     def _configure(self, config, folder, cfg):
         """Sets the transform and the class names, see `zoo.class_names_file`."""
-        self.settings, self._transform = config, get_transform(config, 'val')
+        self.settings, self._transform, self.exif = config, get_transform(config, 'val'), config.DATA.EXIF
         count, path = config.MODEL.NUM_CLASSES, class_names_file(config, folder, cfg)
         self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 
@@ -214,7 +215,7 @@ class Predictor:
     def _preprocess(self, picture, name):
         """Array [3, H, W] of a picture; a DataError that begins with `name` is returned, not raised."""
         try:
-            return self._transform(read_picture(picture))
+            return self._transform(read_picture(picture, self.exif))
         except Exception as error:
             return error if isinstance(error, DataError) and name == str(picture) else _unreadable(name, error)
 

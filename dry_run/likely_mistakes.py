@@ -6,7 +6,7 @@ import paddle
 
 import utils
 from config import get_config
-from datasets import eval_protocol
+from datasets import eval_protocol, source_name
 from dry_run.recipes import RECIPES
 from errors import UserError
 from replknet import VARIANTS
@@ -43,14 +43,15 @@ def _classes(plan):
     if head == 1:
         yield 'MODEL.NUM_CLASSES is 1: a head with one output cannot tell classes apart; give the number of classes'
     for mode, labels in plan.labels.items():
+        source = source_name(plan.config, mode)
         beyond = labels[labels >= head]
         if len(beyond):
-            yield (f'{mode}_list.txt has {len(np.unique(beyond)):,} classes for which the head of {head:,} classes has '
+            yield (f'{source} has {len(np.unique(beyond)):,} classes for which the head of {head:,} classes has '
                    f'no output, such as {beyond.min()}: set MODEL.NUM_CLASSES to {labels.max() + 1}')
         absent = np.setdiff1d(np.arange(head), labels)
         if len(absent):
             names = ', '.join(map(str, absent[:5])) + (', ...' if len(absent) > 5 else '')
-            yield f'{mode}_list.txt has no image of {len(absent):,} of the {head:,} classes of the head: {names}'
+            yield f'{source} has no image of {len(absent):,} of the {head:,} classes of the head: {names}'
     if len(plan.labels) == 2 and plan.steps_per_epoch and len(plan.labels['train']) < len(plan.labels['val']):
         yield 'there are fewer images for training than for evaluation: are the lists swapped?'
 

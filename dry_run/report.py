@@ -6,6 +6,7 @@
 Nothing is trained or written. Neither a GPU nor the data is needed.
 """
 import math
+import os
 
 import numpy as np
 
@@ -17,12 +18,12 @@ from dry_run.likely_mistakes import warnings
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from errors import UserError
+from image_files.histogram import class_rows
 from run_folder.layout import METRICS
 from run_folder.metrics import read_metrics
 from training.optim import parameter_groups
 
 GPU_MEMORY = (16, 24, 40, 80)  # GiB
-BAR = 40  # characters of the longest bar
 
 
 def report(config, device, processes):
@@ -132,29 +133,10 @@ def _data(plan):
     if 'train' not in plan.labels and plan.images and not config.EVAL:
         rows.append(('train', f'not read; {plan.images:,} images assumed, as in ImageNet'))
     for mode, labels in plan.labels.items():
-        rows += _class_rows(mode, labels, config.MODEL.NUM_CLASSES)
+        rows += class_rows(mode, labels, config.MODEL.NUM_CLASSES, bars=mode != 'val')
+    if os.path.isdir(config.DATA.DATA_PATH):
+        rows.append(('check of the images', f'python tools/check_images.py {config.DATA.DATA_PATH}'))
     return rows + [('evaluation', f'{config.DATA.IMAGE_SIZE} pixels, {protocol}, {config.DATA.INTERPOLATION}')]
-
-
-def _class_rows(mode, labels, classes):
-    """Rows about the images per class, with a bar for each class, or with many classes for each range of counts."""
-    found, counts = np.unique(labels, return_counts=True)
-    rows = [(mode, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the '
-                   f"head's classes without images; images per class: min {counts.min():,}, median "
-                   f'{np.median(counts):,.0f}, max {counts.max():,}')]
-    low, high = counts.min(), counts.max() + 1
-    if mode == 'val' or classes > 12 and high - low == 1:
-        return rows
-    if classes <= 12:
-        present = dict(zip(found, counts))
-        bars, unit = [(f'class {label}', present.get(label, 0)) for label in range(classes)], 'images'
-    else:
-        totals, edges = np.histogram(counts, bins=min(8, high - low), range=(low, high))
-        bars, unit = [(f'{math.ceil(a):,} to {math.ceil(b) - 1:,}', total)
-                      for a, b, total in zip(edges, edges[1:], totals)], 'classes'
-    longest = max(1, *(count for _, count in bars))
-    return rows + [(f'  {label}', f'{"#" * math.ceil(BAR * count / longest):<{BAR}} {count:,} {unit}')
-                   for label, count in bars]
 
 
 def _memory(plan):

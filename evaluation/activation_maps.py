@@ -122,7 +122,7 @@ class ActivationMaps:
             self._font = font_for(names) or ImageFont.load_default()
         guess, data = prediction.classes[0], self._config.DATA
         classes = [guess] if label in (None, guess) else [guess, label]
-        image = decode_image(prediction.picture)
+        image = decode_image(prediction.picture, data.EXIF)
         protocol = eval_protocol(self._config)
         seen = eval_geometry(image, data.IMAGE_SIZE, crop_pct=data.CROP_PCT, protocol=protocol,
                              interpolation=data.INTERPOLATION)

@@ -21,8 +21,12 @@ class DataError(UserError):
     """A list file or an image cannot be used; the message is one line that names the file and the line."""
 
 
-def decode_image(path):
-    """Reads an image file as RGB, see `to_rgb`; EXIF orientation is ignored, as in the official code.
+_UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+            6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # {EXIF orientation: how to turn the image}
+
+
+def decode_image(path, exif=False):
+    """Reads an image file as RGB, see `to_rgb`.
 
     Raises:
         DataError: the file does not exist or cannot be decoded.
@@ -32,7 +36,7 @@ def decode_image(path):
         if heif and not enable_heif():
             raise DataError('needs the package pillow-heif: pip install pillow-heif')
         with open(path, 'rb') as file:
-            return to_rgb(Image.open(file))
+            return to_rgb(Image.open(file), exif)
     except FileNotFoundError:
         raise DataError(f'{path}: no such image') from None
     except Image.DecompressionBombError as error:
@@ -53,17 +57,21 @@ def enable_heif():
     return True
 
 
-def to_rgb(image):
+def to_rgb(image, exif=False):
     """Converts a Pillow image of any mode to RGB, without changing it.
 
     Alpha is dropped. Of 16-bit greyscale, the high byte is kept. Nothing tells the range of 32-bit integers and of
     floating-point numbers, so these are refused.
 
+    Args:
+        exif: whether to turn it as its EXIF orientation says (DATA.EXIF); the official code ignores that.
     Raises:
         DataError: the image has no pixels, or pixels of 32 bits.
     """
     if 0 in image.size:
         raise DataError(f'the image has no pixels, its size is {image.width} x {image.height}')
+    if exif and orientation(image) != 1:
+        image = image.transpose(_UPRIGHT[orientation(image)])
     if 'transparency' in image.info:
         image = image.copy()
         del image.info['transparency']  # Pillow would warn that it is lost
@@ -81,3 +89,12 @@ def to_rgb(image):
     if image.mode in ('La', 'RGBa'):  # Pillow converts premultiplied alpha only to unmultiplied
         image = image.convert({'La': 'LA', 'RGBa': 'RGBA'}[image.mode])
     return image.convert('RGB')
+
+
+def orientation(image):
+    """EXIF orientation of a Pillow image, 1 to 8; 1 (upright) also where there is none, or none that can be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged metadata, for which Pillow raises many types, do not spoil the pixels
+        return 1
+    return value if value in _UPRIGHT else 1

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from atomic_file import atomic_file
 from image_files.decode import DataError
 
 CLASSES = 'classes.txt'  # names of the classes in a data folder, and in what is made from it
@@ -149,3 +150,35 @@ def is_imagenet_1k(paths, labels):
     in_order = [synsets[name] for name in sorted(synsets)]
     return in_order == sorted(set(in_order)) and all(
         name == _SYNSETS.get(label, name) for name, label in synsets.items())
+
+
+def list_entry(path, folder):
+    """How a list in `folder` names an image: relative to it, or absolute if the image is elsewhere; bytes.
+
+    Raises:
+        DataError: the path has a line break, so no list can hold it.
+    """
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    inside = os.path.commonpath([path, folder]) == folder
+    entry = os.fsencode(os.path.relpath(path, folder).replace(os.sep, '/') if inside else path)
+    if len(entry.splitlines()) != 1:
+        raise DataError(f'{path!r}: rename this file: a path in a list cannot contain a line break')
+    return b'./' + entry if entry[:1].isspace() else entry  # `read_list` ignores spaces around a line
+
+
+def write_list(path, images, labels):
+    """Writes a list file that `read_list` reads, all of it or nothing.
+
+    Args:
+        path: the list file.
+        images: paths of the images.
+        labels: their labels; below 0 for none.
+    Raises:
+        DataError: see `list_entry`.
+        OSError: the file cannot be written.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    lines = [list_entry(image, folder) + (b' %d' % label if label >= 0 else b'') + b'\n'
+             for image, label in zip(images, labels)]
+    with atomic_file(path) as file:
+        file.writelines(lines)

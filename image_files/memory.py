@@ -99,15 +99,15 @@ def described(picture):
     return str(picture)
 
 
-def read_picture(picture):
-    """Decodes a picture to an RGB image.
+def read_picture(picture, exif=False):
+    """Decodes a picture to an RGB image; `exif` turns it as its EXIF orientation says.
 
     Raises:
         DataError: a path that cannot be read.
         Exception: another picture that cannot be read; Pillow raises many types.
     """
     if isinstance(picture, (str, os.PathLike)):
-        return decode_image(picture)
+        return decode_image(picture, exif)
     if 0 in (picture.shape if isinstance(picture, np.ndarray) else picture.size):
         raise ValueError('it has no pixels')
-    return to_rgb(Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture)
+    return to_rgb(Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture, exif)

@@ -1,14 +1,14 @@
 """Writes a run folder: settings, logs, metrics and checkpoints. Only rank 0 does."""
 import contextlib
 import os
-import shutil
 import time
 
 import utils
 from atomic_file import atomic_file, lock_file, remove_leftovers
 from config import config_changes, config_text
 from errors import UserError
-from image_files.lists import CLASSES, names_file
+from image_files.folders import class_names
+from image_files.lists import CLASSES
 from run_folder.checkpoint import save_checkpoint
 from run_folder.layout import (
     BEST,
@@ -120,9 +120,11 @@ class RunFolder:
             utils.truncate_lines(os.path.join(self.path, METRICS), metrics_bytes)
             with atomic_file(config_file) as file:
                 file.write(config_text(self.config).encode())
-            classes = names_file(self.config.DATA.DATA_PATH, self.config.MODEL.NUM_CLASSES)
-            if classes:
-                shutil.copyfile(classes, os.path.join(self.path, CLASSES))
+            data = self.config.DATA
+            names = class_names(data.DATA_PATH, data.DATASET, self.config.MODEL.NUM_CLASSES)
+            if names:
+                with atomic_file(os.path.join(self.path, CLASSES)) as file:
+                    file.write(''.join(f'{name}\n' for name in names).encode())
             utils.log_to_file(os.path.join(self.path, LOG))
             if self.config.SCALARS and not self.config.EVAL:
                 self._scalars = Scalars(self.path, self.config.SCALARS)

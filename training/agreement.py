@@ -19,7 +19,6 @@ import utils
 from config import KEYS, setting
 from errors import UserError
 from large_kernel.conv import VARIABLE
-from training.data import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 # These may differ from machine to machine; the folders that rank 0 has chosen apply to all.
@@ -51,7 +50,7 @@ def agree_on_settings(config, device):
 
 def data_facts(data):
     """Facts for `agree` about `data.RunData`."""
-    return {FILES[key]: f"{entry['length']:,} entries, digest {entry['digest'][:12]}"
+    return {data.sources[key]: f"{entry['length']:,} entries, digest {entry['digest'][:12]}"
             for key, entry in data.identity.items()}
 
 

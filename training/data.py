@@ -2,12 +2,11 @@
 from dataclasses import dataclass
 from typing import List, Optional
 
-from datasets import ImageNet2012Dataset, get_dataset
+from datasets import ImageNet2012Dataset, get_dataset, source_name
 from errors import UserError
-from image_files.lists import list_identity, names_file, names_identity, read_class_names
+from image_files.folders import class_names
+from image_files.lists import CLASSES, list_identity, names_identity
 from utils import logger
-
-FILES = {'train': 'train_list.txt', 'val': 'val_list.txt', 'classes': 'classes.txt'}
 
 
 @dataclass(frozen=True)
@@ -17,19 +16,22 @@ class RunData:
     Attributes:
         train, val: datasets; None where the run does not use them.
         names: names of the classes, or None.
-        identity: {key of FILES: see `list_identity`} of those that there are. The images themselves are not part of it.
+        identity: {'train', 'val' or 'classes': see `list_identity`} of those that there are. The images themselves are
+            not part of it.
+        sources: {the same keys: name of the file or folder in the data folder}.
     """
     train: Optional[ImageNet2012Dataset]
     val: Optional[ImageNet2012Dataset]
     names: Optional[List[str]]
     identity: dict
+    sources: dict
 
 
 def read_data(config):
     """Reads the lists and the names of the classes; returns `RunData`.
 
     Raises:
-        UserError, FileNotFoundError: see `datasets.get_dataset` and `lists.read_class_names`.
+        UserError, FileNotFoundError: see `datasets.get_dataset` and `folders.class_names`.
     """
     val = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     train = None if config.EVAL else get_dataset(config, 'train')
@@ -37,13 +39,13 @@ def read_data(config):
     identity = {mode: list_identity(data.paths, data.labels) for mode, data in (('train', train), ('val', val)) if data}
     if names:
         identity['classes'] = names_identity(names)
-    return RunData(train, val, names, identity)
+    sources = {key: CLASSES if key == 'classes' else source_name(config, key) for key in identity}
+    return RunData(train, val, names, identity, sources)
 
 
 def read_class_names_of(config):
     """Names of the classes in the data folder, or None; raises UserError if they do not fit MODEL.NUM_CLASSES."""
-    file = names_file(config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
-    return read_class_names(file, config.MODEL.NUM_CLASSES) if file else None
+    return class_names(config.DATA.DATA_PATH, config.DATA.DATASET, config.MODEL.NUM_CLASSES)
 
 
 def refuse_other_data(config, data, state, path):
@@ -57,7 +59,7 @@ def refuse_other_data(config, data, state, path):
         state: contents of the checkpoint; those of earlier versions have no record of the data.
         path: its file, for messages.
     Returns:
-        keys of `FILES` that have changed.
+        keys of `RunData.identity` that have changed.
     Raises:
         UserError: the data have changed, without DATA.ALLOW_CHANGES.
     """
@@ -65,7 +67,7 @@ def refuse_other_data(config, data, state, path):
     changed = [key for key in before if key in data.identity and before[key] != data.identity[key]]
     if not changed:
         return []
-    what = '; '.join(_change(FILES[key], before[key]['length'], data.identity[key]['length']) for key in changed)
+    what = '; '.join(_change(data.sources[key], before[key]['length'], data.identity[key]['length']) for key in changed)
     if not config.DATA.ALLOW_CHANGES:
         raise UserError(f'{path}: belongs to a run with other data: {what}; restore the data, start a new run from its '
                         'weights with -pretrained, or continue with -opts DATA.ALLOW_CHANGES True')
