@@ -25,7 +25,6 @@ INTERPOLATIONS = {'nearest': Image.NEAREST, 'bilinear': Image.BILINEAR, 'bicubic
                   'lanczos': Image.LANCZOS}
 EVAL_PROTOCOLS = ('crop', 'warp')
 ERASING_MODES = ('const', 'rand', 'pixel')
-THIN = 16  # longer side relative to the shorter one from which on an image counts as very long and thin
 
 
 def eval_transform(image_size, *, crop_pct=0.875, protocol='crop', interpolation='bicubic',
@@ -64,28 +63,49 @@ def eval_geometry(image, image_size, *, crop_pct=0.875, protocol='crop', interpo
     """The part of `eval_transform` before normalisation: RGB image of any size -> square RGB image."""
     resample = INTERPOLATIONS[interpolation]
     if protocol == 'warp':
-        if image.height > THIN * max(image.width, image_size):  # Pillow resizes the width first, for every row
-            image = image.resize((image.width, image_size), resample, reducing_gap=4)
-        return image.resize((image_size, image_size), resample)
-    return _resize_and_crop(image, int(image_size / crop_pct), image_size, resample)
-
-
-def _resize_and_crop(image, shorter_side, size, resample):
-    """Resizes the shorter side, and crops the centre.
-
-    Of a very long and thin image only what the crop shows is resized, since the whole could take gigabytes. Pillow may
-    then resize height and width in another order, which rounds differently.
-    """
+        return _resize_to_square(image, image_size, resample)
+    shorter = int(image_size / crop_pct)
     width, height = image.size
     if width <= height:
-        resized = shorter_side, int(shorter_side * height / width)
+        resized = shorter, int(shorter * height / width)
     else:
-        resized = int(shorter_side * width / height), shorter_side
-    left, top = (round((side - size) / 2) for side in resized)
-    if max(resized) <= THIN * shorter_side:
-        return image.resize(resized, resample).crop((left, top, left + size, top + size))
-    x, y = width / resized[0], height / resized[1]
-    return image.resize((size, size), resample, box=(left * x, top * y, (left + size) * x, (top + size) * y))
+        resized = int(shorter * width / height), shorter
+    if _out_of_proportion(resized, image, image_size):
+        return _resize_centre(image, resized, image_size, resample)
+    return _centre_crop(image.resize(resized, resample), image_size, image_size)
+
+
+def _out_of_proportion(intermediate, image, side):
+    """Whether an intermediate image (width, height) is far larger than both an image and a result of side x side.
+
+    True only above 16 million pixels, 64 MB, so only for thin images; others are computed as in the official code.
+    """
+    return math.prod(intermediate) > 4 * max(image.width * image.height, side * side, 1 << 22)
+
+
+def _resize_centre(image, resized, side, resample):
+    """The centre, side x side, of an image resized to `resized`, without computing the rest.
+
+    Differs from the crop of the resized image by rounding, at most two levels of 255.
+    """
+    first, last, corner = [], [], []
+    for length, target in zip(image.size, resized):
+        offset, scale = round((target - side) / 2), length / target
+        start, stop = offset * scale, (offset + side) * scale
+        margin = 4 * max(1, scale)  # more than the widest filter reaches, lanczos with 3
+        first.append(max(0, math.floor(start - margin)))
+        last.append(min(length, math.ceil(stop + margin)))
+        corner.append((start - first[-1], stop - first[-1]))  # small numbers: Pillow takes the box in single precision
+    box = (corner[0][0], corner[1][0], corner[0][1], corner[1][1])
+    return image.crop((*first, *last)).resize((side, side), resample, box)
+
+
+def _resize_to_square(image, side, resample):
+    # Pillow resizes the rows first, to side x height pixels; its weights take 32 bytes per pixel of the longer side
+    if _out_of_proportion((side, max(image.width, image.height)), image, side):
+        tall = image.height > image.width
+        image = image.resize((image.width, side) if tall else (side, image.height), resample, reducing_gap=3)
+    return image.resize((side, side), resample)
 
 
 def _centre_crop(image, width, height):
@@ -212,7 +232,7 @@ def random_resized_crop(image, image_size, rng, *, scale=(0.08, 1.0), ratio=(3 /
         width = min(image.width, max(1, round(image.height * ratio[1])))
         height = min(image.height, max(1, round(image.width / ratio[0])))
         image = _centre_crop(image, width, height)
-    return image.resize((image_size, image_size), resample)
+    return _resize_to_square(image, image_size, resample)
 
 
 def jitter_color(image, rng, strength):

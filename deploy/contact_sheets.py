@@ -5,9 +5,9 @@ import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from deploy.fonts import font_for, has
 from errors import UserError
 from image_files.decode import DataError, decode_image
+from image_files.fonts import font_for, has
 
 logger = logging.getLogger('replknet')
 COLUMNS, ROWS = 6, 5

@@ -14,12 +14,12 @@ from atomic_file import atomic_file, refuse_taken
 from datasets import eval_protocol
 from deploy.contact_sheets import LINE, MARGIN, RIGHT, UNKNOWN, WRONG, shortened
 from deploy.equivalence import layer_groups
-from deploy.fonts import font_for
 from deploy.layout import is_export
 from deploy.predictor import load_model
 from errors import UserError
 from fuse import fuse, pack
 from image_files.decode import decode_image
+from image_files.fonts import font_for
 from large_kernel import operator_in_use
 from transforms import eval_geometry, normalize
 

@@ -3,9 +3,9 @@ import warnings
 
 import numpy as np
 
-from deploy.fonts import font_for
 from errors import UserError
 from evaluation.metrics import confused_pairs, confusion_cells
+from image_files.fonts import prepare_texts
 
 MATRIX_UP_TO = 50  # classes; with more, the most confused pairs are drawn
 NUMBERS_UP_TO = 25  # classes; with more, the cells of the matrix are too small for numbers
@@ -37,13 +37,7 @@ def _figure(width, height):
 
 
 def _save(figure, path):
-    from matplotlib.font_manager import FontProperties
-    texts = figure.findobj(lambda artist: hasattr(artist, 'set_parse_math'))
-    font = None if all(text.get_text().isascii() for text in texts) else font_for([text.get_text() for text in texts])
-    for text in texts:
-        text.set_parse_math(False)  # a name with $ is no formula
-        if isinstance(getattr(font, 'path', None), str):
-            text.set_fontproperties(FontProperties(fname=font.path, size=text.get_fontsize()))
+    prepare_texts(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # the number tells classes apart whose name the font cannot draw
         figure.savefig(path, format='png', dpi=110)

@@ -5,6 +5,7 @@ from typing import NamedTuple, Tuple
 
 from atomic_file import atomic_file
 from errors import UserError
+from image_files.fonts import prepare_texts
 from run_folder.layout import CURVES, METRICS
 from run_folder.metrics import read_metrics
 
@@ -62,6 +63,7 @@ def draw_curves(folders, path):
         if panel.events == ('eval',) or len(runs) > 1:
             axes.legend(fontsize=8)
     figure.suptitle(', '.join(names), fontsize=12)
+    prepare_texts(figure)
     with atomic_file(path) as file:
         figure.savefig(file, format='png', dpi=110)
 

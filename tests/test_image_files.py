@@ -9,10 +9,10 @@ import pytest
 from PIL import Image, ImageFont
 
 import image_files.decode
-from deploy import fonts
 from deploy.contact_sheets import ContactSheets
 from deploy.predictor import Prediction
 from errors import UserError
+from image_files import fonts
 from image_files.decode import DataError, decode_image, to_rgb
 from image_files.find import find_images, images_in
 from transforms import eval_geometry
@@ -118,51 +118,6 @@ def test_over_the_limit_of_pixels_the_message_says_how_to_raise_it(tmp_path, mon
 
 
 # ---- very thin images
-
-def whole(image, size, resample):
-    """The evaluation crop as defined: the whole image is resized."""
-    shorter = int(size / 0.875)
-    width, height = image.size
-    if width <= height:
-        image = image.resize((shorter, int(shorter * height / width)), resample)
-    else:
-        image = image.resize((int(shorter * width / height), shorter), resample)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def test_ordinary_images_are_resized_as_a_whole_bit_for_bit():
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        height = int(rng.integers(2, 300))
-        width = max(1, int(height * np.exp(rng.uniform(-2.7, 2.7))))
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        for name, resample in (('bicubic', Image.BICUBIC), ('bilinear', Image.BILINEAR)):
-            assert eval_geometry(image, 64, interpolation=name).tobytes() == whole(image, 64, resample).tobytes()
-
-
-@pytest.mark.parametrize('size', [(3, 90), (90, 3), (17, 600), (700, 20)])
-def test_thin_images_give_nearly_the_same_crop(size):
-    ramps = np.add.outer(np.linspace(0, 120, size[1]), np.linspace(0, 120, size[0]))  # smooth: no overshoots to clip
-    image = Image.fromarray(ramps.astype(np.uint8)).convert('RGB')
-    difference = np.asarray(eval_geometry(image, 64)).astype(int) - np.asarray(whole(image, 64, Image.BICUBIC))
-    assert np.abs(difference).max() <= 2
-
-
-@pytest.mark.parametrize('protocol', ['crop', 'warp'])
-@pytest.mark.parametrize('turned', [False, True])
-def test_a_very_thin_image_takes_little_memory(monkeypatch, protocol, turned):
-    image = Image.new('RGB', (20000, 1) if turned else (1, 20000), (9, 8, 7))
-    areas, resize = [], Image.Image.resize
-
-    def counted(self, size, *args, **kwargs):
-        areas.append(size[0] * size[1])
-        return resize(self, size, *args, **kwargs)
-    monkeypatch.setattr(Image.Image, 'resize', counted)
-    pixels = np.asarray(eval_geometry(image, 224, protocol=protocol)).reshape(-1, 3)
-    assert np.unique(pixels, axis=0).tolist() == [[9, 8, 7]]
-    assert max(areas) <= 224 * 224
-
 
 def test_a_tiny_file_of_a_very_thin_image_is_evaluated(tmp_path):
     header = b'\x89PNG\r\n\x1a\n'

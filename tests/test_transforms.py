@@ -40,6 +40,45 @@ def test_eval_takes_images_of_any_size(size, protocol):
     np.testing.assert_allclose(result[:, 5, 7], [1, 0, 127 / 255], atol=1e-6)
 
 
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic', 'lanczos'])
+def test_the_crop_is_that_of_the_whole_resized_image(interpolation):
+    """Bit for bit, except for images so thin that the whole would take over 64 MB: there by rounding."""
+    draw = rng()
+    noise = Image.fromarray(draw.integers(0, 256, (600, 600, 3), dtype=np.uint8))
+    sizes = [*np.exp(draw.uniform(2, 6, (12, 2))).astype(int).tolist(), (500, 6), (6, 500), (3, 300), (301, 3)]
+    for width, height in sizes:
+        image, side = noise.crop((0, 0, width, height)), 192
+        factor = int(side / 0.8) / min(width, height)
+        whole = image.resize((int(width * factor), int(height * factor)), transforms.INTERPOLATIONS[interpolation])
+        left, top = round((whole.width - side) / 2), round((whole.height - side) / 2)
+        expected = whole.crop((left, top, left + side, top + side))
+        found = eval_geometry(image, side, crop_pct=0.8, interpolation=interpolation)
+        assert np.array_equal(found, expected), (width, height)
+        thin = transforms._resize_centre(image, whole.size, side, transforms.INTERPOLATIONS[interpolation])
+        assert abs(np.asarray(thin).astype(int) - np.asarray(expected)).max() <= 2, (width, height)
+
+
+def test_thin_images_take_memory_and_time_in_proportion(run_script, tmp_path):
+    """Within 400 MB of new memory: the whole resized image would take 5 to 500 GB."""
+    (tmp_path / 'thin.py').write_text("""
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from PIL import Image
+import transforms
+size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 400 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+for size in (1, 20_000), (20_000, 1), (1, 2_000_000), (2_000_000, 1), (3, 4_000_000):
+    image = Image.new('RGB', size, (255, 0, 127))
+    for protocol in 'crop', 'warp':
+        found = transforms.eval_geometry(image, 384, protocol=protocol)
+        assert found.size == (384, 384) and found.getextrema() == ((255, 255), (0, 0), (127, 127))
+    transforms.train_transform(384)(image, np.random.default_rng(0))
+""")
+    done = run_script(tmp_path / 'thin.py', transforms.__file__.rsplit('/', 1)[0])
+    assert done.returncode == 0, done.stderr
+
+
 def test_centre_crop_rounds_its_offset_half_to_even():
     """(h - size) / 2 is 0.5 and 1.5: offsets 0 and 2, as torchvision's round."""
     columns = np.arange(15, dtype=np.uint8)

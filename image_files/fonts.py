@@ -1,4 +1,4 @@
-"""Finds a font that can draw the names of the classes."""
+"""Finds a font that can draw the names of classes and runs."""
 import functools
 import glob
 import os
@@ -35,6 +35,17 @@ def font_for(texts, path=None):
     default = ImageFont.load_default()
     return default if _covers(default, characters) else next(
         (font for font in _system_fonts() if _covers(font, characters)), None)
+
+
+def prepare_texts(figure):
+    """Draws the texts of a matplotlib figure as they are, without formulas, and in a font that has their characters."""
+    from matplotlib.font_manager import FontProperties
+    texts = figure.findobj(lambda artist: hasattr(artist, 'set_parse_math'))
+    font = None if all(text.get_text().isascii() for text in texts) else font_for([text.get_text() for text in texts])
+    for text in texts:
+        text.set_parse_math(False)  # a name with $ is no formula
+        if isinstance(getattr(font, 'path', None), str):
+            text.set_fontproperties(FontProperties(fname=font.path, size=text.get_fontsize()))
 
 
 def _system_fonts():
