@@ -207,6 +207,9 @@ class Watcher:
     def _name(self, rank):
         return f'rank {rank} ({self.endpoints[rank]})'
 
+    def _me(self):
+        return f'rank {self.rank} on {socket.gethostname()} ({self._address(self.rank)[0]})'
+
     def _turn(self):
         """What happens once a second."""
         self.turns += 1
@@ -305,8 +308,7 @@ class Watcher:
             if word == 'ready':
                 self.ready, self.cure = True, text
             elif word in ('done', 'left'):
-                self._tell_all(f'lost rank {self.rank} on {socket.gethostname()} ({self._address(self.rank)[0]}) {text}'
-                               if word == 'left' and self.rank == HUB else line)
+                self._tell_all(f'lost {self._me()} {text}' if word == 'left' and self.rank == HUB else line)
                 sys.exit()
 
     @staticmethod
@@ -321,6 +323,8 @@ class Watcher:
 
     def _lose(self, verdict, patience=GRACE):
         if not self.verdict:
+            if _is_stopped(self.owner):  # the others have given up this one
+                verdict = f'{self._me()} is stopped, as by SIGSTOP'
             self.verdict, self.patience = verdict, patience
             if self.rank == HUB:
                 self._tell_all(f'lost {verdict}')
