@@ -5,7 +5,8 @@ send a beat over it every few seconds. A rank whose process or machine is gone c
 and the hub tells the others.
 
 A process, because a thread cannot watch while a call holds Python's lock, as Paddle's does in which the ranks find each
-other, and as any collective of any backend may. Connections of its own, because the calls of Paddle's TCP store have no
+other, and as any collective of any backend may. They connect first, so that a rank that fails at once is noticed, too.
+Connections of its own, because the calls of Paddle's TCP store have no
 time limit, and collectives notice nothing before their next call, those of NCCL not even then.
 
 Time is counted in turns of the watcher's loop: a job that its cluster suspends as a whole has lost nothing.
@@ -26,10 +27,10 @@ import time
 from errors import Interrupted, TrainingStopped, UserError, first_to_report
 
 BEAT, SILENCE = 5, 60  # seconds between two beats; without any for this long, a rank counts as lost
-START = 90  # seconds that the ranks have to find each other
+START = 75  # seconds that the ranks have to find each other
 GRACE = 5  # seconds for a rank to end by itself after the loss of another: it may report the same mistake
 HUB = 1  # Paddle's store may listen at the address of rank 0; those of the other ranks are free
-OVER, LOST = b'over', b'lost'  # what a watcher tells its rank
+ALL, OVER, LOST = b'all\n', b'over\n', b'lost\n'  # what a watcher tells its rank: all are there, and so on
 _COMMUNICATION = re.compile('gloo|nccl|bkcl|xccl|tcp|socket|connection', re.IGNORECASE)
 
 
@@ -37,7 +38,7 @@ _COMMUNICATION = re.compile('gloo|nccl|bkcl|xccl|tcp|socket|connection', re.IGNO
 
 @contextlib.contextmanager
 def watched(rank, endpoints):
-    """Within this block, the loss of another rank ends this process with status 1 and a line on standard error.
+    """Waits for all ranks; within this block, the loss of one ends the others with status 1 and a line that names it.
 
     Args:
         rank: of this process.
@@ -55,15 +56,19 @@ def watched(rank, endpoints):
     watcher = subprocess.Popen(
         [sys.executable, '-I', '-S', '-c', start, os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
          json.dumps([rank, endpoints, os.getpid(), seconds])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    over = threading.Event()
+    together, over = threading.Event(), threading.Event()
 
     def obey():
-        verdict = watcher.stdout.read()  # returns when the watcher closes its end
-        if verdict == OVER or over.is_set():
-            return
-        if verdict != LOST and first_to_report():
-            print(f'rank {rank}: the process that watches the other ranks was killed', file=sys.stderr, flush=True)
-        os._exit(1)
+        for word in iter(watcher.stdout.readline, b''):
+            if word == LOST:
+                os._exit(1)
+            elif word == OVER:
+                return
+            together.set()
+        if not over.is_set():
+            if first_to_report():
+                print(f'rank {rank}: the process that watches the other ranks was killed', file=sys.stderr, flush=True)
+            os._exit(1)
 
     def tell(line):
         with contextlib.suppress(OSError):
@@ -71,6 +76,7 @@ def watched(rank, endpoints):
 
     threading.Thread(target=obey, daemon=True).start()
     last = 'left stopped with an error, which its output shows'
+    together.wait()
     try:
         with _patient_terminate():
             yield lambda cure: tell(f'ready {cure}')
@@ -171,7 +177,7 @@ class Watcher:
         self.rank, self.endpoints, self.owner, self.start = rank, endpoints, owner, start
         self.watched = [r for r in range(len(endpoints)) if r != rank] if rank == HUB else [HUB]
         self.links, self.done, self.turns, self.ready = {}, set(), 0, False
-        self.verdict, self.patience, self.cure = '', GRACE, 'start the run again'
+        self.verdict, self.patience, self.cure = '', 0, 'start the run again'
         self.selector = selectors.DefaultSelector()
         self.selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._hear_owner)
         if rank == HUB:
@@ -185,7 +191,10 @@ class Watcher:
         """Watches until the rank ends or another one is lost."""
         turn = time.monotonic() + 1
         while True:
-            for key, _ in self.selector.select(max(0.0, turn - time.monotonic())):
+            if self.rank != HUB and not self.links and not self.verdict:
+                self._connect()
+            pause = turn - time.monotonic() if self.links or self.rank == HUB else 0.1
+            for key, _ in self.selector.select(max(0.0, pause)):
                 key.data()
             if time.monotonic() >= turn:
                 self._turn()
@@ -198,6 +207,9 @@ class Watcher:
     def _name(self, rank):
         return f'rank {rank} ({self.endpoints[rank]})'
 
+    def _me(self):
+        return f'rank {self.rank} on {socket.gethostname()} ({self._address(self.rank)[0]})'
+
     def _turn(self):
         """What happens once a second."""
         self.turns += 1
@@ -209,16 +221,13 @@ class Watcher:
             if beats:
                 link.send('beat')
             if link.silent > SILENCE:
-                self._lose(f'{link.name} has not answered for {SILENCE} s')
-        if not self.verdict:
-            if self.rank != HUB and not self.links:
-                self._connect()
-            # the hub speaks first, as it knows who is missing
-            if not self.ready and self.turns > self.start + (0 if self.rank == HUB else GRACE):
-                self._give_up_start()
-        else:
+                self._lose(f'{link.name} has not answered for {SILENCE} s', 0)
+        # the hub speaks first, as it knows who is missing
+        if not self.ready and not self.verdict and self.turns >= self.start + (0 if self.rank == HUB else GRACE):
+            self._give_up_start()
+        if self.verdict:
             self.patience -= 1
-            if self.patience <= 0:
+            if self.patience < 0:
                 self._report()
 
     def _connect(self):
@@ -253,6 +262,9 @@ class Watcher:
         if self.verdict:
             link.send(f'lost {self.verdict}')
         self._obey(link, rank, lines)
+        if len(self.links) == len(self.watched):
+            self._tell_all('all')
+            self._tell_owner(ALL)
 
     def _hear(self, link, rank):
         lines = link.receive()
@@ -271,11 +283,13 @@ class Watcher:
                 self._lose(f'{link.name} {text}')
             elif word == 'lost':
                 self._lose(text)
+            elif word == 'all':
+                self._tell_owner(ALL)
             elif word == 'done':
                 self._drop(rank)
                 self.done.add(rank)
                 if self.rank != HUB and not self.verdict:  # the end of the run needs no other rank
-                    os.write(sys.stdout.fileno(), OVER)
+                    self._tell_owner(OVER)
                     sys.exit()
                 return
 
@@ -294,18 +308,24 @@ class Watcher:
             if word == 'ready':
                 self.ready, self.cure = True, text
             elif word in ('done', 'left'):
-                self._tell_all(f'lost rank {self.rank} on {socket.gethostname()} ({self._address(self.rank)[0]}) {text}'
-                               if word == 'left' and self.rank == HUB else line)
+                self._tell_all(f'lost {self._me()} {text}' if word == 'left' and self.rank == HUB else line)
                 sys.exit()
+
+    @staticmethod
+    def _tell_owner(word):
+        with contextlib.suppress(OSError):  # it has just ended
+            os.write(sys.stdout.fileno(), word)
 
     def _tell_all(self, line):
         for link in self.links.values():
             link.send(line)
             link.receive()  # a socket that is closed with data unread may lose what it has just sent
 
-    def _lose(self, verdict):
+    def _lose(self, verdict, patience=GRACE):
         if not self.verdict:
-            self.verdict = verdict
+            if _is_stopped(self.owner):  # the others have given up this one
+                verdict = f'{self._me()} is stopped, as by SIGSTOP'
+            self.verdict, self.patience = verdict, patience
             if self.rank == HUB:
                 self._tell_all(f'lost {verdict}')
 
@@ -313,14 +333,13 @@ class Watcher:
         missing = [self._name(rank) for rank in self.watched if rank not in self.links and rank not in self.done]
         who = ', '.join(missing[:8]) if missing else 'the ranks'
         what = 'was not there' if missing else 'did not find each other'
-        self._lose(f'{who} {what} within {self.start} s (FLAGS_stop_check_timeout=SECONDS allows more)')
+        self._lose(f'{who} {what} within {self.start} s (FLAGS_stop_check_timeout=SECONDS allows more)', 0)
 
     def _report(self):
         """Reports the loss and ends the rank."""
         if first_to_report():
             os.write(2, f'{self.verdict}; {self.cure}\n'.encode())
-        os.write(sys.stdout.fileno(), LOST)
-        os.close(sys.stdout.fileno())
+        self._tell_owner(LOST)
         time.sleep(3)
         if os.getppid() == self.owner:  # it hangs in a call that holds Python's lock
             os.kill(self.owner, signal.SIGKILL)

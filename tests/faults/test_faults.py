@@ -127,10 +127,11 @@ def test_when_a_dataloader_worker_dies_every_rank_ends(fleets):
     rank = children(process)[0]
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:  # finished workers are not missed
-        for worker in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(rank)], capture_output=True,
-                                     text=True).stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(worker), signal.SIGKILL)
+        listing = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(rank)], capture_output=True, text=True)
+        for line in listing.stdout.splitlines():
+            if 'training.peers' not in line:  # the process that watches the other ranks
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(line.split()[0]), signal.SIGKILL)
         time.sleep(0.05)
     assert fleet.end(process) == 1
     assert 'a DataLoader worker exited with status -9' in process.errors
