@@ -1,0 +1,5 @@
+#include "passes.cuh"
+
+namespace large_kernel::cuda {
+LARGE_KERNEL_INSTANTIATE(__half)
+}
