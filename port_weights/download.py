@@ -40,7 +40,7 @@ def download(url, path, sha256, otherwise=''):
     Raises:
         UserError: no connection, no such file on the server, another file than the published one, no space, or
             `path` is another file.
-        Interrupted: Ctrl-C.
+        Interrupted: Ctrl-C, or another signal that ends the process.
     """
     part = f'{path}.part'
     try:
@@ -56,8 +56,8 @@ def download(url, path, sha256, otherwise=''):
             os.replace(part, path)
     except OSError as error:
         raise UserError(f'{error.filename or part}: {error.strerror}; {_kept(part)}') from None
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, f'stopped; {_kept(part)}') from None
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise Interrupted(getattr(error, 'signal', signal.SIGINT), f'stopped; {_kept(part)}') from None
 
 
 @contextlib.contextmanager

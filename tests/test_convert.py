@@ -358,7 +358,7 @@ def test_damaged_state_dicts(tmp_path, tiny, capsys, kind, message):
     (['tiny.pth', 'x.pth', '-reference=wrong.npz'], 'logits differ from wrong.npz by'),
     (['tiny.pth', 'x.pth', '-reference=other.npz'], "neither 'logits' nor 'tiny'"),
     (['tiny.pth', 'x.pth', '-reference=shape.npz'], 'its logits have shape [2, 9], those of the model [2, 10]'),
-    (['nan.pth', 'x.pth', '-verify'], 'the outputs of the model are not finite')])
+    (['nan.pth', 'x.pth', '-verify'], 'nan.pth: contains values that are not finite')])
 def test_mistakes_are_one_line(golden, tmp_path, tiny, monkeypatch, capsys, arguments, message):
     for name in ('tiny.pth', 'tiny_xl.pth'):
         (tmp_path / name).write_bytes((golden / name).read_bytes())

@@ -187,7 +187,7 @@ def test_weights_that_are_nan_are_refused(settings, model, tmp_path):
     arrays = model_arrays(model)
     arrays['stages.2.blocks.1.pw_conv_1.conv.weight'] = arrays['stages.2.blocks.1.pw_conv_1.conv.weight'] * np.nan
     save(tmp_path / 'nan.pdparams', arrays)
-    with pytest.raises(CertificateError, match='by nan'):
+    with pytest.raises(UserError, match='nan.pdparams.*: contains values that are not finite'):
         export(settings(f'-pretrained={tmp_path}/nan.pdparams'), tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
@@ -259,7 +259,7 @@ def test_images_from_a_folder(settings, tmp_path):
     with pytest.raises(FileNotFoundError, match='no such folder'):
         export(settings(), tmp_path / 'out', pictures=folder)
     folder.mkdir()
-    with pytest.raises(UserError, match='empty'):
+    with pytest.raises(UserError, match='no images in this folder'):
         export(settings(), tmp_path / 'out', pictures=folder)
     Image.fromarray(np.zeros((40, 50), np.uint8)).save(folder / 'grey.png')
     assert '1 images (' in export(settings(), tmp_path / 'out', pictures=folder)['compared_on']
