@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: on an emulation of warps (tests/cuda_emulation), and compiled by nvcc if there is one.
+"""The CUDA kernels without a GPU: on an emulation of warps (tests/cuda_emulation), and compiled where nvcc is found.
 
 They are compared with float64. What the emulation does not show: races between threads that no order of them shows,
 and speed.

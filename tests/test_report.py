@@ -277,7 +277,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-@pytest.mark.parametrize('tta', ['', 'flip'])
+@pytest.mark.parametrize('tta', ['', pytest.param('flip', marks=pytest.mark.long)])
 def test_all_ways_to_a_report_agree(run_script, random_run, list_dataset, tmp_path, tta):
     lines, ways = {}, [('one', 'main_single_gpu.py', ()), ('two', 'main_multi_gpu.py', ('-nprocs=2',))]
     if not tta:
