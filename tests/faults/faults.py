@@ -274,7 +274,7 @@ def disk_errors(fleet, count, rng):
 
 
 def signals(fleet, count, rng):
-    """Sends SIGTERM or SIGINT at random moments: the run saves and ends within 30 s, with 143 or 130 as a shell sees it."""
+    """Sends SIGTERM or SIGINT at random moments: the run saves and ends within 30 s, with 143 or 130 to a shell."""
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
