@@ -135,7 +135,7 @@ class ActivationMaps:
         scores /= scores.sum()
         panels = [(shown, os.path.basename(prediction.picture), UNKNOWN)]
         for number, heat, colour in zip(classes, maps, (frame, UNKNOWN)):
-            title = f'{"predicted" if number == guess else "label"}: {names[number]} {scores[number]:.1%}'
+            title = f'{"predicted" if number == guess else "label"}: {names[number]}, {scores[number]:.1%}'
             panels.append((overlay(shown, heat, data.IMAGE_SIZE, self._stride), title, colour))
         with atomic_file(os.path.join(self._folder, self._free_name(prediction.picture))) as file:
             self._side_by_side(panels).save(file, format='PNG')
