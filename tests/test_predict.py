@@ -208,7 +208,7 @@ def test_mistakes_are_one_line_errors_with_status_2(run, exported, data_dir, tmp
         assert status == 2 and len(lines) == 1 and words in lines[0], (words, err)
     (tmp_path / 'classes.txt').write_text('one\ntwo\n')
     status, _, err = call(monkeypatch, capsys, image, f'-model={bare}', f'-cfg={run}/config.yaml')
-    assert status == 2 and 'names 2 classes, the model has 4' in err
+    assert status == 2 and 'names 2 classes, but the model has 4' in err
 
 
 def test_the_best_checkpoint_of_a_run(run, tmp_path):
