@@ -2,9 +2,9 @@
 
     python tools/show_images.py -cfg=./configs/replknet_31b.yaml -data_path=data/photos -output=sheets
 
-writes sheets/train.png and sheets/val.png. The training images are those that the first process gets in its first batch,
-with the random draws of that batch; below each one are its labels and their weights. The evaluation crops are evenly
-spaced in the validation list.
+writes sheets/train.png and sheets/val.png. The training images are those of the first batch of a run in one process,
+with its random draws; below each one are its labels and their weights. The evaluation crops are evenly spaced in the
+validation list.
 """
 import os
 import sys
@@ -38,9 +38,10 @@ def to_image(pixels, config):
 
 def train_tiles(config, names, epoch):
     """Tiles for `draw_sheet` of the first batch of an epoch."""
-    loader = get_dataloader(config, get_dataset(config, 'train'), 'train')
+    dataset = get_dataset(config, 'train')
+    loader = get_dataloader(config, dataset, 'train')
     loader.set_epoch(epoch)
-    paths = [loader.dataset.path(key[1]) for key in next(iter(loader.batch_sampler))]
+    paths = [dataset.path(key[1]) for key in next(iter(loader.batch_sampler))]
     images, labels = next(iter(loader))
     mixup = build_mixup(config)
     weights = np.eye(config.MODEL.NUM_CLASSES)[labels.numpy()]
@@ -61,8 +62,8 @@ def train_tiles(config, names, epoch):
 def val_tiles(config, names):
     """Tiles of evaluation crops."""
     dataset = get_dataset(config, 'val')
-    chosen = np.linspace(0, len(dataset) - 1, min(COUNT, len(dataset))).astype(int)
-    samples = ((index, *dataset[int(index)]) for index in chosen)
+    chosen = np.linspace(0, len(dataset) - 1, min(COUNT, len(dataset))).astype(int).tolist()
+    samples = ((index, *dataset[index]) for index in chosen)
     return [(to_image(pixels, config), [os.path.basename(dataset.path(index)), names[label]], UNKNOWN)
             for index, pixels, label in samples]
 
