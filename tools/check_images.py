@@ -145,7 +145,8 @@ class Check:
         for source in np.unique(self.source[images]):
             own = images[self.source[images] == source]
             for index in own[1:]:
-                self._add('copy', index, f'is a copy of {self.paths[own[0]]}')
+                first, path = self.paths[own[0]], self.paths[index]
+                self._add('copy', index, 'is listed more than once' if path == first else f'is a copy of {first}')
 
     def _compare_near_copies(self, images):
         across = self._differ(self.source[images])
@@ -182,7 +183,8 @@ class Check:
                 yield f'{source.name}: {len(labels):,} images without labels'
                 continue
             classes = len(source.names) if source.names else labels.max() + 1
-            for label, text in class_rows(f'{source.name}:', labels[labels >= 0], classes, names=source.names):
+            for label, text in class_rows(f'{source.name}:', labels[labels >= 0], classes, names=source.names,
+                                          known='all classes'):
                 yield f'{label} {text}' if label.endswith(':') else f'{label:<22}{text}'
         for title, kinds in (('serious', SERIOUS), ('unusual', UNUSUAL)):
             found = [kind for kind in kinds if kind in self.findings]
