@@ -2,6 +2,7 @@
 import os
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from PIL import Image, ImageOps
 from config import config_text, get_config
 from datasets import DataError, get_dataset
 from deploy.predictor import Predictor
+from dry_run.report import report
 from errors import exit_status
+from export import ExportOptions, comparison_images
 from image_files.decode import decode_image
 from image_files.devkit import META, TRUTH
+from image_files.duplicates import THUMBNAIL, duplicate_groups
 from image_files.folders import names_of_folders
 from image_files.inspection import groups_of, inspect_image
 from image_files.lists import IMAGENET_NAMES, read_class_names, read_list
@@ -55,7 +59,10 @@ def entries(path):
 def test_lists_of_folders_are_stratified_complete_and_used_as_they_are(make, tmp_path):
     folder = fill(tmp_path / 'my photos', dog=10, cat=5, owl=2)
     (folder / '.hidden').mkdir()
-    assert make(folder)[0] == 0
+    picture(77).save(folder / 'stray.png')
+    status, out, _ = make(folder)
+    assert status == 0 and '1 images outside the class folders' in out
+    (folder / 'stray.png').unlink()
     assert read_class_names(folder / 'classes.txt') == ['cat', 'dog', 'owl']
     train, val = entries(folder / 'train_list.txt'), entries(folder / 'val_list.txt')
     assert np.bincount(val[1]).tolist() == [1, 2, 1] and np.bincount(train[1]).tolist() == [4, 8, 1]
@@ -211,6 +218,7 @@ def test_the_split_keeps_groups_and_gives_every_class_both_parts():
 
 
 def test_different_images_are_no_near_copies(tmp_path):
+    assert duplicate_groups([], np.zeros((0, *THUMBNAIL), np.uint8)).tolist() == []
     for number, image in enumerate([*map(picture, range(40)), *(Image.new('RGB', (40, 40), (v, v, v)) for v in
                                                                range(0, 256, 32))]):
         image.save(tmp_path / f'{number}.png')
@@ -281,6 +289,26 @@ def test_folders_of_all_synsets_are_shown_with_imagenets_names():
     assert names_of_folders(synsets[:5]) == synsets[:5]
 
 
+def test_many_flat_images_are_compared_in_seconds():
+    thumbnails = np.zeros((4_000, *THUMBNAIL), np.uint8)
+    thumbnails[:, 0, 0, 0] = np.arange(len(thumbnails)) % 7
+    thumbnails[2_000:] = 255 - thumbnails[2_000:]
+    start = time.process_time()
+    groups = duplicate_groups([number.to_bytes(4, 'big') for number in range(len(thumbnails))], thumbnails)
+    assert groups.tolist() == [0] * 2_000 + [2_000] * 2_000 and time.process_time() - start < 60
+
+
+def test_the_dry_run_reads_class_folders_and_offers_the_check(tmp_path):
+    folder = tmp_path / 'my data'
+    for part in ('train', 'val'):
+        fill(folder / part, **dict.fromkeys('abc', 4))
+    config = get_config(opts=['DATA.DATA_PATH', str(folder), 'DATA.DATASET', 'image_folder', 'DRY_RUN', True,
+                              'MODEL.NUM_CLASSES', 2])
+    text = report(config, 'cpu', 1)
+    assert f"python tools/check_images.py '{folder}'" in text and 'train               12 images' in text
+    assert 'but the model has 2' in text and 'train has 1 classes for which the head' in text
+
+
 @pytest.mark.parametrize('orientation', range(10))
 def test_exif_orientation_is_followed_where_it_is_set(tmp_path, orientation):
     exif = Image.Exif()
@@ -303,6 +331,8 @@ def test_exif_applies_to_training_evaluation_and_prediction(tmp_path):
     assert not np.array_equal(get_dataset(on, 'train')[0][0], get_dataset(off, 'train')[0][0])
     expected = get_dataset(on, 'val')[0][0]
     assert not np.array_equal(expected, get_dataset(off, 'val')[0][0])
+    for pictures in (None, str(tmp_path / 'val' / 'cat')):  # what an export is compared on
+        assert np.array_equal(comparison_images(on, ExportOptions(pictures=pictures)).one[0], expected)
     predictor = Predictor.__new__(Predictor)
     predictor._configure(on, None, None)
     path = tmp_path / 'val' / 'cat' / '00.png'

@@ -14,8 +14,10 @@ import io
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from tqdm import tqdm
@@ -59,8 +61,8 @@ class Source:
     list_name: str
     paths: list
     labels: list
-    names: object = None
-    classes_file: object = None
+    names: Optional[list] = None
+    classes_file: Optional[str] = None
 
 
 def sources_of(path):
@@ -261,6 +263,7 @@ def main():
                 raise UserError(f'{os.path.join(args.write_clean, name)}: exists; name another folder with '
                                 '-write_clean')
         os.makedirs(args.write_clean, exist_ok=True)
+    warnings.filterwarnings('ignore', module='PIL')  # the report says it better
     check = Check(sources, args.num_workers)
     for line in check.lines():
         print(line.encode(errors='replace').decode())  # a file name may contain arbitrary bytes
