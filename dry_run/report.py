@@ -7,6 +7,7 @@ Nothing is trained or written. Neither a GPU nor the data is needed.
 """
 import math
 import os
+import shlex
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def _data(plan):
     for mode, labels in plan.labels.items():
         rows += class_rows(mode, labels, config.MODEL.NUM_CLASSES, bars=mode != 'val')
     if os.path.isdir(config.DATA.DATA_PATH):
-        rows.append(('check of the images', f'python tools/check_images.py {config.DATA.DATA_PATH}'))
+        rows.append(('check of the images', f'python tools/check_images.py {shlex.quote(config.DATA.DATA_PATH)}'))
     return rows + [('evaluation', f'{config.DATA.IMAGE_SIZE} pixels, {protocol}, {config.DATA.INTERPOLATION}')]
 
 

@@ -43,44 +43,52 @@ def duplicate_groups(digests, thumbnails):
     Returns:
         int array [N]: the lowest index in the group of each image; its own index where it has no duplicate.
     """
-    parents = np.arange(len(digests))
-
-    def root(index):
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
-
-    def join(a, b):
-        a, b = sorted((root(a), root(b)))
-        parents[b] = a
-
+    groups = _Groups(len(digests))
     first = {}
     for index, key in enumerate(digests):
-        join(index, first.setdefault(key, index))
+        groups.join(index, first.setdefault(key, index))
     unique = np.array(sorted(first.values()), dtype=int)
-    for a, b in _near_pairs(thumbnails[unique]):
-        join(unique[a], unique[b])
-    return np.array([root(index) for index in range(len(digests))], dtype=int)
-
-
-def _near_pairs(thumbnails):
-    """Yields the pairs of indices that are near duplicates, some of them more than once."""
-    if len(thumbnails) < 2:
-        return
     hashes, levels = difference_hashes(thumbnails), thumbnails.reshape(len(thumbnails), -1).astype(np.int16)
+    means = levels.mean(axis=1)
     for bits in _BANDS:
-        mask = np.uint64(sum(1 << int(bit) for bit in bits))
-        order = np.argsort(hashes & mask, kind='stable')
-        keys = (hashes & mask)[order]
-        starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
-        for bucket in np.split(order, starts[1:]):
+        keys = hashes[unique] & np.uint64(sum(1 << int(bit) for bit in bits))
+        order = np.argsort(keys, kind='stable')
+        starts = np.flatnonzero(np.diff(keys[order])) + 1
+        for bucket in np.split(unique[order], starts):
             for position, index in enumerate(bucket[:-1]):
                 others = bucket[position + 1:]
+                others = others[np.abs(means[others] - means[index]) <= THUMBNAIL_LEVELS]  # or they differ by more
+                others = others[groups.of[others] != groups.of[index]]
+                if not len(others):
+                    continue
                 others = others[_ones(hashes[others] ^ hashes[index]) <= HASH_BITS]
-                if len(others):
-                    difference = np.abs(levels[others] - levels[index]).mean(axis=1)
-                    yield from ((index, other) for other in others[difference <= THUMBNAIL_LEVELS])
+                close = np.abs(levels[others] - levels[index]).mean(axis=1) <= THUMBNAIL_LEVELS
+                for other in others[close]:
+                    groups.join(index, other)
+    return groups.lowest()
+
+
+class _Groups:
+    """Groups of numbers that are joined step by step; `of[i]` is the same number for all members of a group."""
+
+    def __init__(self, count):
+        self.of, self._members = np.arange(count), {}
+
+    def join(self, a, b):
+        a, b = int(self.of[a]), int(self.of[b])
+        if a == b:
+            return
+        kept, moved = self._members.pop(a, [a]), self._members.pop(b, [b])
+        if len(kept) < len(moved):
+            a, kept, moved = b, moved, kept
+        self.of[moved] = a
+        kept.extend(moved)
+        self._members[a] = kept
+
+    def lowest(self):
+        """The lowest number in the group of each, int array."""
+        _, first, inverse = np.unique(self.of, return_index=True, return_inverse=True)
+        return first[inverse]
 
 
 def _ones(numbers):

@@ -6,7 +6,7 @@ import numpy as np
 BAR = 40  # characters of the longest bar
 
 
-def class_rows(title, labels, classes, bars=True, names=None):
+def class_rows(title, labels, classes, bars=True, names=None, known="the head's classes"):
     """Rows about the images per class.
 
     Args:
@@ -15,12 +15,13 @@ def class_rows(title, labels, classes, bars=True, names=None):
         classes: number of outputs of the model.
         bars: whether to add a bar for each class, or with many classes for each range of counts.
         names: names of the classes, or None.
+        known: what the classes are called.
     Returns:
         list of (label, text).
     """
     found, counts = np.unique(labels, return_counts=True)
-    rows = [(title, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of the '
-                   f"head's classes without images; images per class: min {counts.min():,}, median "
+    rows = [(title, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of '
+                   f'{known} without images; images per class: min {counts.min():,}, median '
                    f'{np.median(counts):,.0f}, max {counts.max():,}')]
     low, high = counts.min(), counts.max() + 1
     if not bars or classes > 12 and high - low == 1:

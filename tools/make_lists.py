@@ -11,6 +11,7 @@ directly; their labels then come from the development kit.
 """
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from atomic_file import atomic_file  # noqa: E402
 from errors import ArgumentParser, UserError, exit_status  # noqa: E402
 from image_files.devkit import flat_validation  # noqa: E402
+from image_files.find import find_images  # noqa: E402
 from image_files.folders import class_folders, images_by_class, names_of_folders, subfolders  # noqa: E402
 from image_files.inspection import groups_of, inspect_images  # noqa: E402
 from image_files.lists import CLASSES, list_entry, write_list  # noqa: E402
@@ -70,13 +72,18 @@ def find_parts(folder, devkit):
         classes = class_folders(train)
         labelled = (images_by_class(val, classes) if subfolders(val) else
                     flat_validation(val, devkit or _default_devkit(folder), classes))
+        print(f'{folder}: images stay in train/ and val/ as they are; -val and -seed are not used')
         _name_ignored(folder, sorted(set(present) - {*PARTS, 'ILSVRC2012_devkit_t12'}))
         return classes, {'train': images_by_class(train, classes), 'val': labelled}
     top = train if present == ['train'] and subfolders(train) else folder  # 'train' may also be a class
     classes = class_folders(top)
     if len(classes) < 2:
         raise UserError(f'{top}: has only one folder, {classes[0]}; there must be a folder for each of several classes')
-    return classes, {'all': images_by_class(top, classes)}
+    paths, labels = images_by_class(top, classes)
+    stray = len(find_images([top])[0]) - len(paths)
+    if stray:
+        print(f'{top}: not used: {stray:,} images outside the class folders')
+    return classes, {'all': (paths, labels)}
 
 
 def _default_devkit(folder):
@@ -147,6 +154,7 @@ def _describe_copies(labels, groups, is_val):
 
 def main():
     args = read_arguments()
+    warnings.filterwarnings('ignore', module='PIL')  # about images that are unusual, which check_images.py names
     classes, parts = find_parts(args.folder, args.devkit)
     divided = divide(parts, args)
     for part, (paths, _) in divided.items():

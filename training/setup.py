@@ -114,7 +114,7 @@ def build_training(config, device, amp, start, loader, data):
     parts = TrainingParts(
         model=model, criterion=_build_criterion(config, data), optimizer=optimizer, lr_at=lr_at, amp=amp,
         weight_decay_at=build_weight_decay(config, lr_at.total_steps), scaler=amp.scaler(), ema=ema,
-        mixup=_build_mixup(config), frozen=frozen, settings=StepSettings(
+        mixup=build_mixup(config), frozen=frozen, settings=StepSettings(
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
     state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch,
@@ -140,7 +140,8 @@ def _build_criterion(config, data):
                       clip=train.ASYMMETRIC.CLIP, weights=weights)
 
 
-def _build_mixup(config):
+def build_mixup(config):
+    """The mixup and CutMix of the settings, or None."""
     train = config.TRAIN
     if not train.MIXUP_PROB:
         return None
