@@ -6,6 +6,7 @@ spaces. Predictions show the class names in `classes.txt`, if the folder has one
 Every random draw depends only on (seed, epoch, image) or (seed, epoch), not on the worker or the process.
 """
 import contextlib
+import errno
 import multiprocessing.connection
 import os
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import paddle
 from paddle.base.multiprocess_utils import _cleanup_mmap
 
-from errors import UserError
+from errors import UserError, why_unreadable
 from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
 from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
 from transforms import eval_transform, train_transform
@@ -58,7 +59,9 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         if len(self) <= CHECK_FILES_UP_TO:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
-                    raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: no such image')
+                    reason = why_unreadable(self.path(index))
+                    problem = 'no such image' if reason in ('', os.strerror(errno.ENOENT)) else reason
+                    raise DataError(f'{self.list_file}:{index + 1}: {self.path(index)}: {problem}')
 
     def path(self, index):
         """Path of an image file."""

@@ -1,5 +1,6 @@
 """Errors with a one-line message for the user, which the scripts print without a traceback."""
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -36,6 +37,20 @@ class CheckpointError(UserError):
     """A file is not a checkpoint, is corrupt, or contains more than data; the message names it in one line."""
 
 
+def why_unreadable(path):
+    """Why a file or folder cannot be read, such as 'Permission denied'; '' if it can be."""
+    try:
+        if os.path.isfile(path):
+            open(path, 'rb').close()
+        else:
+            os.stat(path)
+            if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+                return os.strerror(errno.EACCES)
+    except OSError as error:
+        return error.strerror
+    return ''
+
+
 # This environment variable names a file that the first process to report an error creates: if all processes of a run
 # fail alike, the error is printed once.
 REPORTED = 'REPLKNET_ERROR_REPORTED'
@@ -58,11 +73,17 @@ def exit_status(function, *args):
         status, message = 1, str(error)
     except Interrupted as error:
         status, message = 128 + error.signal, str(error)
+    except OSError as error:  # a path that the user has chosen, if it has a name
+        status, message = (2, f'{error.filename}: {error.strerror}') if error.filename else (1, _traceback())
     except Exception:
-        status, message = 1, traceback.format_exc().rstrip()
+        status, message = 1, _traceback()
     if first_to_report():
         print(message, file=sys.stderr, flush=True)
     return status
+
+
+def _traceback():
+    return traceback.format_exc().rstrip()
 
 
 def first_to_report():

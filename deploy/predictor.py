@@ -35,7 +35,7 @@ from image_files.lists import read_class_names
 from large_kernel import build, operator_in_use
 from run_folder.layout import CONFIG, find_classes
 from run_folder.metrics import best_checkpoint
-from zoo import ZOO, build_model, pretrained_weights, settings_file
+from zoo import ZOO, build_model, pretrained_weights, require_path, settings_file
 
 IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
 BACKENDS = ('auto', 'dygraph', 'inference')
@@ -243,8 +243,8 @@ def load_model(model, cfg=None):
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
     """
-    if model not in ZOO and not os.path.exists(model):
-        raise FileNotFoundError(f'-model={model}: no such file or folder, and not a name that `python zoo.py` lists')
+    if model not in ZOO:
+        require_path(model, flag='-model=')
     weights = best_checkpoint(model) if os.path.isdir(model) else model
     cfg = cfg or settings_file(weights)
     if cfg is None:

@@ -8,7 +8,7 @@ import time
 import utils
 from atomic_file import atomic_file, remove_leftovers
 from config import config_changes, config_text
-from errors import UserError
+from errors import UserError, why_unreadable
 from run_folder.checkpoint import save_checkpoint
 from run_folder.layout import (
     BEST,
@@ -72,6 +72,9 @@ class RunFolder:
     def _refuse_if_taken(self):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f'-output={self.path}: is a file; name a folder')
+        reason = why_unreadable(self.path)
+        if reason not in ('', os.strerror(errno.ENOENT)):
+            raise UserError(f'-output={self.path}: cannot be used: {reason}; name another folder')
         if self.own or self._started_without_checkpoint():
             return
         found = [name for name in (CONFIG, LAST, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
@@ -103,7 +106,7 @@ class RunFolder:
         try:
             self._held = open(os.path.join(self.path, LOG), 'a')
         except OSError as error:
-            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}; name another folder') from None
         deadline = time.monotonic() + LOCK_SECONDS
         while not lock_file(self._held):
             if time.monotonic() > deadline:
@@ -133,7 +136,7 @@ class RunFolder:
                 shutil.copyfile(classes, os.path.join(self.path, CLASSES))
             utils.log_to_file(os.path.join(self.path, LOG))
         except OSError as error:
-            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}; name another folder') from None
         if self.config.VISUALDL and not self.config.EVAL:
             self._scalars = VisualDL(self.path)
         logger.info(f'run folder {self.path}')
