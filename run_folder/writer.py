@@ -225,13 +225,16 @@ class RunFolder:
         for key, metrics in best.items():
             path = os.path.join(self.path, BEST[key])
             where = f'in {path}' if os.path.exists(path) else 'in the folder of the run it was resumed from'
+            if BEST[key] in self._pending:
+                where = f'(not saved: {path} has an earlier epoch)' if os.path.exists(path) else '(not saved)'
             logger.info(f"best {'EMA' if key == 'model_ema' else 'model'}: epoch {metrics['epoch']} "
                         f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} {where}")
         for name in numbered_to_keep(numbered, every=1):
             entry = numbered[name]
             accuracy = 'not evaluated' if entry['acc1'] is None else (
                 f"Acc@1 {entry['acc1']:.3f} ({'EMA' if entry['weights'] == 'model_ema' else 'model'})")
-            logger.info(f'kept: {os.path.join(self.path, name)} {accuracy}')
+            state = 'not saved' if name in self._pending else 'kept'
+            logger.info(f'{state}: {os.path.join(self.path, name)} {accuracy}')
         logger.info(f'run folder {self.path}')
 
 
