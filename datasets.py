@@ -7,22 +7,34 @@ names in `classes.txt`, if the folder has one: a name per line, class 0 first.
 Every random draw depends only on (seed, epoch, image) or (seed, epoch), not on the worker or the process.
 """
 import contextlib
+import errno
+import glob
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import paddle
 from paddle.base.multiprocess_utils import _cleanup_mmap
 
-from errors import UserError
+from errors import UserError, why_unreadable
 from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
 from image_files.folders import read_folder
 from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
 from transforms import eval_transform, train_transform
-from utils import STREAM_AUGMENT, STREAM_ORDER, STREAM_REPLACE, device_count, logger, random_generator
+from utils import (
+    STREAM_AUGMENT,
+    STREAM_ORDER,
+    STREAM_REPLACE,
+    device_count,
+    logger,
+    random_generator,
+    require_locks,
+)
 
 DATASETS = ('imagenet2012', 'image_folder')
 MODES = ('train', 'val')
@@ -61,7 +73,9 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         if len(self) <= CHECK_FILES_UP_TO:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
-                    raise DataError(f'{self._where(index)}{self.path(index)}: no such image')
+                    reason = why_unreadable(self.path(index))
+                    problem = 'no such image' if reason in ('', os.strerror(errno.ENOENT)) else reason
+                    raise DataError(f'{self._where(index)}{self.path(index)}: {problem}')
 
     def _read(self, _, num_classes):
         return read_list(self.list_file, num_classes)
@@ -280,8 +294,17 @@ def _exit_with_parent(_):
         _cleanup_mmap()
         os._exit(0)
 
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # Paddle's handlers print lines of their own
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _cause(code):
+    """What an exit status of a worker may mean."""
+    causes = {-signal.SIGKILL: ' (out of memory?)', -signal.SIGBUS: ' (is /dev/shm full?)',
+              -signal.SIGSEGV: ' (a crash in a library that decodes images?)'}
+    return causes.get(code, '')
 
 
 @contextlib.contextmanager
@@ -295,7 +318,8 @@ def _exit_if_one_dies(workers):
             multiprocessing.connection.wait([worker.sentinel for worker in alive], timeout=1)
             codes = {worker.exitcode for worker in alive} - {None, 0}
             if codes and not over.is_set():
-                print(f'a DataLoader worker exited with status {codes.pop()} (out of memory?); start the run again to '
+                code = codes.pop()
+                print(f'a DataLoader worker exited with status {code}{_cause(code)}; start the run again to '
                       'continue from its last checkpoint', file=sys.stderr, flush=True)
                 os._exit(1)
             alive = [worker for worker in alive if worker.exitcode is None]
@@ -334,7 +358,12 @@ class DataLoader(paddle.io.DataLoader):
 
     def __iter__(self):
         handler = signal.getsignal(signal.SIGCHLD)
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            cure = (', or raise the limit of open files (ulimit -n)' if error.errno == errno.EMFILE else '')
+            raise UserError(f'-num_workers={self.num_workers}: the DataLoader workers cannot be started '
+                            f'({error.strerror}); use fewer{cure}') from None
         if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread is
             signal.signal(signal.SIGCHLD, handler)
         self.replaced = 0
@@ -414,6 +443,9 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
     processes = min(world_size, device_count('gpu') or world_size)  # on this machine
     # each worker fills one batch in addition to those prefetched
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes
+    if workers:
+        require_locks('or use -num_workers=0')
+        clear_shared_memory()
     shared = _free_shared_memory() > needed
     if workers and not shared:
         logger.warning(
@@ -421,6 +453,25 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
             '(in Docker, raise --shm-size)', needed >> 20, _free_shared_memory() >> 20)
     return DataLoader(dataset, sampler, workers, use_shared_memory=shared,
                       replace_bad=mode == 'train' and config.DATA.MAX_BAD_FRACTION > 0)
+
+
+def clear_shared_memory(folder='/dev/shm', seconds=3600):
+    """Deletes the batches that DataLoader workers have left in shared memory because they were killed.
+
+    Such a file is named after its worker, which must be gone. A batch may outlive its worker for as long as it waits to
+    be used, and the worker may run in another container: only files older than `seconds` are deleted.
+    """
+    cleared = 0
+    for path in glob.glob(os.path.join(folder, 'paddle_*')):
+        name = re.fullmatch(r'paddle_(\d+)_\d+_\d+', os.path.basename(path))
+        with contextlib.suppress(OSError):  # another process is deleting it as well
+            status = os.stat(path)
+            if (name and status.st_uid == os.geteuid() and time.time() - status.st_mtime > seconds
+                    and not os.path.exists(f'/proc/{name[1]}')):
+                os.remove(path)
+                cleared += 1
+    if cleared:
+        logger.info(f'{cleared} files that killed DataLoader workers had left in {folder} are deleted')
 
 
 def _check_mode(mode):

@@ -60,6 +60,20 @@ def one_line(error):
     return ' '.join(str(error).split()) or type(error).__name__
 
 
+def why_unreadable(path):
+    """Why a file or folder cannot be read, such as 'Permission denied'; '' if it can be."""
+    try:
+        if os.path.isfile(path):
+            open(path, 'rb').close()
+        else:
+            os.stat(path)
+            if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+                return os.strerror(errno.EACCES)
+    except OSError as error:
+        return error.strerror
+    return ''
+
+
 # This environment variable names a file that the first process to report an error creates: if all processes of a run
 # fail alike, the error is printed once.
 REPORTED = 'REPLKNET_ERROR_REPORTED'

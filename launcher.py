@@ -106,6 +106,7 @@ def run_in_processes(config, device):
         raise UserError(f'-nprocs={count}: this machine has {utils.device_count(device)} {device} devices')
     if count == 1:
         return exit_status(run_in_this_process, config, device)
+    utils.require_locks('or run main_single_gpu.py with -num_workers=0')
     with tempfile.TemporaryDirectory() as folder:
         logging.getLogger().setLevel(logging.WARNING)  # Paddle logs the ports it found
         os.environ[REPORTED] = os.path.join(folder, 'reported')
@@ -131,8 +132,18 @@ def _child(config, device):
 def _run_rank(settings):
     """Runs one of several ranks; `settings` returns the arguments of `run_in_this_process`."""
     environment = dist.ParallelEnv()
+    _check_addresses(environment.trainer_endpoints)
     with watched(environment.rank, environment.trainer_endpoints) as ready:
         run_in_this_process(*settings(), ready)
+
+
+def _check_addresses(endpoints):
+    """Refuses addresses some of which mean only the machine itself: Debian resolves a host name to 127.0.1.1."""
+    local = [(rank, endpoint.split(':')[0]) for rank, endpoint in enumerate(endpoints) if endpoint.startswith('127.')]
+    if local and len(local) < len(endpoints):
+        rank, address = local[0]
+        raise UserError(f'the machine of rank {rank} resolves its own name to {address}, which other machines cannot '
+                        'reach: give the name its real address in /etc/hosts there')
 
 
 def _wait(processes):

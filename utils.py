@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import multiprocessing
 import sys
 
 import numpy as np
@@ -59,6 +60,21 @@ def world_size():
 def is_main():
     """Whether this process writes the logs and checkpoints."""
     return rank() == 0
+
+
+def require_locks(otherwise):
+    """Refuses to start processes where they cannot share locks, for which Linux needs /dev/shm.
+
+    Args:
+        otherwise: what to do without, for the message.
+    Raises:
+        UserError: a lock cannot be made.
+    """
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(f'processes cannot share locks ({error.strerror}): make /dev/shm a writable tmpfs, {otherwise}'
+                        ) from None
 
 
 def all_reduce_sum(values):

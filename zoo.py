@@ -9,6 +9,7 @@ downloads one to ./weights/, and
 loads `replknet_31b_1k_224.safetensors` or `.pdparams` from ./weights/. If there is only the official file, under its
 own name or as `replknet_31b_1k_224.pth`, it is converted first, once.
 """
+import errno
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from typing import Optional
 
-from errors import ArgumentParser, UserError, exit_status
+from errors import ArgumentParser, UserError, exit_status, why_unreadable
 from image_files.lists import CLASSES, IMAGENET_NAMES, names_file
 from port_weights.convert import convert
 from port_weights.names import to_paddle_names
@@ -143,8 +144,8 @@ def require_settings_file(cfg, weights):
     """
     path = cfg or settings_file(weights)
     if not path:
-        if weights and not os.path.exists(weights):
-            raise FileNotFoundError(f'{weights}: no such file or folder, and not a name that `python zoo.py` lists')
+        if weights:
+            require_path(weights)
         raise UserError('-cfg is missing: name a settings file, such as -cfg=./configs/replknet_31b.yaml')
     return path
 
@@ -168,6 +169,15 @@ def class_names_file(config, folder, cfg=None):
         IMAGENET_NAMES if published and config.MODEL.NUM_CLASSES == 1000 else None)
 
 
+def require_path(path, problem='no such file or folder, and not', flag=''):
+    """Raises FileNotFoundError if a path that might also be a zoo name is not there, UserError if it cannot be read."""
+    reason = why_unreadable(path)
+    if reason == os.strerror(errno.ENOENT):
+        raise FileNotFoundError(f'{flag}{path}: {problem} a name that `python zoo.py` lists')
+    if reason:
+        raise UserError(f'{flag}{path}: cannot be read: {reason}')
+
+
 def resolve_weights(name_or_path, weights_dir='./weights'):
     """Finds the file of weights that `-pretrained` names.
 
@@ -182,8 +192,7 @@ def resolve_weights(name_or_path, weights_dir='./weights'):
         FileNotFoundError: neither a file nor a zoo name, or its file is not in `weights_dir`.
     """
     if name_or_path not in ZOO or os.path.isfile(name_or_path):
-        if not os.path.exists(name_or_path):
-            raise FileNotFoundError(f'{name_or_path}: neither a file nor a name that `python zoo.py` lists')
+        require_path(name_or_path, 'neither a file nor')
         return best_checkpoint(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     checkpoint = ZOO[name_or_path]
     source = _file_of(checkpoint, weights_dir)

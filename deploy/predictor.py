@@ -36,7 +36,7 @@ from image_files.memory import check_type, described, listed, read_picture, snap
 from large_kernel import build, operator_in_use
 from run_folder.layout import CONFIG
 from run_folder.metrics import best_checkpoint
-from zoo import ZOO, build_model, class_names_file, pretrained_weights, settings_file
+from zoo import ZOO, build_model, class_names_file, pretrained_weights, require_path, settings_file
 
 BACKENDS = ('auto', 'dygraph', 'inference')
 NOT_FINITE = "the model's logits are not finite"
@@ -272,8 +272,8 @@ def load_model(model, cfg=None):
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
     """
-    if model not in ZOO and not os.path.exists(model):
-        raise FileNotFoundError(f'-model={model}: no such file or folder, and not a name that `python zoo.py` lists')
+    if model not in ZOO:
+        require_path(model, flag='-model=')
     weights = best_checkpoint(model) if os.path.isdir(model) else model
     cfg = cfg or settings_file(weights)
     if cfg is None:

@@ -10,6 +10,7 @@ the total is bounded by the size of the file. Checkpoints of this project end wi
 
 Needs neither torch nor paddle.
 """
+import errno
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from io import BytesIO
 import numpy as np
 
 from atomic_file import check_digest
-from errors import CheckpointError
+from errors import CheckpointError, why_unreadable
 from port_weights.arrays import BFLOAT16, Budget, as_array, is_shape, itemsize, read_bytes
 from port_weights.rebuild import Resolver
 from port_weights.restricted_pickle import Unpickler
@@ -47,12 +48,15 @@ def read_checkpoint(path):
         bfloat16 becomes float32, also the uint16 arrays of Paddle files, which Paddle uses for bfloat16. Sets become
         lists. Arrays may be read-only and may share memory.
     Raises:
-        CheckpointError: not a checkpoint, damaged, or it names a function or class that is not known.
+        CheckpointError: not a checkpoint, damaged, not readable, or it names a function or class that is not known.
         FileNotFoundError: no such file.
     """
     path = os.fspath(path)
-    if not os.path.exists(path):
+    reason = why_unreadable(path)
+    if reason == os.strerror(errno.ENOENT):
         raise FileNotFoundError(f'{path}: no such file')
+    if reason:
+        raise CheckpointError(f'{path}: cannot be read: {reason}')
     if not os.path.isfile(path):
         raise CheckpointError(f'{path}: is a folder or a device, not a checkpoint file')
     with open(path, 'rb') as file:

@@ -6,7 +6,7 @@ import os
 import time
 
 from config import config_changes
-from errors import CheckpointError, UserError
+from errors import CheckpointError, UserError, why_unreadable
 from run_folder.checkpoint import read_run_checkpoint
 from run_folder.layout import CONFIG, LAST, OUTPUT, resumable_checkpoints, run_of
 from run_folder.writer import RunFolder, is_at_work
@@ -99,6 +99,8 @@ def read_resumed(path):
         return file, state
     if problems:
         raise UserError(f'{problems[0]}; no intact checkpoint is left in {folder}')
+    if os.path.exists(folder) and why_unreadable(folder):
+        raise UserError(f'{folder}: cannot be read: {why_unreadable(folder)}')
     raise FileNotFoundError(f'{folder}: no {LAST} to resume from')
 
 

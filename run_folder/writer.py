@@ -1,12 +1,13 @@
 """Writes a run folder: settings, logs, metrics and checkpoints. Only rank 0 does."""
 import contextlib
+import errno
 import os
 import time
 
 import utils
 from atomic_file import atomic_file, lock_file, remove_leftovers
 from config import config_changes, config_text
-from errors import UserError
+from errors import UserError, why_unreadable
 from image_files.folders import class_names
 from image_files.lists import CLASSES
 from run_folder.checkpoint import save_checkpoint
@@ -64,6 +65,9 @@ class RunFolder:
     def _refuse_if_taken(self, live):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f'-output={self.path}: is a file; name a folder')
+        reason = why_unreadable(self.path)
+        if reason not in ('', os.strerror(errno.ENOENT)):
+            raise UserError(f'-output={self.path}: cannot be used: {reason}; name another folder')
         if self.own or self._started_without_checkpoint():
             return
         found = [name for name in (CONFIG, LAST, *BEST.values()) if os.path.exists(os.path.join(self.path, name))]
@@ -95,7 +99,7 @@ class RunFolder:
         try:
             self._held = open(os.path.join(self.path, LOG), 'a')
         except OSError as error:
-            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}; name another folder') from None
         deadline = time.monotonic() + LOCK_SECONDS
         while not lock_file(self._held):
             if time.monotonic() > deadline:
@@ -129,7 +133,7 @@ class RunFolder:
             if self.config.SCALARS and not self.config.EVAL:
                 self._scalars = Scalars(self.path, self.config.SCALARS)
         except OSError as error:
-            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}') from None
+            raise UserError(f'-output={self.path}: cannot be written: {error.strerror}; name another folder') from None
         logger.info(f'run folder {self.path}')
 
     def record(self, **values):
@@ -216,13 +220,16 @@ class RunFolder:
         for key, metrics in best.items():
             path = os.path.join(self.path, BEST[key])
             where = f'in {path}' if os.path.exists(path) else 'in the folder of the run it was resumed from'
+            if BEST[key] in self._pending:
+                where = f'(not saved: {path} has an earlier epoch)' if os.path.exists(path) else '(not saved)'
             logger.info(f"best {'EMA' if key == 'model_ema' else 'model'}: epoch {metrics['epoch']} "
                         f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} {where}")
         for name in numbered_to_keep(numbered, every=1):
             entry = numbered[name]
             accuracy = 'not evaluated' if entry['acc1'] is None else (
                 f"Acc@1 {entry['acc1']:.3f} ({'EMA' if entry['weights'] == 'model_ema' else 'model'})")
-            logger.info(f'kept: {os.path.join(self.path, name)} {accuracy}')
+            state = 'not saved' if name in self._pending else 'kept'
+            logger.info(f'{state}: {os.path.join(self.path, name)} {accuracy}')
         logger.info(f'run folder {self.path}')
 
 

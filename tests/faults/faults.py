@@ -274,7 +274,7 @@ def disk_errors(fleet, count, rng):
 
 
 def signals(fleet, count, rng):
-    """Sends SIGTERM or SIGINT at random moments: the run saves and ends within 30 s, with 143 or 130 to a shell."""
+    """Sends SIGTERM or SIGINT at random moments: the run saves and ends with 143 or 130 (shell) within 30 seconds."""
     failures, done = [], 0
     folder = fleet.new()
     while done < count:
