@@ -375,13 +375,13 @@ def test_batches_go_through_pipes_where_shared_memory_is_short(config, monkeypat
     config.DATA.NUM_WORKERS = 1
     dataset = get_dataset(config, 'val')
     assert get_dataloader(config, dataset, 'val').use_shared_memory
-    monkeypatch.setattr(datasets, '_free_shared_memory', lambda: 2 * 3 * 4 * 3 * 32 * 32)
+    monkeypatch.setattr(datasets, 'free_shared_memory', lambda: 2 * 3 * 4 * 3 * 32 * 32)
     monkeypatch.setattr(datasets.logger, 'propagate', True)
     loader = get_dataloader(config, dataset, 'val')
     assert not loader.use_shared_memory and '/dev/shm' in caplog.text
     assert [numbers(images) for images, _ in loader] == [[0, 1, 2], [3, 4, 5], [6]]
     dataset = get_dataset(config, 'train')
-    monkeypatch.setattr(datasets, '_free_shared_memory', lambda: 4 * 4 * 4 * 3 * 32 * 32)
+    monkeypatch.setattr(datasets, 'free_shared_memory', lambda: 4 * 4 * 4 * 3 * 32 * 32)
     assert get_dataloader(config, dataset, 'train').use_shared_memory
     config.TRAIN.AUG_SPLITS = 2
     assert not get_dataloader(config, dataset, 'train').use_shared_memory, 'each view takes its share'

@@ -9,7 +9,8 @@ import paddle
 import pytest
 
 from config import ConfigError, config_text, get_config
-from datasets import DataError, TrainBatchSampler, balanced_order, get_dataloader, get_dataset
+from datasets import DataError, TrainBatchSampler, get_dataloader, get_dataset
+from loading.samplers import balanced_order
 from losses import ClassWeightedCrossEntropyLoss, CrossEntropyLoss, SoftTargetCrossEntropyLoss, class_weights
 from port_weights.safe_load import read_checkpoint
 from replknet import RepLKNet

@@ -1,0 +1,1 @@
+"""How images get from a dataset to a process: their order, the workers that decode them, shared memory."""

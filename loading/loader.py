@@ -1,0 +1,190 @@
+"""A DataLoader whose workers report one line and end with their process, and the shared memory that they use."""
+import contextlib
+import errno
+import glob
+import multiprocessing.connection
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import paddle
+from paddle.base.multiprocess_utils import _cleanup_mmap
+
+from errors import UserError
+from image_files.decode import DataError
+from utils import logger
+
+PREFETCH_FACTOR = 2  # batches prefetched per worker
+
+
+class _ErrorsAsValues(paddle.io.Dataset):
+    """Adds to each sample '' or the message about the image that it replaces; returns a DataError, where nothing does.
+
+    Paddle would print an error that a worker raises as pages of traceback.
+
+    Args:
+        dataset: ImageNet2012Dataset.
+        replace: whether other images of their class replace images that cannot be decoded.
+    """
+
+    def __init__(self, dataset, replace):
+        super().__init__()
+        self.dataset, self.replace = dataset, replace
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        try:
+            return *self.dataset[key], ''
+        except DataError as error:
+            if self.replace:
+                for other in self.dataset.stand_ins(key):
+                    with contextlib.suppress(DataError):
+                        return *self.dataset[other], str(error)
+            return error
+
+
+def _collate(samples):
+    """Samples -> [images, labels, messages about replaced images, error message or ''], as in `DataLoader`."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return [np.zeros(1, np.float32), np.zeros(1, np.int64), '', str(sample)]
+    images, labels, replaced = zip(*samples)
+    images = np.stack(images)
+    if images.ndim == 5:
+        images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
+    return [images, np.array(labels, dtype=np.int64), '\n'.join(filter(None, replaced)), '']
+
+
+def _exit_with_parent(_):
+    """Makes a worker exit when the main process ends, even if that is killed (Paddle's would stay), or terminates it.
+
+    A SIGTERM from elsewhere, such as a cluster sends to all processes, is ignored: the main process finishes its step
+    first.
+    """
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            received = signal.sigtimedwait([signal.SIGTERM], 1)
+            if received is not None and received.si_pid == parent:
+                break
+        _cleanup_mmap()
+        os._exit(0)
+
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # Paddle's handlers print lines of their own
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _cause(code):
+    """What an exit status of a worker may mean."""
+    causes = {-signal.SIGKILL: ' (out of memory?)', -signal.SIGBUS: ' (is /dev/shm full?)',
+              -signal.SIGSEGV: ' (a crash in a library that decodes images?)'}
+    return causes.get(code, '')
+
+
+@contextlib.contextmanager
+def _exit_if_one_dies(workers):
+    """Exits this process with a message when one of its workers dies; Paddle would wait for it forever."""
+    over = threading.Event()
+
+    def watch():
+        alive = workers
+        while alive and not over.is_set():
+            multiprocessing.connection.wait([worker.sentinel for worker in alive], timeout=1)
+            codes = {worker.exitcode for worker in alive} - {None, 0}
+            if codes and not over.is_set():
+                code = codes.pop()
+                print(f'a DataLoader worker exited with status {code}{_cause(code)}; start the run again to '
+                      'continue from its last checkpoint', file=sys.stderr, flush=True)
+                os._exit(1)
+            alive = [worker for worker in alive if worker.exitcode is None]
+
+    if workers:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+class DataLoader(paddle.io.DataLoader):
+    """Paddle's DataLoader for the datasets of this module; a worker's DataError is raised in the main process.
+
+    Yields images, float32 [n, 3, H, W], or [views x n, 3, H, W] with the first view of all images before the second,
+    and labels, int64 [n].
+    Workers are started for each iteration, in about 0.1 s: Paddle's persistent workers take longer to resume and fail
+    after an iteration that was not finished.
+
+    Attributes:
+        replaced: number of images of the current iteration in whose place others of their class were yielded, because
+            they cannot be decoded; each is logged once. Only with `replace_bad`.
+    """
+
+    def __init__(self, dataset, batch_sampler, num_workers=0, use_shared_memory=True, replace_bad=False):
+        self.replaced, self._reported = 0, set()
+        super().__init__(_ErrorsAsValues(dataset, replace_bad), batch_sampler=batch_sampler, collate_fn=_collate,
+                         num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
+                         use_shared_memory=use_shared_memory,
+                         worker_init_fn=_exit_with_parent)
+
+    def set_epoch(self, epoch, start_batch=0):
+        """See `TrainBatchSampler.set_epoch`."""
+        self.batch_sampler.set_epoch(epoch, start_batch)
+
+    def __iter__(self):
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            cure = (', or raise the limit of open files (ulimit -n)' if error.errno == errno.EMFILE else '')
+            raise UserError(f'-num_workers={self.num_workers}: the DataLoader workers cannot be started '
+                            f'({error.strerror}); use fewer{cure}') from None
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread is
+            signal.signal(signal.SIGCHLD, handler)
+        self.replaced = 0
+        with _exit_if_one_dies(getattr(batches, '_workers', [])):
+            for images, labels, replaced, error in batches:
+                if error:
+                    raise DataError(error)
+                for message in filter(None, replaced.split('\n')):
+                    self.replaced += 1
+                    if message not in self._reported:
+                        self._reported.add(message)
+                        logger.warning(f'{message}; another image of its class takes its place')
+                yield images, labels
+
+
+def clear_shared_memory(folder='/dev/shm', seconds=3600):
+    """Deletes the batches that DataLoader workers have left in shared memory because they were killed.
+
+    Such a file is named after its worker, which must be gone. A batch may outlive its worker for as long as it waits to
+    be used, and the worker may run in another container: only files older than `seconds` are deleted.
+    """
+    cleared = 0
+    for path in glob.glob(os.path.join(folder, 'paddle_*')):
+        name = re.fullmatch(r'paddle_(\d+)_\d+_\d+', os.path.basename(path))
+        with contextlib.suppress(OSError):  # another process is deleting it as well
+            status = os.stat(path)
+            if (name and status.st_uid == os.geteuid() and time.time() - status.st_mtime > seconds
+                    and not os.path.exists(f'/proc/{name[1]}')):
+                os.remove(path)
+                cleared += 1
+    if cleared:
+        logger.info(f'{cleared} files that killed DataLoader workers had left in {folder} are deleted')
+
+
+def free_shared_memory():
+    """Free bytes of /dev/shm."""
+    try:
+        stats = os.statvfs('/dev/shm')
+    except (OSError, AttributeError):
+        return 0
+    return stats.f_bavail * stats.f_frsize
