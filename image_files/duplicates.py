@@ -48,7 +48,7 @@ def duplicate_groups(digests, thumbnails):
     for index, key in enumerate(digests):
         groups.join(index, first.setdefault(key, index))
     unique = np.array(sorted(first.values()), dtype=int)
-    hashes, levels = difference_hashes(thumbnails), thumbnails.reshape(len(thumbnails), -1).astype(np.int16)
+    hashes, levels = difference_hashes(thumbnails), thumbnails.reshape(-1, np.prod(THUMBNAIL)).astype(np.int16)
     means = levels.mean(axis=1)
     for bits in _BANDS:
         keys = hashes[unique] & np.uint64(sum(1 << int(bit) for bit in bits))
