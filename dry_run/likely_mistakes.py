@@ -75,7 +75,7 @@ def _images(plan):
     if plan.steps_per_epoch and 'train' in plan.labels:
         batch = plan.config.DATA.BATCH_SIZE * plan.processes
         dropped = plan.images % batch
-        if dropped > 0.05 * plan.images:
+        if dropped > 0.1 * plan.images:
             yield (f'each epoch leaves out {dropped:,} of the {plan.images:,} training images, other ones each time, '
                    f'which do not fill a batch of {batch:,}: lower -batch_size')
 
