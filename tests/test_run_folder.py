@@ -11,7 +11,7 @@ from errors import UserError
 from port_weights.safe_load import read_checkpoint
 from run_folder.resume import choose_folder, read_resumed
 from run_folder.writer import RunFolder, numbered_to_keep
-from utils import append_json_line, truncate_lines
+from utils import append_json_line, logger, truncate_lines
 
 ACCURACIES = {1: 10.0, 2: None, 3: 30.0, 4: 20.0, 5: 30.0, 6: None}
 NUMBERED = {f'e{epoch}': {'epoch': epoch, 'acc1': acc1} for epoch, acc1 in ACCURACIES.items()}
@@ -87,7 +87,9 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_is_kept(tmp_path, monke
     assert folder.unsaved == '' and read_resumed(folder.path)[1]['epoch'] == 3
 
 
-def test_a_failed_save_is_retried_and_the_evaluation_counts_only_after_it(tmp_path, monkeypatch):
+def test_a_failed_save_is_retried_and_the_evaluation_counts_only_after_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logger, 'propagate', True)
+    caplog.set_level('INFO', logger=logger.name)
     folder = RunFolder(settings(tmp_path / 'run', 'SAVE_FREQ', 1))
     folder.claim()
     folder.save_last(state(folder, 0))
@@ -100,6 +102,10 @@ def test_a_failed_save_is_retried_and_the_evaluation_counts_only_after_it(tmp_pa
         patch.setattr(os, 'replace', fail)
         folder.save_evaluated(evaluated, {'model': 10.0}, ['model'])
     assert 'No space left' in folder.unsaved and set(evaluated['numbered']) == {'epoch_0001.pdparams'}
+    caplog.clear()
+    folder.summary({'model': {'epoch': 1, 'acc1': 10.0, 'acc5': 20.0}}, evaluated['numbered'])
+    assert 'best model: epoch 1 Acc@1 10.000 Acc@5 20.000 (not saved)' in caplog.text
+    assert f'not saved: {folder.path}/epoch_0001.pdparams' in caplog.text and 'kept' not in caplog.text
     assert read_resumed(folder.path)[1]['epoch'] == 0  # so a resumed run would evaluate again
     folder.save_last(state(folder, 1))
     assert folder.unsaved == ''
