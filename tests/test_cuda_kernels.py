@@ -27,18 +27,22 @@ UNIT = {'float16': 2**-11, 'bfloat16': 2**-8, 'float32': 2**-24}  # of rounding
 needs_compiler = pytest.mark.skipif(not COMPILER, reason='no C++ compiler')
 
 
+def emulated_objects(folder):
+    """Compiles the kernels and their emulation; returns the paths of the objects."""
+    sources = [*sorted(KERNELS.glob('*.cu')), EMULATION / 'emulation.cc']
+    units = [folder / f'{source.stem}.o' for source in sources]
+    compilers = [subprocess.Popen([*COMPILER.split(), *FLAGS, f'-I{EMULATION}', f'-I{KERNELS}', '-x', 'c++', '-c',
+                                   str(source), '-o', str(unit)]) for source, unit in zip(sources, units)]
+    assert not any([compiler.wait() for compiler in compilers])
+    return units
+
+
 @pytest.fixture(scope='module')
 def emulated(tmp_path_factory):
     """The kernels compiled by a C++ compiler: function of a card and an order of threads that returns `Kernels`."""
     folder = tmp_path_factory.mktemp('emulated')
-    sources = [*sorted(KERNELS.glob('*.cu')), EMULATION / 'emulation.cc']
-    units = [folder / f'{source.stem}.o' for source in sources]
-    compilers = [subprocess.Popen([*COMPILER.split(), *FLAGS, f'-I{EMULATION}',
-                                   f'-I{KERNELS}', '-x', 'c++', '-c', str(source), '-o', str(unit)])
-                 for source, unit in zip(sources, units)]
-    assert not any([compiler.wait() for compiler in compilers])
     library = folder / 'emulated.so'
-    subprocess.run([*COMPILER.split(), '-shared', '-o', str(library), *map(str, units)], check=True)
+    subprocess.run([*COMPILER.split(), '-shared', '-o', str(library), *map(str, emulated_objects(folder))], check=True)
     kernels = Kernels(library)
 
     def on(card, backwards=False):
@@ -201,6 +205,13 @@ def test_bands_and_column_tiles_where_shared_memory_is_small(emulated, path):
                              ('float16', (5, 1, 9, 6, 9))):
             compare(emulated((1, kilobytes * 1024, 8, 6)), shape, dtype, path)
     compare(emulated((1, 48 * 1024, 8, 6)), (1, 1, 3, 66, 63), 'float32', path)
+
+
+@needs_compiler
+@pytest.mark.parametrize('dtype, kernel', [('float16', 5), ('float32', 3)])
+@pytest.mark.parametrize('path', ['tensor', 'direct'])
+def test_blocks_that_go_through_several_groups_of_images(emulated, dtype, kernel, path):
+    compare(emulated((1, *A10[1:])), (70, 64, 7, 7, kernel), dtype, path)
 
 
 @needs_compiler
