@@ -121,16 +121,30 @@ def _run(command):
         raise BuildError(f'{command[0]} failed: {_last_line(result.stderr)}')
 
 
-def _build(compiler, library):
-    """Compiles and links the library, which appears atomically; call with its lock held."""
-    start = time.time()
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        unfinished = Path(folder) / library.name
-        for command in _commands(compiler, folder, unfinished):
-            _run(command)
-        os.replace(unfinished, library)
-    print(f'large_kernel: built the C++ operator once for this machine with {compiler[0]} in '
-          f'{time.time() - start:.1f} s: {library}', file=sys.stderr, flush=True)
+def cached(name, make, description):
+    """Path of the shared library `name` in the cache, which is made if it does not exist yet.
+
+    Several processes may call this at once: one makes it, the others wait for it. It appears atomically.
+
+    Args:
+        make: function of (folder, library) that makes the library, with an empty folder for what it needs meanwhile.
+        description: of the library, for the line on stderr.
+    Raises:
+        BuildError, OSError: it cannot be made.
+    """
+    library = _cache_dir() / name
+    if library.exists():
+        return library
+    with _locked(library.with_suffix('.lock')):
+        if not library.exists():
+            start = time.time()
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                unfinished = Path(folder) / library.name
+                make(folder, unfinished)
+                os.replace(unfinished, library)
+            print(f'large_kernel: built {description} in {time.time() - start:.1f} s: {library}', file=sys.stderr,
+                  flush=True)
+    return library
 
 
 def library_path():
@@ -143,14 +157,14 @@ def library_path():
     """
     if platform.system() != 'Linux':
         raise BuildError(f'the C++ operator is built on Linux only; this is {platform.system()}')
+
+    def make(folder, library):
+        for command in _commands(compiler, folder, library):
+            _run(command)
     try:
         compiler = _compiler()
-        library = _cache_dir() / f'large_kernel_{_key(compiler)}.so'
-        if not library.exists():
-            with _locked(library.with_suffix('.lock')):
-                if not library.exists():
-                    _build(compiler, library)
-        return library
+        return cached(f'large_kernel_{_key(compiler)}.so', make,
+                      f'the C++ operator once for this machine with {compiler[0]}')
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(' '.join(str(error).split())) from None
 
@@ -182,7 +196,7 @@ def load_operator(path=None):
             library = Path(path) if path else library_path()
             if not library.is_file():
                 raise BuildError(f'{library} does not exist')
-            _register(library)
+            register(library)
             _registered, direct = library, _direct_module(library)
         except BuildError as error:
             _registered = error
@@ -190,7 +204,8 @@ def load_operator(path=None):
     return _registered
 
 
-def _register(library):
+def register(library):
+    """Registers the operators of a library with Paddle; raises BuildError if it cannot be loaded."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Paddle advises ccache
         from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op

@@ -7,7 +7,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import autotune, build, operators
+from large_kernel import autotune, build, cuda, operators
 from large_kernel.fft import conv_fft
 
 VARIABLE = 'LARGE_KERNEL_CONV_IMPL'
@@ -36,7 +36,7 @@ def conv_custom(x, weight, bias, stride):
     return as_dtype(y, dtype)
 
 
-_FUNCTIONS = {'custom': conv_custom, 'fft': conv_fft, 'native': conv_native}
+_FUNCTIONS = {'custom': conv_custom, 'cuda': cuda.conv_cuda, 'fft': conv_fft, 'native': conv_native}
 
 
 @functools.lru_cache(maxsize=None)
@@ -94,23 +94,21 @@ _warned = False
 def runs_custom(x):
     """Whether the C++ operator computes the convolutions of x.
 
-    It does with LARGE_KERNEL_CONV_IMPL=custom, and with `auto` on the CPU, which warns once if the operator cannot be
-    built there.
+    It does on the CPU with LARGE_KERNEL_CONV_IMPL=custom or `auto`, which warns once if the operator cannot be built.
 
     Raises:
         RuntimeError: LARGE_KERNEL_CONV_IMPL=custom, but the operator is not available for x.
     """
     global _warned
     name = _implementation()
-    if name not in ('auto', 'custom'):
+    if name not in ('auto', 'custom') or not _on_cpu(x):
         return False
-    on_cpu = _on_cpu(x)
-    reason = build.reason_unavailable() if on_cpu else 'the C++ operator runs on the CPU only'
+    reason = build.reason_unavailable()
     if reason is None:
         return True
     if name == 'custom':
         raise RuntimeError(f'{VARIABLE}=custom: {reason}')
-    if on_cpu and not _warned:
+    if not _warned:
         _warned = True
         warnings.warn(f'the C++ operator for depthwise convolutions is not available; using paddle.fft or '
                       f"Paddle's own convolution instead: {reason}", RuntimeWarning, stacklevel=3)
@@ -133,13 +131,22 @@ def _implementation():
 def select(x, weight, stride):
     """Name of the implementation that will run.
 
-    It is the one named by LARGE_KERNEL_CONV_IMPL. With `auto` it is the C++ operator on the CPU, and elsewhere the
-    faster of fft and native, measured once for each shape.
+    It is the one named by LARGE_KERNEL_CONV_IMPL, where `custom` is the C++ operator on the CPU, and on GPUs the CUDA
+    operator for what it takes, Paddle's own for the rest. With `auto` it is the C++ operator on the CPU, on GPUs the
+    CUDA operator for what it takes, and elsewhere the faster of fft and native, measured once for each shape.
+
+    Raises:
+        RuntimeError: LARGE_KERNEL_CONV_IMPL=custom, but the operator is not available for x.
     """
+    name = _implementation()
     if runs_custom(x):
         return 'custom'
-    if _implementation() != 'auto':
-        return _implementation()
+    if name == 'custom' and not (paddle.in_dynamic_mode() and cuda.on_gpu(x)):
+        raise RuntimeError(f'{VARIABLE}=custom: the operators run on CPUs, and without tracing on NVIDIA GPUs')
+    if name in ('auto', 'custom') and cuda.takes(x, weight, stride, required=name == 'custom'):
+        return 'cuda'
+    if name != 'auto':
+        return 'native' if name == 'custom' else name
     if not paddle.in_dynamic_mode():
         return 'fft' if weight.shape[-1] >= FFT_FROM and -1 not in x.shape[2:] else 'native'
     training = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
@@ -157,11 +164,12 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
         stride: 1 or 2.
 
     Returns:
-        [N, C, ceil(H / stride), ceil(W / stride)], in x's dtype.
+        [N, C, ceil(H / stride), ceil(W / stride)], in x's dtype; with the CUDA operator in mixed precision, in the
+        dtype of `paddle.amp.auto_cast`.
 
     Raises:
         ValueError: a wrong shape, dtype or stride, or an unknown LARGE_KERNEL_CONV_IMPL.
-        RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built or the input is not on the CPU.
+        RuntimeError: LARGE_KERNEL_CONV_IMPL=custom where the operator cannot be built.
     """
     direct = build.direct  # checks everything in C++: cold Python code takes as long as a small layer
     if direct:

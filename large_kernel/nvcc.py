@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels (csrc/cuda) with nvcc. Imports nothing of Paddle, so that benchmarks run without it."""
 import concurrent.futures
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / 'csrc' / 'cuda'
+TOOLKITS = ('/usr/local/cuda',)
 TIMEOUT = 1800  # seconds for one file
 
 
@@ -26,7 +28,7 @@ def find():
     if not homes:
         on_path = shutil.which('nvcc')
         candidates += [Path(on_path)] if on_path else []
-        candidates += [Path('/usr/local/cuda/bin/nvcc')]
+        candidates += [Path(folder) / 'bin' / 'nvcc' for folder in TOOLKITS]
         for folder in sys.path:  # nvidia-cuda-nvcc-cu11 and its later versions
             candidates += sorted(Path(folder or '.').glob('nvidia/*/bin/nvcc'))
     for path in candidates:
@@ -36,10 +38,12 @@ def find():
     raise NvccError(f'no nvcc found{where}: install the CUDA toolkit, or set CUDA_HOME to its folder')
 
 
-def include_options(nvcc):
-    """Options for headers that PyPI's packages keep in folders beside that of nvcc."""
+def host_options(nvcc):
+    """Options for the host compiler, CXX if it is set, and for headers that PyPI's packages keep elsewhere."""
     packages = nvcc.resolve().parents[2]
-    return [f'-I{folder}' for folder in sorted(packages.glob('*/include'))] if packages.name == 'nvidia' else []
+    folders = sorted(packages.glob('*/include')) if packages.name == 'nvidia' else []
+    compiler = shlex.split(os.environ.get('CXX') or '')[:1]
+    return [*(f'-ccbin={path}' for path in compiler), *(f'-I{folder}' for folder in folders)]
 
 
 def version(nvcc):
@@ -48,19 +52,14 @@ def version(nvcc):
     Raises:
         NvccError: it does not run.
     """
-    return _run([str(nvcc), '--version'])
+    return run([str(nvcc), '--version'])
 
 
 def compile_command(nvcc, source, unit, capability):
     """Command that compiles one .cu file for a compute capability such as (8, 0), with PTX for later cards."""
     arch = '{}{}'.format(*capability)
-    return [str(nvcc), '-O3', '-std=c++17', '-w', '-Xcompiler', '-fPIC', *include_options(nvcc),
+    return [str(nvcc), '-O3', '-std=c++17', '-w', '-Xcompiler', '-fPIC', *host_options(nvcc),
             '-gencode', f'arch=compute_{arch},code=[sm_{arch},compute_{arch}]', '-c', str(source), '-o', str(unit)]
-
-
-def link_command(nvcc, units, library, options=()):
-    """Command that links compiled files and CUDA's static runtime into a shared library."""
-    return [str(nvcc), '--shared', '-cudart', 'static', '-o', str(library), *map(str, units), *options]
 
 
 def compile_units(nvcc, folder, capability):
@@ -72,8 +71,18 @@ def compile_units(nvcc, folder, capability):
     sources = sorted(SOURCES.glob('*.cu'))
     units = [Path(folder) / f'{source.stem}.o' for source in sources]
     with concurrent.futures.ThreadPoolExecutor(len(sources)) as pool:
-        list(pool.map(_run, [compile_command(nvcc, s, u, capability) for s, u in zip(sources, units)]))
+        list(pool.map(run, [compile_command(nvcc, s, u, capability) for s, u in zip(sources, units)]))
     return units
+
+
+def link(nvcc, units, library, options=()):
+    """Links compiled files and CUDA's static runtime into a shared library.
+
+    Raises:
+        NvccError: the linker failed.
+    """
+    run([str(nvcc), '--shared', '-cudart', 'static', *host_options(nvcc), '-o', str(library), *map(str, units),
+         *options])
 
 
 def build(library, capability):
@@ -86,11 +95,12 @@ def build(library, capability):
     print(f'compiling the CUDA kernels with {nvcc}: about two minutes of processor time', file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=Path(library).parent) as folder:
         unfinished = Path(folder) / 'library.so'
-        _run(link_command(nvcc, compile_units(nvcc, folder, capability), unfinished))
+        link(nvcc, compile_units(nvcc, folder, capability), unfinished)
         os.replace(unfinished, library)
 
 
-def _run(command):
+def run(command):
+    """Output of a command; raises NvccError if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:

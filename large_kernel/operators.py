@@ -24,6 +24,20 @@ def run_with_gradients(x, weight, bias, stride):
                 not (weight.stop_gradient and bias.stop_gradient))[0]
 
 
+def run_cuda(x, weight, bias):
+    """The depthwise operator on a GPU, at stride 1. Not for tracing.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16.
+        weight, bias: [C, 1, K, K] and [C] or None, of any of these dtypes.
+    """
+    input_grad = not x.stop_gradient
+    weight_grad = not (weight.stop_gradient and (bias is None or bias.stop_gradient))
+    if bias is None:
+        return _RUN('large_kernel_cuda_conv', *_without_gradients([x, weight]), input_grad, weight_grad)[0]
+    return _RUN('large_kernel_cuda_conv_bias', *_without_gradients([x, weight, bias]), input_grad, weight_grad)[0]
+
+
 def run_fused(x, weight, bias, residual, in_norm, out_norm, attributes):
     """The operator behind `conv_block`.
 

@@ -5,7 +5,7 @@
 // a warp instruction (mma, ldmatrix, reductions) for the 32 lanes, whose last one computes it for all. Asynchronous
 // copies happen when they are waited for. Shared memory starts as NaN and is followed by a guard. A mistake (lanes at
 // different instructions, a wait that never ends, an address outside or misaligned, a write past the end) ends the
-// program with a line that says which.
+// launch with an error that says which.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -100,7 +100,7 @@ namespace emulation {
 
 extern uint3_ thread, block, threads;  // of the fiber that runs
 
-void run(int blocks, int block_threads, size_t shared_bytes, const std::function<void()>& kernel);
+cudaError_t run(int blocks, int block_threads, size_t shared_bytes, const std::function<void()>& kernel);
 [[noreturn]] void fail(const char* what);
 unsigned char* shared(size_t* bytes);  // of the present block
 
@@ -255,8 +255,7 @@ void copy_wait() {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {
-  emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
-  return cudaSuccess;
+  return emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace large_kernel::cuda

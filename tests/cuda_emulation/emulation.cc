@@ -48,6 +48,7 @@ jmp_buf scheduler;
 const std::function<void()>* body;
 int present, waiting, barrier_generation, progress;
 bool any_now, any_last, backwards;
+char message[200];  // of a mistake, or empty
 int card[4] = {4, 227 * 1024, 9, 0};  // multiprocessors, shared memory of a block, compute capability
 
 void enter() {
@@ -55,6 +56,10 @@ void enter() {
   fibers[present].done = true;
   progress++;
   longjmp(scheduler, 1);
+}
+
+void report(const char* what) {
+  std::snprintf(message, sizeof message, "block %u, thread %u: %s", block.x, thread.x, what);
 }
 
 // Gives way to other fibers.
@@ -75,9 +80,8 @@ void resume(int index) {
 }  // namespace
 
 void fail(const char* what) {
-  std::fprintf(stderr, "emulation: block %u, thread %u: %s\n", block.x, thread.x, what);
-  std::fflush(stderr);
-  std::_Exit(3);
+  report(what);
+  longjmp(scheduler, 1);
 }
 
 unsigned char* shared(size_t* bytes) {
@@ -131,44 +135,57 @@ void copy_wait(int left) {
   }
 }
 
-void run(int blocks, int block_threads, size_t shared_bytes, const std::function<void()>& kernel) {
+namespace {
+
+void start_block(size_t shared_bytes) {
+  memory.assign(shared_bytes + GUARD, 0xff);
+  std::fill(memory.begin() + shared_bytes, memory.end(), GUARD_BYTE);
+  warps.assign((fibers.size() + 31) / 32, {});
+  waiting = 0;
+  any_now = false;
+  for (Fiber& fiber : fibers) {
+    if (!fiber.stack) fiber.stack.reset(new char[STACK]);
+    fiber.started = fiber.done = false;
+    fiber.copies.clear();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack.get(), 0, STACK};
+    makecontext(&fiber.context, enter, 0);
+  }
+}
+
+// A warp goes on while its lanes do, in either order.
+void run_warp(int index) {
+  for (int before = -1; before != progress;) {
+    before = progress;
+    for (int l = 0; l < 32; l++) {
+      const int fiber = 32 * index + (backwards ? 31 - l : l);
+      if (fiber < (int)fibers.size() && !fibers[fiber].done) resume(fiber);
+      if (message[0]) return;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t run(int blocks, int block_threads, size_t shared_bytes, const std::function<void()>& kernel) {
   body = &kernel;
   memory_bytes = shared_bytes;
   threads.x = block_threads;
-  if ((int)shared_bytes > card[1]) fail("more shared memory than the card has");
-  for (block.x = 0; block.x < (unsigned)blocks; block.x++) {
-    memory.assign(shared_bytes + GUARD, 0xff);
-    std::fill(memory.begin() + shared_bytes, memory.end(), GUARD_BYTE);
-    if ((int)fibers.size() != block_threads) fibers = std::vector<Fiber>(block_threads);
-    warps.assign((block_threads + 31) / 32, {});
-    for (Fiber& fiber : fibers) {
-      if (!fiber.stack) fiber.stack.reset(new char[STACK]);
-      fiber.started = fiber.done = false;
-      fiber.copies.clear();
-      getcontext(&fiber.context);
-      fiber.context.uc_stack = {fiber.stack.get(), 0, STACK};
-      makecontext(&fiber.context, enter, 0);
+  message[0] = 0;
+  if ((int)shared_bytes > card[1]) report("more shared memory than the card has");
+  if ((int)fibers.size() != block_threads) fibers = std::vector<Fiber>(block_threads);
+  for (block.x = 0; block.x < (unsigned)blocks && !message[0]; block.x++) {
+    start_block(shared_bytes);
+    auto left = [] { return std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return !f.done; }); };
+    while (left() && !message[0]) {
+      progress = 0;
+      for (int w = 0; w < (int)warps.size(); w++) run_warp(backwards ? (int)warps.size() - 1 - w : w);
+      if (!progress) report("threads wait for others that do not come");
     }
-    waiting = 0;
-    for (int left = 1; left;) {
-      left = progress = 0;
-      // A warp goes on while its lanes do, in either order.
-      for (int w = 0; w < (int)warps.size(); w++) {
-        const int which = backwards ? (int)warps.size() - 1 - w : w;
-        for (int before = -1; before != progress;) {
-          before = progress;
-          for (int l = 0; l < 32; l++) {
-            const int index = 32 * which + (backwards ? 31 - l : l);
-            if (index < block_threads && !fibers[index].done) resume(index);
-          }
-        }
-      }
-      for (const Fiber& fiber : fibers) left += !fiber.done;
-      if (left && !progress) fail("threads wait for others that do not come");
-    }
-    for (size_t i = shared_bytes; i < memory.size(); i++)
-      if (memory[i] != GUARD_BYTE) fail("shared memory was written past its end");
+    for (size_t i = shared_bytes; i < memory.size() && !message[0]; i++)
+      if (memory[i] != GUARD_BYTE) report("shared memory was written past its end");
   }
+  return message[0] ? 1 : cudaSuccess;
 }
 
 }  // namespace emulation
@@ -182,7 +199,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = emulation::card[attribute];
   return cudaSuccess;
 }
-const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
+const char* cudaGetErrorString(cudaError_t) { return emulation::message; }
 
 // Chooses the card, and whether threads run from the last to the first, which shows results that depend on an order.
 extern "C" void emulate(int multiprocessors, int shared_bytes, int major, int minor, int backwards) {

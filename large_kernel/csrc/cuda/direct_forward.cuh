@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(DIRECT_THREADS) direct_forward(Forward<In> f, 
 template <typename In>
 int launch_direct_forward(const Forward<In>& f, const Card& card, cudaStream_t stream) {
   const Shape& s = f.s;
-  DirectTile t;
-  int LD = 0, K4 = round4(s.K);
+  DirectTile t = {};
+  const int K4 = round4(s.K);
+  int LD = 0;
   auto rows_fit = [&](int images, int band) {
     return sizeof(float) * ((long long)images * staged_rows(s, band) * LD + (s.K + 6) * K4) <= DIRECT_BYTES;
   };

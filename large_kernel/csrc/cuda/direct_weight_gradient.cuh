@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(DIRECT_THREADS)
 template <typename In>
 int launch_direct_weight_gradient(const In* x, const In* dy, float* partial, const Shape& s, const Card& card,
                                   cudaStream_t stream, int* splits) {
-  DirectTile t;
+  DirectTile t = {};
   const int K4 = round4(s.K);
   auto bytes = [&](int images, int band) {
     return sizeof(float) * images * ((size_t)staged_rows(s, band) * (t.width + K4) + (size_t)band * t.width);

@@ -1,0 +1,170 @@
+"""The depthwise convolution on NVIDIA GPUs: builds its operator on first use, and runs it.
+
+The kernels are in csrc/cuda; docs/large_kernel.md describes them.
+"""
+import functools
+import hashlib
+import platform
+import subprocess
+import warnings
+
+import numpy as np
+
+from large_kernel import build, nvcc
+from large_kernel.operators import run_cuda
+
+import paddle  # isort: skip
+
+MIN_KERNEL, MAX_KERNEL = 5, 63  # 3x3 and 1x1 stay with Paddle
+MIN_CAPABILITY = (7, 0)
+
+
+def _binding_command(home, unit):
+    """Command that compiles the binding, which includes Paddle's headers and with them CUDA's."""
+    include = paddle.sysconfig.get_include()
+    return [str(home), '-x', 'c++', '-O2', '-std=c++17', '-w', '-Xcompiler', '-fPIC', *nvcc.host_options(home),
+            '-D_GLIBCXX_USE_CXX11_ABI=1', '-DPADDLE_WITH_CUDA', '-DPADDLE_WITH_CUSTOM_KERNEL', f'-I{include}',
+            f'-I{include}/third_party', '-c', str(nvcc.SOURCES / 'operator.cc'), '-o', str(unit)]
+
+
+def _link_options():
+    libs = paddle.sysconfig.get_lib()
+    core = f'{paddle.sysconfig.get_include()}/../base'
+    return [f'-L{core}', f'-L{libs}', '-Xlinker', f'-rpath={core}:{libs}', '-Xlinker', '--no-as-needed',
+            '-l:libpaddle.so']
+
+
+def library_path(capability):
+    """Path of the operator's shared library for a compute capability such as (8, 0); it is built if necessary.
+
+    Raises:
+        BuildError: it cannot be built.
+    """
+    if platform.system() != 'Linux':
+        raise build.BuildError(f'the CUDA operator is built on Linux only; this is {platform.system()}')
+    try:
+        home = nvcc.find()
+        parts = [paddle.__version__, paddle.version.commit, nvcc.version(home), str(capability),
+                 *_binding_command(home, ''), *nvcc.compile_command(home, '', '', capability)]
+        parts += [path.read_text() for path in sorted(nvcc.SOURCES.iterdir())]
+        key = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
+
+        def make(folder, library):
+            binding = f'{folder}/operator.o'
+            nvcc.run(_binding_command(home, binding))
+            nvcc.link(home, [binding, *nvcc.compile_units(home, folder, capability)], library, _link_options())
+        return build.cached(f'large_kernel_cuda_{key}.so', make, 'the CUDA operator once for GPUs of compute '
+                            'capability {}.{} with {}'.format(*capability, home))
+    except (nvcc.NvccError, OSError, subprocess.SubprocessError) as error:
+        raise build.BuildError(' '.join(str(error).split())) from None
+
+
+def count():
+    """How many NVIDIA GPUs Paddle can use."""
+    return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+
+
+@functools.lru_cache(maxsize=None)
+def reason_unavailable(device=0):
+    """None if the operator is ready for a GPU (it is built if necessary), else the reason in one line."""
+    if not paddle.is_compiled_with_cuda():
+        return 'this Paddle is built without CUDA'
+    if count() <= device:
+        return 'Paddle sees no GPU'
+    capability = tuple(paddle.device.cuda.get_device_capability(device))
+    if capability < MIN_CAPABILITY:
+        return 'the GPU has compute capability {}.{}; the kernels need 7.0'.format(*capability)
+    try:
+        build.register(library_path(capability))
+    except build.BuildError as error:
+        return str(error)
+    return _self_check(paddle.CUDAPlace(device))
+
+
+def _self_check(place):
+    """None if the operator computes on this GPU what Paddle's own convolution does, else the reason.
+
+    A driver older than the CUDA toolkit, for example, shows only when a kernel runs.
+    """
+    try:
+        for dtype, tolerance in (('float32', 2e-3), ('float16', 1e-2)):
+            error = _difference(dtype, place)
+            if not error <= tolerance:
+                return f"its {dtype} results differ from Paddle's on this GPU (relative error {error:.1e})"
+    except (RuntimeError, OSError, ValueError) as error:
+        return f'it does not run on this GPU: {build._last_line(str(error))}'
+    return None
+
+
+def _difference(dtype, place):
+    """Largest relative difference of result and gradients from Paddle's own float32 convolution."""
+    x, weight = (np.sin(np.arange(np.prod(shape)) * 0.7).astype('float32').reshape(shape)
+                 for shape in ((2, 3, 33, 12), (3, 1, 9, 9)))
+    scale = paddle.to_tensor(x, place=place)
+    with paddle.amp.auto_cast(enable=False), paddle.enable_grad():
+        half = paddle.to_tensor(x, place=place).astype(dtype).detach()
+        tensors = [half, paddle.to_tensor(weight, place=place)]
+        exact = [half.astype('float32').detach(), paddle.to_tensor(weight, place=place).astype(dtype).astype('float32')]
+        results = []
+        for pair, conv in ((tensors, lambda x, w: run_cuda(x, w, None)),
+                           (exact, lambda x, w: paddle.nn.functional.conv2d(x, w, padding=4, groups=3))):
+            for tensor in pair:
+                tensor.stop_gradient = False
+            y = conv(*pair)
+            results.append([y, *paddle.grad([(y.astype('float32') * scale).sum()], pair)])
+        return max(float((a.astype('float32') - b).abs().max() / b.abs().max()) for a, b in zip(*results))
+
+
+def on_gpu(x):
+    """Whether a tensor is on an NVIDIA GPU."""
+    return x.place.is_gpu_place()
+
+
+_warned = False
+
+
+def takes(x, weight, stride, required):
+    """Whether the operator computes this convolution: on a GPU, in dygraph, at stride 1 and from 5x5 on.
+
+    Warns once if it cannot be built for a GPU.
+
+    Args:
+        required: raise instead of warning.
+    Raises:
+        RuntimeError: it is required and not available.
+    """
+    global _warned
+    if not paddle.in_dynamic_mode() or not on_gpu(x):
+        return False
+    if stride != 1 or not MIN_KERNEL <= weight.shape[-1] <= MAX_KERNEL:
+        return False
+    reason = reason_unavailable(max(0, x.place.gpu_device_id()))
+    if reason is None:
+        return True
+    if required:
+        raise RuntimeError(f'LARGE_KERNEL_CONV_IMPL=custom: {reason}')
+    if not _warned:
+        _warned = True
+        warnings.warn('the CUDA operator for depthwise convolutions is not available; large kernels are many times '
+                      f"slower with paddle.fft or Paddle's own convolution: {reason}", RuntimeWarning, stacklevel=4)
+    return False
+
+
+def autocast_dtype():
+    """Paddle's name of the dtype of mixed precision, or None outside of `paddle.amp.auto_cast`."""
+    tracer = paddle.base.framework._dygraph_tracer()
+    if tracer is None or tracer._amp_level == paddle.base.core.AmpLevel.O0:
+        return None
+    return tracer._amp_dtype
+
+
+def conv_cuda(x, weight, bias, stride):
+    """The CUDA operator; same arguments and result as `depthwise_conv2d`.
+
+    In mixed precision it computes and returns the half-precision dtype, for which Paddle has no rule of its own
+    here; gradients of the weight and the bias have their dtypes.
+    """
+    dtype = autocast_dtype()
+    if dtype and str(x.dtype).split('.')[-1].lower() != dtype:
+        x = x.astype(dtype)
+    return run_cuda(x, weight, bias)
