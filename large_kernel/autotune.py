@@ -1,4 +1,5 @@
 """Chooses an implementation by measuring the candidates, as cuDNN's benchmark mode does."""
+import contextlib
 import logging
 import time
 
@@ -9,6 +10,22 @@ HOPELESS = 3.0  # a candidate whose first run takes this many times the best tim
 
 _logger = logging.getLogger('large_kernel')
 _choices = {}
+for_training = False  # within `measuring_for_training`
+
+
+@contextlib.contextmanager
+def measuring_for_training():
+    """Within this block, what is chosen is for training, also without gradients.
+
+    Measurements need gradients, which the hooks of recomputation would take for those of the recomputed block. So it
+    is run in this block first.
+    """
+    global for_training
+    before, for_training = for_training, True
+    try:
+        yield
+    finally:
+        for_training = before
 
 
 def choose(candidates, x, weight, stride, training):
@@ -76,5 +93,5 @@ def _time(function, x, w, stride, training):
             with paddle.no_grad():
                 function(x, w, None, stride)
     if not x.place.is_cpu_place():
-        paddle.device.cuda.synchronize()
+        paddle.device.synchronize()  # that of `cuda` raises on other devices
     return time.perf_counter() - start

@@ -149,7 +149,7 @@ def select(x, weight, stride):
         return 'native' if name == 'custom' else name
     if not paddle.in_dynamic_mode():
         return 'fft' if weight.shape[-1] >= FFT_FROM and -1 not in x.shape[2:] else 'native'
-    training = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
+    training = autotune.for_training or paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
     return autotune.choose({'fft': conv_fft, 'native': conv_native}, x, weight, stride, training)
 
 
