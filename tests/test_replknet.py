@@ -231,6 +231,7 @@ def test_recomputation_changes_neither_gradients_nor_statistics(drop_path):
 RECOMPUTED = """
 import sys; sys.path.insert(0, sys.argv[1])
 import numpy as np, paddle
+from large_kernel import autotune
 from replknet import RepLKNet
 results = []
 for recompute in (True, False):
