@@ -10,6 +10,7 @@ differs from the original model by more than the tolerance, nothing is exported 
 docs/export.md describes how to use the files.
 """
 from errors import default_interrupt
+
 if __name__ == '__main__':
     default_interrupt()
 import paddle_env  # noqa: I001 - sets the environment, so before paddle

@@ -3,8 +3,9 @@ import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from atomic_file import atomic_file
 from errors import UserError
-from image_files.decode import DataError, decode_image
+from image_files.memory import described, read_picture, snapshot
 
 COLUMNS, ROWS = 6, 5
 SIDE, MARGIN, LINE = 160, 10, 16  # pixels: side of an image, space around it, height of a line of text
@@ -44,34 +45,43 @@ class ContactSheets:
             truth_name: its name.
         """
         if prediction.error:
-            lines, frame = ['cannot be read'], UNKNOWN
+            lines, frame = ['no prediction'], UNKNOWN
         else:
             lines = [f'{prediction.names[0]} {prediction.scores[0]:.1%}']
             frame = UNKNOWN if truth is None else RIGHT if prediction.classes[0] == truth else WRONG
             if frame == WRONG:
                 lines.append(f'is {truth_name}')
-        self._tiles.append((prediction.picture, [os.path.basename(prediction.picture), *lines], frame))
+        name = os.path.basename(described(prediction.picture))
+        self._tiles.append((self._kept(prediction.picture), [name, *lines], frame))
         if len(self._tiles) == COLUMNS * ROWS:
             self._write()
+
+    def _kept(self, picture):
+        """The picture as it is now, until its sheet is full; None if it cannot be copied."""
+        try:
+            return snapshot(picture)
+        except Exception:  # Pillow raises many types
+            return None
 
     def _write(self):
         rows = -(-len(self._tiles) // COLUMNS)
         width, height = SIDE + 2 * MARGIN, SIDE + 2 * MARGIN + 3 * LINE
         sheet = Image.new('RGB', (min(COLUMNS, len(self._tiles)) * width, rows * height), 'white')
         draw = ImageDraw.Draw(sheet)
-        for index, (path, lines, frame) in enumerate(self._tiles):
+        for index, (picture, lines, frame) in enumerate(self._tiles):
             left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
             try:
-                image = ImageOps.contain(decode_image(path), (SIDE, SIDE))
+                image = ImageOps.contain(read_picture(picture), (SIDE, SIDE))
                 sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
-            except DataError:
+            except Exception:  # Pillow raises many types for pictures in memory
                 pass  # the text below says so
             draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)
             for line, text in enumerate(lines):
                 colour = 'black' if line == 0 or frame == UNKNOWN else frame
                 draw.text((left, top + SIDE + 6 + line * LINE), self._shortened(text), fill=colour, font=self._font)
         self._count += 1
-        sheet.save(os.path.join(self._folder, f'sheet_{self._count:04d}.png'))
+        with atomic_file(os.path.join(self._folder, f'sheet_{self._count:04d}.png')) as file:
+            sheet.save(file, 'png')
         self._tiles = []
 
     def _shortened(self, text):
