@@ -1,4 +1,4 @@
-"""Pictures in memory for a Predictor: each has its own error, the caller's stay as they are; logits that are not finite."""
+"""Pictures in memory: each has its own error and stays as it is; and logits that are not finite."""
 import io
 import json
 
