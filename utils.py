@@ -175,7 +175,8 @@ def setup_logging(verbose):
 
 def log_to_file(path):
     """Appends all log lines, also the earlier ones, to a file; a full disk loses lines but does not stop the run."""
-    file = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')  # a file name may be any bytes
+    # a file name may be any bytes; FileHandler takes `errors` from Python 3.9 on
+    file = logging.StreamHandler(open(path, 'a', encoding='utf-8', errors='backslashreplace'))
     file.handleError = lambda record: None
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     console, kept = logger.handlers

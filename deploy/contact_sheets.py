@@ -5,9 +5,10 @@ import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from atomic_file import atomic_file
 from errors import UserError
-from image_files.decode import DataError, decode_image
 from image_files.fonts import font_for, has
+from image_files.memory import described, read_picture, snapshot
 
 logger = logging.getLogger('replknet')
 COLUMNS, ROWS = 6, 5
@@ -58,26 +59,35 @@ class ContactSheets:
             truth_name: its name.
         """
         if prediction.error:
-            lines, frame = ['cannot be read'], UNKNOWN
+            lines, frame = ['no prediction'], UNKNOWN
         else:
             name = prediction.names[0] if self._names else f'class {prediction.classes[0]}'
             lines = [f'{name} {prediction.scores[0]:.1%}']
             frame = UNKNOWN if truth is None else RIGHT if prediction.classes[0] == truth else WRONG
             if frame == WRONG:
                 lines.append(f'is {truth_name}' if self._names else f'is class {truth}')
-        self._tiles.append((prediction.picture, [os.path.basename(prediction.picture), *lines], frame))
+        name = os.path.basename(described(prediction.picture))
+        self._tiles.append((self._kept(prediction.picture), [name, *lines], frame))
         if len(self._tiles) == COLUMNS * ROWS:
             self._write()
 
+    def _kept(self, picture):
+        """The picture as it is now, until its sheet is full; None if it cannot be copied."""
+        try:
+            return snapshot(picture)
+        except Exception:  # Pillow raises many types
+            return None
+
     def _write(self):
         self._count += 1
-        sheet = draw_sheet([(self._decoded(path), lines, frame) for path, lines, frame in self._tiles], self._font)
-        sheet.save(os.path.join(self._folder, f'sheet_{self._count:04d}.png'))
+        sheet = draw_sheet([(self._decoded(picture), lines, frame) for picture, lines, frame in self._tiles], self._font)
+        with atomic_file(os.path.join(self._folder, f'sheet_{self._count:04d}.png')) as file:
+            sheet.save(file, 'png')
         self._tiles = []
 
-    def _decoded(self, path):
-        with contextlib.suppress(DataError):  # the text says so
-            return decode_image(path, self._exif)
+    def _decoded(self, picture):
+        with contextlib.suppress(Exception):  # Pillow raises many types for pictures in memory; the text says so
+            return read_picture(picture, self._exif)
 
 
 def draw_sheet(tiles, font=None):
@@ -96,6 +106,8 @@ def draw_sheet(tiles, font=None):
     for index, (image, lines, frame) in enumerate(tiles):
         left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
         if image is not None:
+            if 2 * SIDE * min(image.size) < max(image.size):  # `contain` would leave no pixel of its short side
+                image = image.resize([SIDE if side == max(image.size) else 1 for side in image.size])
             image = ImageOps.contain(image, (SIDE, SIDE))
             sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
         draw.rectangle((left - 4, top - 4, left + SIDE + 3, top + SIDE + 3), outline=frame, width=4)

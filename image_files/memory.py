@@ -61,7 +61,9 @@ def snapshot(picture):
         return picture.copy()
     if not isinstance(picture, Image.Image):
         return picture
-    return _unloaded_copy(picture) or picture.copy()
+    copy = _unloaded_copy(picture) or picture.copy()
+    copy.format, copy.filename = picture.format, getattr(picture, 'filename', '')  # `to_rgb` and messages need them
+    return copy
 
 
 def _unloaded_copy(image):

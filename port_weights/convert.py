@@ -23,7 +23,7 @@ if not __package__:  # run as a script
 
 import paddle_env  # noqa: E402, F401 - before paddle, which -verify imports
 from atomic_file import atomic_file  # noqa: E402
-from errors import ArgumentParser, CheckpointError, exit_status  # noqa: E402
+from errors import ArgumentParser, CheckpointError, Interrupted, exit_status  # noqa: E402
 from port_weights import names as naming  # noqa: E402
 from port_weights.safe_load import find_weights, read_checkpoint  # noqa: E402
 from port_weights.writers import write_paddle, write_safetensors, write_torch  # noqa: E402
@@ -266,8 +266,11 @@ def _run(argv):
     parser.add_argument('-reference', '--reference', metavar='NPZ', help='compare with these logits; implies -verify')
     parser.add_argument('-report', '--report', metavar='FILE', help='list what became of every tensor')
     args = parser.parse_args(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # Paddle prints notes
-        report = convert(**vars(args))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # Paddle prints notes
+            report = convert(**vars(args))
+    except Interrupted as error:
+        raise Interrupted(error.signal, f'{error}; nothing was written') from None
     print('\n'.join(report.summary()))
 
 
