@@ -80,7 +80,8 @@ class ContactSheets:
 
     def _write(self):
         self._count += 1
-        sheet = draw_sheet([(self._decoded(picture), lines, frame) for picture, lines, frame in self._tiles], self._font)
+        tiles = [(self._decoded(picture), lines, frame) for picture, lines, frame in self._tiles]
+        sheet = draw_sheet(tiles, self._font)
         with atomic_file(os.path.join(self._folder, f'sheet_{self._count:04d}.png')) as file:
             sheet.save(file, 'png')
         self._tiles = []
