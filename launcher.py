@@ -105,9 +105,13 @@ def run_in_processes(config, device):
         options = {'backend': 'gloo'} if device == 'cpu' else {}
         paddle_env.prepare_ranks()
         resource_tracker.ensure_running()  # see `deferred`; the ranks must start with the signals blocked
-        with stop.deferred():  # a signal sets the exit status once the ranks, which report it, have ended
-            context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
-            return _wait(context.processes)
+        try:
+            with stop.deferred():  # a signal sets the exit status once the ranks, which report it, have ended
+                context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
+                return _wait(context.processes)
+        finally:
+            if os.path.exists(os.environ[REPORTED]):
+                os.environ[REPORTED] = os.devnull  # still exists when the folder is gone: nothing is reported twice
 
 
 def _child(config, device):
