@@ -19,7 +19,7 @@ from config import get_arguments, get_config
 from dry_run.likely_mistakes import warnings_of_a_run
 from dry_run.plan import make_plan, planned_device
 from dry_run.report import report
-from errors import REPORTED, Interrupted, UserError, exit_status, first_to_report
+from errors import REPORTED, UserError, exit_status, first_to_report
 from large_kernel.conv import IMPLEMENTATIONS, VARIABLE
 from run_folder.resume import choose_folder, remove_unused_folder
 from training.peers import watched
@@ -114,13 +114,12 @@ def run_in_processes(config, device):
         paddle_env.prepare_ranks()
         resource_tracker.ensure_running()  # see `deferred`; the ranks must start with the signals blocked
         try:
-            with stop.deferred():  # a signal sets the exit status once the ranks have ended
+            with stop.deferred():  # a signal sets the exit status once the ranks, which report it, have ended
                 context = dist.spawn(_child, (config, device), nprocs=count, join=False, **options)
                 return _wait(context.processes)
-        except Interrupted as error:
-            if not os.path.exists(os.environ[REPORTED]):
-                raise
-            raise Interrupted(error.signal, '') from None  # a rank has reported it, and what it has saved
+        finally:
+            if os.path.exists(os.environ[REPORTED]):
+                os.environ[REPORTED] = os.devnull  # still exists when the folder is gone: nothing is reported twice
 
 
 def _child(config, device):
