@@ -87,7 +87,8 @@ def unusual(folder, kind):
     return path.name
 
 
-@pytest.mark.parametrize('kind', ['extension', 'CMYK', 'palette', '16-bit', 'float', 'EXIF', 'tiny', 'thin', 'huge'])
+@pytest.mark.parametrize('kind', ['extension', 'CMYK', 'palette', '16-bit', 'float', 'EXIF', 'tiny', 'thin',
+                                  pytest.param('huge', marks=pytest.mark.long)])
 def test_unusual_images_are_named(folder, check, kind):
     name = unusual(folder, kind)
     add(folder, 'train', name, 0)

@@ -336,5 +336,5 @@ def test_exif_applies_to_training_evaluation_and_prediction(tmp_path):
     predictor = Predictor.__new__(Predictor)
     predictor._configure(on, None, None)
     path = tmp_path / 'val' / 'cat' / '00.png'
-    assert np.array_equal(predictor._preprocess(path), expected)
-    assert np.array_equal(predictor._preprocess(Image.open(path)), expected)
+    assert np.array_equal(predictor._preprocess(path, path), expected)
+    assert np.array_equal(predictor._preprocess(Image.open(path), path), expected)

@@ -331,7 +331,7 @@ def test_a_run_that_cannot_write_its_report_ends_before_the_evaluation(run_scrip
     done = run_script('main_single_gpu.py', '-eval', f'-pretrained={random_run}', f'-data_path={list_dataset}',
                       '-device=cpu', f'-output={tmp_path}/run', f'-report={list_dataset}')
     assert done.returncode == 2 and done.stderr == (
-        f'-report={list_dataset}: is not empty; choose another folder, or empty this one\n')
+        f'-report={list_dataset}: is not empty; choose another folder\n')
     assert not (tmp_path / 'run').exists()
 
 

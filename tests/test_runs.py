@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from errors import exit_status
+from launcher import run_single
 from port_weights.safe_load import read_checkpoint
 from training.schedules import Schedule
 
@@ -266,11 +268,26 @@ def mistakes(folder, dataset, yaml, run):
     yield 'device', [f'-cfg={yaml}', f'-data_path={dataset}', '-device=gpu'], '-device=gpu'
 
 
-def test_a_mistake_is_one_line_with_status_2(trained, run_script, list_dataset, tiny_yaml, tmp_path):
+PROCESSES = ('no config', 'flag', 'no image', 'weights damaged')  # the others are tried without starting one
+
+
+def test_a_mistake_is_one_line_with_status_2(trained, run_script, list_dataset, tiny_yaml, tmp_path, monkeypatch,
+                                             capsys):
     for name, flags, words in mistakes(tmp_path, list_dataset, tiny_yaml, trained[1][0] / 'epoch_0001.pdparams'):
-        done = run_script('main_single_gpu.py', f'-output={tmp_path}/run', *flags)
-        assert done.returncode == 2, f'{name}: {done.stdout}{done.stderr}'
-        assert words in done.stderr and done.stderr.count('\n') == 1, f'{name}: {done.stderr}'
+        flags = [f'-output={tmp_path}/run', *flags]
+        if name in PROCESSES:
+            done = run_script('main_single_gpu.py', *flags)
+            status, errors = done.returncode, done.stderr
+        else:
+            monkeypatch.setattr(sys, 'argv', ['main_single_gpu.py', *map(str, flags)])
+            capsys.readouterr()
+            try:
+                status = exit_status(run_single, '')
+            except SystemExit as error:  # of the command line's parser
+                status = error.code
+            errors = capsys.readouterr().err
+        assert status == 2, f'{name}: {errors}'
+        assert words in errors and errors.count('\n') == 1, f'{name}: {errors}'
         assert not (tmp_path / 'run').exists(), name
 
 
