@@ -102,7 +102,9 @@ def main():
     try:
         written = prepare_digits(output)
     except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(error if isinstance(error, UserError) else
+              f'{output}: cannot be written: {error.strerror}; choose another folder with -output, or work in a '
+              'writable copy of this repository', file=sys.stderr)
         return 2
     print(f'{output}: {"written" if written else "exists already"}, '
           f'{SIZES["train"]} training and {SIZES["val"]} validation images')
