@@ -136,3 +136,10 @@ def test_without_scikit_learn_the_message_tells_what_to_install(tmp_path, monkey
     with pytest.raises(UserError, match='pip install scikit-learn'):
         prepare_digits.prepare_digits(tmp_path / 'digits')
     assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(run_script, tmp_path):
+    (tmp_path / 'file').touch()
+    done = run_script('tools/prepare_digits.py', '-output', tmp_path / 'file/digits')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert f'{tmp_path}/file/digits: cannot be written: ' in done.stderr and 'choose another folder' in done.stderr

@@ -99,7 +99,11 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('-output', '--output', default='data/digits', help='folder to write (default: %(default)s)')
     output = parser.parse_args().output
-    written = prepare_digits(output)
+    try:
+        written = prepare_digits(output)
+    except OSError as error:
+        raise UserError(f'{output}: cannot be written: {error.strerror}; choose another folder with -output, or work in '
+                        'a writable copy of this repository') from None
     print(f'{output}: {"written" if written else "exists already"}, '
           f'{SIZES["train"]} training and {SIZES["val"]} validation images')
 
