@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(DIRECT_THREADS) direct_forward(Forward<In> f, 
             out[(size_t)a * s.W + b] = from_float<In>(v);
           }
     }
-    if (__syncthreads_or(bad)) redo_outputs(f, c, n0, t.images, y0, y1, x0, min(s.W, x0 + t.width));
+    if (__syncthreads_or(bad)) redo_outputs(f, c, n0, n0 + t.images, y0, y1, x0, min(s.W, x0 + t.width));
   }
 }
 

@@ -22,16 +22,16 @@ __device__ float exact_output(const Forward<In>& f, int n, int c, int yo, int xo
   return sum;
 }
 
-// Computes again what is not finite among rows [y0, y1) x columns [x0, x1) of the results of `images` planes.
+// Computes again what is not finite among rows [y0, y1) x columns [x0, x1) of the results of images [n0, n1).
 template <typename In>
-__device__ void redo_outputs(const Forward<In>& f, int c, int n0, int images, int y0, int y1, int x0, int x1) {
+__device__ void redo_outputs(const Forward<In>& f, int c, int n0, int n1, int y0, int y1, int x0, int x1) {
   const int columns = x1 - x0, per_image = (y1 - y0) * columns;
   const float shift = f.shift(c);
-  for (int i = 0; i < images && n0 + i < f.s.N; i++)
+  for (int n = n0; n < min(n1, f.s.N); n++)
     for (int u = threadIdx.x; u < per_image; u += blockDim.x) {
       const int yo = y0 + u / columns, xo = x0 + u % columns;
-      In* out = f.y + (((size_t)(n0 + i) * f.s.C + c) * f.s.H + yo) * f.s.W + xo;
-      if (!isfinite(to_float(*out))) *out = from_float<In>(f.activate(exact_output(f, n0 + i, c, yo, xo) + shift));
+      In* out = f.y + (((size_t)n * f.s.C + c) * f.s.H + yo) * f.s.W + xo;
+      if (!isfinite(to_float(*out))) *out = from_float<In>(f.activate(exact_output(f, n, c, yo, xo) + shift));
     }
 }
 

@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(WARPS * 32) tensor_core_forward(Forward<In> f,
   // pair at offset o: taps p + o + 2 q - g and the next one
   const T* wlane = ws + odd * K * LDW + (PADW + odd + p + 2 * q - g);
   const float shift = f.shift(c);
+  bool bad = false;
 
   for (int group = first; group < last; group++) {
     const int now = t.buffers == 2 ? (group - first) & 1 : 0;
@@ -208,7 +209,6 @@ __global__ void __launch_bounds__(WARPS * 32) tensor_core_forward(Forward<In> f,
       }
     }
     const int n0 = group * images;
-    bool bad = false;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -218,9 +218,12 @@ __global__ void __launch_bounds__(WARPS * 32) tensor_core_forward(Forward<In> f,
         In* out = f.y + (((size_t)(n0 + i) * s.C + c) * s.H + yy) * s.W;
         bad |= write_row<In, NT>(f, out, acc[mt], half, x0, q, shift);
       }
-    if (__syncthreads_or(bad)) redo_outputs(f, c, n0, images, y0, min(s.H, y0 + band), x0, min(s.W, x0 + TW));
+    __syncthreads();
     if (t.buffers == 1 && group + 1 < last) fetch(group + 1, 0);
   }
+  // After the loop, which has no registers to spare.
+  if (__syncthreads_or(bad))
+    redo_outputs(f, c, first * images, last * images, y0, min(s.H, y0 + band), x0, min(s.W, x0 + TW));
 #endif
 }
 
