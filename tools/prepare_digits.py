@@ -102,8 +102,8 @@ def main():
     try:
         written = prepare_digits(output)
     except OSError as error:
-        raise UserError(f'{output}: cannot be written: {error.strerror}; choose another folder with -output, or work in '
-                        'a writable copy of this repository') from None
+        raise UserError(f'{output}: cannot be written: {error.strerror}; choose another folder with -output, or work '
+                        'in a writable copy of this repository') from None
     print(f'{output}: {"written" if written else "exists already"}, '
           f'{SIZES["train"]} training and {SIZES["val"]} validation images')
 
