@@ -25,7 +25,8 @@ def _binding_command(home, unit):
     # CUDA's headers take __NVCC__ for device code.
     return [str(home), '-x', 'c++', '-O2', '-std=c++17', '-w', '-Xcompiler', '-fPIC,-U__NVCC__',
             *nvcc.host_options(home), '-D_GLIBCXX_USE_CXX11_ABI=1', '-DPADDLE_WITH_CUDA',
-            '-DPADDLE_WITH_CUSTOM_KERNEL', f'-I{include}', f'-I{include}/third_party', '-c', str(nvcc.SOURCES / 'operator.cc'), '-o', str(unit)]
+            '-DPADDLE_WITH_CUSTOM_KERNEL', f'-I{include}', f'-I{include}/third_party',
+            '-c', str(nvcc.SOURCES / 'operator.cc'), '-o', str(unit)]
 
 
 def _link_options():
