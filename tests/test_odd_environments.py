@@ -105,7 +105,7 @@ def test_too_few_open_files_for_the_workers_are_one_line(config, monkeypatch):
 def test_a_worker_that_a_signal_ends_is_one_line(list_dataset):
     script = ('import os, signal, sys, datasets\n'
               'from config import get_config\n'
-              'datasets.decode_image = lambda path: os.kill(os.getpid(), signal.SIGBUS)\n'
+              'datasets.decode_image = lambda *_: os.kill(os.getpid(), signal.SIGBUS)\n'
               "config = get_config(opts=['DATA.DATA_PATH', sys.argv[1], 'DATA.NUM_WORKERS', 1])\n"
               "for _ in datasets.get_dataloader(config, datasets.get_dataset(config, 'val'), 'val'): pass\n")
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(list_dataset)], capture_output=True,

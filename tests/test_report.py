@@ -280,7 +280,7 @@ def contents(folder):
 @pytest.mark.parametrize('tta', ['', pytest.param('flip', marks=pytest.mark.long)])
 def test_all_ways_to_a_report_agree(run_script, random_run, list_dataset, tmp_path, tta):
     lines, ways = {}, [('one', 'main_single_gpu.py', ()), ('two', 'main_multi_gpu.py', ('-nprocs=2',))]
-    if not tta:
+    if tta:
         ways.append(('idle', 'main_multi_gpu.py', ('-nprocs=2', '-batch_size_eval=20')))  # a process without a batch
     for name, script, more in ways:
         done = run_script(script, '-eval', f'-pretrained={random_run}', f'-data_path={list_dataset}', '-device=cpu',
