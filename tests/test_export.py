@@ -118,7 +118,7 @@ def test_forms_and_sizes(settings, model, tmp_path, form, dynamic):
 
 
 @needs_operator
-@pytest.mark.parametrize('form', ['training', 'merged', 'fused'])
+@pytest.mark.parametrize('form', ['training', pytest.param('merged', marks=pytest.mark.long), 'fused'])
 def test_channel_counts_in_the_nchw16c_layout(tiny_yaml, tmp_path, form):
     widths = ['MODEL.CHANNELS', '[16, 32, 16, 48]']
     model = randomise_norms(build_replknet(get_config(tiny_yaml, widths)))

@@ -156,15 +156,20 @@ def test_results_do_not_depend_on_the_number_of_threads(force):
 
 
 def by_taps(x, weight, dy, stride):
-    """Output and gradients with the taps on padding left out, one product at a time where a value is not finite."""
+    """Output and gradients, tap by tap, without the taps that meet padding (0 * Inf would be NaN)."""
     kernel, (height, width) = weight.shape[-1], x.shape[2:]
     y, dx, dweight = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(weight.shape)
-    for oy, ox, ky, kx in np.ndindex(*dy.shape[2:], kernel, kernel):
-        iy, ix = oy * stride + ky - kernel // 2, ox * stride + kx - kernel // 2
-        if 0 <= iy < height and 0 <= ix < width:
-            y[..., oy, ox] += x[..., iy, ix] * weight[:, 0, ky, kx]
-            dx[..., iy, ix] += dy[..., oy, ox] * weight[:, 0, ky, kx]
-            dweight[:, 0, ky, kx] += (dy[..., oy, ox] * x[..., iy, ix]).sum(0)
+    for ky, kx in np.ndindex(kernel, kernel):
+        oy, ox = ([o for o in range(outputs) if 0 <= o * stride + k - kernel // 2 < inputs]
+                  for outputs, inputs, k in ((dy.shape[2], height, ky), (dy.shape[3], width, kx)))
+        if oy and ox:
+            out = (..., slice(oy[0], oy[-1] + 1), slice(ox[0], ox[-1] + 1))
+            met = (..., *(slice(o[0] * stride + k - kernel // 2, o[-1] * stride + k - kernel // 2 + 1, stride)
+                          for o, k in ((oy, ky), (ox, kx))))
+            tap = weight[:, 0, ky, kx, None, None]
+            y[out] += x[met] * tap
+            dx[met] += dy[out] * tap
+            dweight[:, 0, ky, kx] += (dy[out] * x[met]).sum((0, 2, 3))
     return y, dx, dweight
 
 

@@ -121,12 +121,12 @@ def test_resuming_in_place_continues_from_the_checkpoint(trained, run_script, li
 def test_evaluation_is_the_same_for_any_number_of_processes(trained, run_script, list_dataset, which):
     folder, _ = trained[2]
     lines = []
-    for count in (1, 2, 3):
+    for count in (1, 3):
         done = run_script('main_multi_gpu.py', '-eval', f'-pretrained={folder}/{which}.pdparams', '-device=cpu',
                           f'-data_path={list_dataset}', '-nprocs', count)
         assert done.returncode == 0, done.stderr
         lines.append(done.stdout.splitlines()[-1])
-    assert LINE.match(lines[0]) and lines == [lines[0]] * 3
+    assert LINE.match(lines[0]) and lines == [lines[0]] * 2
     records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     weights = {'best': 'model', 'best_ema': 'model_ema'}[which]
     best = max(r['acc1'] for r in records if r.get('weights') == weights)
@@ -309,8 +309,8 @@ def test_a_damaged_image_stops_the_run_and_names_its_line(run_script, tiny_yaml,
     (tmp_path / 'a.jpg').write_bytes(b'\xff\xd8 no image')
     (tmp_path / 'train_list.txt').write_text('a.jpg 0\n' * 4)
     (tmp_path / 'val_list.txt').write_text('a.jpg 0\n')
-    for workers in (0, 1):
-        done = run_script('main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={tmp_path}', '-device=cpu',
+    for workers, script in ((0, 'main_single_gpu.py'), (1, 'main_multi_gpu.py')):
+        done = run_script(script, f'-cfg={tiny_yaml}', f'-data_path={tmp_path}', '-device=cpu',
                           f'-output={tmp_path}/run{workers}', '-num_workers', workers)
         assert done.returncode == 2
         assert done.stderr.count('\n') == 1 and re.search(r'train_list.txt:\d: .*a.jpg', done.stderr), done.stderr

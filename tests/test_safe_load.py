@@ -287,11 +287,11 @@ def test_the_hostile_pickles_are_real(tmp_path):
 
 
 def test_mutants():
-    counts, failures = fuzz_checkpoints.fuzz(2000)
+    counts, failures = fuzz_checkpoints.fuzz(800)
     assert failures == []
-    assert sum(counts.values()) == 2000
+    assert sum(counts.values()) == 800
     # the test would show little if the first check caught all damage
-    assert sum(number for (_, outcome), number in counts.items() if outcome == 'read') > 200
+    assert sum(number for (_, outcome), number in counts.items() if outcome == 'read') > 80
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,21 +26,29 @@ def fleets(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def stopped(fleets):
-    """A function that kills a run of one process inside a save of its second epoch and returns its folder."""
+    """A function that kills a run of one process inside a save of its second epoch and returns its folder.
 
-    def make(folder=None, *flags):
-        fleet = fleets[1]
-        folder = fleet.new() if folder is None else folder
+    Without arguments, the folder is a copy of one such run.
+    """
+
+    fleet = fleets[1]
+
+    def make(folder, *flags):
         process = fleet.start(folder, *flags, DISK_FAULT='kill:106')
         assert fleet.end(process) == -9, process.errors
         assert any('epoch 2 step 5/9' in line for line in process.lines)
         return folder
 
-    return make
+    original = make(fleet.new())
+
+    def stopped(*arguments):
+        return make(*arguments) if arguments else Path(shutil.copytree(original, fleet.new()))
+
+    return stopped
 
 
-SHORT = {'kill -9, one process': 2, 'kill -9, two processes': 1, 'kill -9 inside saves': 2, 'disk errors': 4,
-         'signals, one process': 2, 'signals, two processes': 1}
+SHORT = {'kill -9, one process': 1, 'kill -9, two processes': 1, 'kill -9 inside saves': 1, 'disk errors': 3,
+         'signals, one process': 1, 'signals, two processes': 1}
 
 
 @pytest.mark.parametrize('name', CAMPAIGNS)
