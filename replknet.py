@@ -16,7 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, conv_block, map_layout
+from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, conv_block, map_layout, measures
 from large_kernel.conv_norm_act import NORMS
 
 MIN_SIZE = 32  # pixels per side: the network's total stride
@@ -224,8 +224,24 @@ class RepLKNetStage(nn.Layer):
     def forward(self, x):
         """[N, channels, H, W] -> the same shape; the norm is not applied."""
         for block in self.blocks:
-            x = _recompute(block, x) if self.recompute and self.training else block(x)
+            x = _recompute(block, x) if self.recompute and self.training and not _may_measure(block, x) else block(x)
         return x
+
+
+def _may_measure(block, x, _seen=set()):  # noqa: B006 - the default keeps the kinds seen in this process
+    """Whether a call of the block may be the first of its kind, so that its convolutions measure implementations.
+
+    They cannot do so inside `_recompute`, where the gradients of the measurement would run the block again.
+    """
+    convs = [layer for layer in block.sublayers() if isinstance(layer, DepthwiseConv2D)]
+    if not convs or not measures():
+        return False
+    tracer = paddle.base.framework._dygraph_tracer()  # auto_cast changes the dtype of the maps inside the block
+    kind = (str(x.dtype), tuple(x.shape), x.stop_gradient, paddle.is_grad_enabled(), str(tracer._amp_level),
+            str(tracer._amp_dtype), *((tuple(conv.weight.shape), conv.weight.stop_gradient) for conv in convs))
+    first = kind not in _seen
+    _seen.add(kind)
+    return first
 
 
 def _recompute(block, x):

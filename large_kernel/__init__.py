@@ -7,11 +7,11 @@ will be used. docs/large_kernel.md describes the implementations.
 import paddle_env  # noqa: F401 - sets the environment, so before paddle
 from large_kernel.autotune import describe as describe_choices
 from large_kernel.build import BuildError, load_operator
-from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d, operator_in_use
+from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d, measures, operator_in_use
 from large_kernel.conv_norm_act import as_planes, conv_block, each_convolution, pack_weights
 from large_kernel.layout import accepts_nchw16c, map_layout
 from large_kernel.sequence import computed, defer
 
 __all__ = ['BuildError', 'DepthwiseConv2D', 'accepts_nchw16c', 'as_planes', 'computed', 'conv_block', 'defer',
-           'depthwise_conv2d', 'describe_choices', 'each_convolution', 'load_operator', 'map_layout', 'operator_in_use',
-           'pack_weights']
+           'depthwise_conv2d', 'describe_choices', 'each_convolution', 'load_operator', 'map_layout', 'measures',
+           'operator_in_use', 'pack_weights']

@@ -76,5 +76,5 @@ def _time(function, x, w, stride, training):
             with paddle.no_grad():
                 function(x, w, None, stride)
     if not x.place.is_cpu_place():
-        paddle.device.cuda.synchronize()
+        paddle.device.synchronize()
     return time.perf_counter() - start

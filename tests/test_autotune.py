@@ -1,0 +1,91 @@
+"""Choosing between paddle.fft and Paddle's own convolution by measuring, as on GPUs; here on a CPU without the operator."""
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+import replknet
+from large_kernel import DepthwiseConv2D, autotune, build, conv
+from replknet import RepLKNet
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """`auto` chooses by measuring; returns the choices made."""
+    monkeypatch.delenv('LARGE_KERNEL_CONV_IMPL', raising=False)
+    monkeypatch.setattr(build, 'direct', None)
+    monkeypatch.setattr(build, 'reason_unavailable', lambda: 'no C++ compiler')
+    monkeypatch.setattr(conv, '_warned', True)
+    monkeypatch.setattr(autotune, '_choices', {})
+    replknet._may_measure.__defaults__[0].clear()
+    return autotune._choices
+
+
+def gradients(model, size):
+    paddle.seed(3)
+    images = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 3, size, size), 'float32'))
+    model.clear_gradients()
+    model(images).square().sum().backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient}
+
+
+def test_recomputed_blocks_measure_each_new_shape(measured):
+    paddle.seed(0)
+    recomputed, plain = (RepLKNet([9, 7, 5, 5], [1, 1, 2, 1], [4, 6, 8, 10], num_classes=3, drop_path=0.5,
+                                  recompute=recompute) for recompute in (True, False))
+    plain.set_state_dict(recomputed.state_dict())
+    for size in (64, 96, 64):  # the first step, a new shape, and a step in which every block is recomputed
+        first, second = gradients(recomputed, size), gradients(plain, size)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert {shape[2] for _, _, shape, *_ in measured} >= {16, 24}
+    for name, value in recomputed.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), plain.state_dict()[name].numpy(), err_msg=name)
+
+
+def test_only_the_first_block_of_a_kind_is_not_recomputed(measured, monkeypatch):
+    names, recompute = [], replknet._recompute
+    monkeypatch.setattr(replknet, '_recompute', lambda block, x: (names.append(type(block).__name__),
+                                                                  recompute(block, x))[1])
+    model = RepLKNet([9, 7, 5, 5], [1, 1, 3, 1], [4, 6, 8, 10], num_classes=3, recompute=True)
+    gradients(model, 64)
+    assert names.count('RepLKBlock') == 2 and names.count('ConvFFN') == 6
+    gradients(model, 64)
+    assert names.count('RepLKBlock') == 2 + 6
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'fft')  # nothing to measure
+    gradients(model, 32)
+    assert names.count('RepLKBlock') == 2 + 6 + 6
+
+
+@pytest.mark.parametrize('weight_dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
+def test_native_sums_in_float32_on_every_device(force, monkeypatch, dtype, weight_dtype):
+    """Paddle's CUDA kernels sum in the dtype of their input: 31x31 products in half precision lose the result."""
+    force('native')
+    monkeypatch.setattr(conv, '_on_cpu', lambda x: False)
+    seen, conv2d = [], F.conv2d
+    monkeypatch.setattr(conv.F, 'conv2d', lambda x, w, b, **kw: (seen.extend([x.dtype, w.dtype, b.dtype]),
+                                                                 conv2d(x, w, b, **kw))[1])
+    layer = DepthwiseConv2D(3, 7)
+    layer.to(dtype=weight_dtype)
+    x = paddle.randn([2, 3, 9, 9]).astype(dtype)
+    x.stop_gradient = False
+    y = layer(x)
+    y.astype('float32').sum().backward()
+    assert set(seen) == {paddle.float32} and y.dtype == x.dtype
+    assert x.grad.dtype == x.dtype and layer.weight.grad.dtype == layer.weight.dtype
+
+
+def test_other_devices_than_gpus_are_waited_for(measured, monkeypatch):
+    """paddle.device.cuda.synchronize raises on an XPU or NPU."""
+    class Place:
+        def is_cpu_place(self):
+            return False
+
+    class Map:
+        place = Place()
+
+    waited = []
+    monkeypatch.setattr(paddle.device, 'synchronize', lambda: waited.append('current device'))
+    autotune._time(lambda x, w, b, stride: None, Map(), None, 1, training=False)
+    assert waited == ['current device']
