@@ -19,7 +19,7 @@ DTYPES = ('float32', 'float16', 'bfloat16')
 
 def conv_native(x, weight, bias, stride):
     """Paddle's own convolution; same arguments and result as `depthwise_conv2d`."""
-    # Always in float32: in half precision Paddle has no such convolution on the CPU, and sums in half precision on GPUs.
+    # Always in float32: in half precision Paddle has no such kernel for CPUs, and those for GPUs sum in half precision.
     with paddle.amp.auto_cast(enable=False):
         y = F.conv2d(as_float32(x), as_float32(weight), as_float32(bias), stride=stride, padding=weight.shape[-1] // 2,
                      groups=weight.shape[0])

@@ -1,4 +1,4 @@
-"""Choosing between paddle.fft and Paddle's own convolution by measuring, as on GPUs; here on a CPU without the operator."""
+"""The choice between paddle.fft and Paddle's own convolution, as on GPUs, on a CPU without the C++ operator."""
 import numpy as np
 import paddle
 import paddle.nn.functional as F

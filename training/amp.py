@@ -2,6 +2,7 @@
 import paddle
 
 import utils
+from training.masters import MasterWeights
 from training.optim import change_gradients
 
 
@@ -22,13 +23,11 @@ class Amp:
         """Context manager for a forward pass."""
         return paddle.amp.auto_cast(enable=self.enabled, level=self.level, dtype=self.dtype)
 
-    def decorate(self, model, optimizer=None):
-        """Casts the weights to half precision under O2, with float32 master weights in the optimizer; returns both."""
+    def cast_weights(self, model):
+        """Casts the weights to half precision under O2, in place; returns the MasterWeights for the optimizer."""
         if not self.enabled or self.level != 'O2':
-            return model, optimizer
-        if optimizer is None:
-            return paddle.amp.decorate(models=model, level='O2', dtype=self.dtype), None
-        return paddle.amp.decorate(models=model, optimizers=optimizer, level='O2', dtype=self.dtype)
+            return MasterWeights()
+        return MasterWeights(model, lambda model: paddle.amp.decorate(models=model, level='O2', dtype=self.dtype))
 
     def scaler(self):
         """A LossScaler for float16; None for other dtypes, which do not need one."""

@@ -142,7 +142,7 @@ def _evaluate_only(config, amp, folder, model, val_set):
     """Evaluates the model of -eval and records its metrics."""
     if folder is not None:
         folder.claim()
-    model, _ = amp.decorate(model)
+    amp.cast_weights(model)
     metrics = _evaluate(config, pack(model) if operator_in_use() else model, val_set, amp, 'eval')
     if folder is not None:
         folder.record(event='eval', **metrics)
