@@ -14,7 +14,7 @@ from run_folder.curves import curves_line
 from run_folder.resume import read_resumed
 from run_folder.writer import RunFolder
 from training.agreement import agree, agree_on_settings, data_facts, model_facts
-from training.amp import Amp
+from training.amp import Amp, check_card
 from training.data import RunData, read_data, refuse_other_data
 from training.engine import evaluate, train_one_epoch
 from training.progress import duration
@@ -43,6 +43,7 @@ def run(config, device):
     config = agree_on_settings(config, device)
     prepared, problem, facts = None, None, {}
     try:
+        check_card(config, device)
         prepared = _prepare(config)
         if utils.world_size() > 1:
             facts = {**data_facts(prepared.data), **model_facts(prepared.start.model, prepared.start.checkpoint)}

@@ -84,8 +84,8 @@ class RunState:
             state['scaler'] = self.scaler.state_dict()
         return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model, self.masters),
                 'statistics': statistics, 'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums),
-                'best': dict(self.best), 'numbered': self.numbered, 'config': config_text(self.config), 'data': self.data,
-                'global_batch': self.global_batch, 'processes': utils.world_size()}
+                'best': dict(self.best), 'numbered': self.numbered, 'config': config_text(self.config),
+                'data': self.data, 'global_batch': self.global_batch, 'processes': utils.world_size()}
 
     def restore(self, state, path):
         """Restores what `capture` returned: EMA, optimizer, loss scaler and position; the model has its weights.

@@ -14,6 +14,7 @@ from training.ema import ModelEMA
 from training.masters import MasterWeights
 from training.optim import build_optimizer, parameter_groups
 from training.run_state import RunState
+from training.running_statistics import sync_batch_norm_works
 from training.schedules import build_schedule, build_weight_decay
 from utils import logger
 
@@ -100,6 +101,11 @@ def build_training(config, device, amp, start, loader, data):
     steps_per_epoch = math.ceil(len(loader) / train.ACCUM_ITER)
     lr_at = build_schedule(config, steps_per_epoch, world)
     sync_bn = train.SYNC_BN and device == 'gpu' and world > 1
+    if sync_bn and not sync_batch_norm_works(config.MODEL.RECOMPUTE):
+        sync_bn = False
+        logger.warning(f'TRAIN.SYNC_BN: SyncBatchNorm of Paddle {paddle.__version__} does not work here'
+                       f'{" with MODEL.RECOMPUTE" * config.MODEL.RECOMPUTE}; each process normalises its own images, '
+                       'and the running statistics are averaged over the processes')
     model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(start.model) if sync_bn else start.model
     ema = ModelEMA(model, train.MODEL_EMA_DECAY) if train.MODEL_EMA else None  # in float32
     masters = amp.cast_weights(model)
