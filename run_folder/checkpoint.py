@@ -52,6 +52,8 @@ SCHEMA = {
                                'image_files.lists.list_identity'),
     'global_batch': Entry(int, False, 'images per optimizer step, of all processes'),
     'processes': Entry(int, False, 'number of processes'),
+    'convolutions': Entry(dict, False, 'times of the implementations of the depthwise convolution measured so far: see '
+                                       'large_kernel.autotune.choices'),
     # written by RunFolder
     'weights_key': Entry(str, True, "'model' or 'model_ema': the weights to use where one set is needed"),
     'metrics_bytes': Entry(int, False, 'size of metrics.jsonl; a resumed run discards the lines after it'),

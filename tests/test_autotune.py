@@ -89,3 +89,45 @@ def test_other_devices_than_gpus_are_waited_for(measured, monkeypatch):
     monkeypatch.setattr(paddle.device, 'synchronize', lambda: waited.append('current device'))
     autotune._time(lambda x, w, b, stride: None, Map(), None, 1, training=False)
     assert waited == ['current device']
+
+
+def times_of_calls(monkeypatch, times):
+    """Replaces measuring by `times`, {function: seconds of its calls}, the last of which repeats; returns the calls."""
+    calls = []
+
+    def time(function, *_):
+        calls.append(function)
+        return times[function].pop(0) if len(times[function]) > 1 else times[function][0]
+
+    monkeypatch.setattr(autotune, '_time', time)
+    return calls
+
+
+def test_loading_kernels_counts_against_no_candidate(monkeypatch):
+    """On a GPU the first run of each candidate loads its kernels, which takes many times as long as running them."""
+    weight = paddle.zeros([4, 1, 5, 5])
+    times_of_calls(monkeypatch, {'slow': [0.9, 0.2], 'fast': [0.9, 0.1]})
+    times = autotune._measure({'one': 'slow', 'two': 'fast'}, [2, 4, 8, 8], 'float32', weight, 1, False, warm_up=True)
+    assert times == {'one': 0.2, 'two': 0.1}
+    calls = times_of_calls(monkeypatch, {'fast': [0.1], 'hopeless': [0.9]})
+    autotune._measure({'one': 'fast', 'two': 'hopeless'}, [2, 4, 8, 8], 'float32', weight, 1, False)
+    assert calls.count('hopeless') == 1
+
+
+def test_choices_do_not_name_the_number_of_the_device_and_can_be_restored(measured, monkeypatch):
+    class Place(str):
+        def is_cpu_place(self):
+            return False
+
+    class Map:
+        place, shape, dtype = Place('Place(gpu:3)'), [2, 4, 8, 8], paddle.float16
+
+    weight, asked = paddle.zeros([4, 1, 5, 5]), []
+    monkeypatch.setattr(autotune, 'share', lambda key, measure: asked.append(key) or {'fft': 2.0, 'native': 1.0})
+    assert autotune.choose({}, Map(), weight, 1, True) == 'native'
+    assert asked == ['["gpu", "paddle.float16", [2, 4, 8, 8], 5, 1, true]'] == list(autotune.choices())
+    saved = autotune.choices()
+    measured.clear()
+    autotune.restore(saved)
+    assert autotune.choose({}, Map(), weight, 1, True) == 'native' and len(asked) == 1
+    assert autotune.choices() == saved and 'native for [2, 4, 8, 8]' in autotune.describe()

@@ -8,12 +8,12 @@ import utils
 from datasets import get_dataloader
 from errors import TrainingStopped, UserError
 from fuse import pack
-from large_kernel import operator_in_use
+from large_kernel import autotune, operator_in_use
 from replknet import RepLKNet
 from run_folder.curves import curves_line
 from run_folder.resume import read_resumed
 from run_folder.writer import RunFolder
-from training.agreement import agree, agree_on_settings, data_facts, model_facts
+from training.agreement import agree, agree_on_settings, data_facts, first_measures, model_facts
 from training.amp import Amp, check_card
 from training.data import RunData, read_data, refuse_other_data
 from training.engine import evaluate, train_one_epoch
@@ -49,6 +49,8 @@ def run(config, device):
             facts = {**data_facts(prepared.data), **model_facts(prepared.start.model, prepared.start.checkpoint)}
     except (UserError, FileNotFoundError) as error:
         problem = str(error)
+    if utils.world_size() > 1:
+        autotune.share = first_measures
     agree(facts, problem)  # before anything that would wait for a rank that has met a problem
     folder, start, data, changed = prepared
     if config.EVAL:

@@ -5,6 +5,8 @@ import os
 import utils
 from config import config_changes, config_text
 from errors import TrainingStopped, UserError
+from large_kernel.autotune import choices
+from large_kernel.autotune import restore as restore_choices
 from port_weights.load import load_weights, not_finite
 from run_folder import checkpoint
 from training.progress import epoch_sums
@@ -85,7 +87,8 @@ class RunState:
         return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model, self.masters),
                 'statistics': statistics, 'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums),
                 'best': dict(self.best), 'numbered': self.numbered, 'config': config_text(self.config),
-                'data': self.data, 'global_batch': self.global_batch, 'processes': utils.world_size()}
+                'data': self.data, 'global_batch': self.global_batch, 'processes': utils.world_size(),
+                'convolutions': choices()}
 
     def restore(self, state, path):
         """Restores what `capture` returned: EMA, optimizer, loss scaler and position; the model has its weights.
@@ -110,6 +113,7 @@ class RunState:
                          if os.path.exists(os.path.join(self.config.SAVE, name))}
         logger.info(f"resumed from {path}: {self.epochs} epochs, {state['step']} steps"
                     + (f", {self.sums['steps']} of them in epoch {self.epochs + 1}" if self.sums['steps'] else ''))
+        restore_choices(state.get('convolutions', {}))
         self._adapt_position(state)
 
     def _adapt_position(self, state):
