@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import paddle_env  # noqa: F401 - before any test imports paddle
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # on a machine with GPUs too, the tests and what they start compute on the CPU
+
+import paddle_env  # noqa: E402, F401 - before any test imports paddle
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
