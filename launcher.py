@@ -51,7 +51,7 @@ def read_settings(description, argv=None):
     implementation = os.environ.get(VARIABLE) or 'auto'
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'{VARIABLE}={implementation}: choose from {", ".join(IMPLEMENTATIONS)}')
-    device = planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE)
+    device = planned_device(config) if config.DRY_RUN else utils.resolve_device(config.DEVICE, config.AMP)
     choose_folder(config)  # refuses the folder of another run before any process starts
     config.freeze()
     return config, device

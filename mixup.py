@@ -63,7 +63,9 @@ class Mixup:
         """
         batch, _, height, width = images.shape
         draws = self._draw(batch, height, width, rng)
-        rows, columns, lam = (paddle.to_tensor(array, place=images.place) for array in draws)
+        flat = paddle.to_tensor(np.concatenate([array.ravel() for array in draws]), place=images.place)  # one copy
+        parts = paddle.split(flat, [array.size for array in draws])
+        rows, columns, lam = (part.reshape(array.shape) for part, array in zip(parts, draws))
         weight = rows * columns  # the partner's weight at each pixel, [1 or N, 1, H, W]
         images = images * (1 - weight) + paddle.flip(images, axis=0) * weight
 

@@ -1,4 +1,4 @@
-"""Environment settings for Paddle on the CPU. Every script imports this module before paddle.
+"""Environment settings for Paddle, most of them for the CPU. Every script imports this module before paddle.
 
 Paddle's x86-64 wheels bundle a 2019 version of MKL (libmklml) that uses slow code on processors not made by Intel: on
 an AMD processor with AVX-512, matrix products and 1x1 convolutions run at a third of their speed. MKL_DEBUG_CPU_TYPE=7
@@ -93,6 +93,10 @@ def _configure_malloc():
 
 
 _MESSAGE = f'{_configure_mkl()}; {_configure_malloc()}'
+
+for _name in ('CUDA_VISIBLE_DEVICES', 'XPU_VISIBLE_DEVICES'):
+    if ' ' in os.environ.get(_name, ''):  # CUDA accepts "2, 3"; Paddle's start of several processes does not
+        os.environ[_name] = os.environ[_name].replace(' ', '')
 
 # Paddle's informational messages would bury the lines that matter; warnings and errors are still shown, but not the
 # warnings of ranks, which only repeat that a connection is lost.

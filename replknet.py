@@ -19,6 +19,7 @@ from paddle import nn
 from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, conv_block, map_layout, operator_in_use
 from large_kernel.autotune import measuring_for_training
 from large_kernel.conv_norm_act import NORMS
+from large_kernel.cuda import autocast_dtype
 
 MIN_SIZE = 32  # pixels per side: the network's total stride
 
@@ -235,11 +236,12 @@ def _recompute(block, x):
 
     passes = itertools.count()
     random_state = paddle.get_rng_state()
-    shapes = block.__dict__.setdefault('recomputed_shapes', set())
-    if (tuple(x.shape), x.dtype) not in shapes and not operator_in_use():  # then the convolutions may be measured
+    seen = block.__dict__.setdefault('recomputed_kinds', set())
+    kind = tuple(x.shape), x.dtype, autocast_dtype()
+    if kind not in seen and not operator_in_use():  # then the convolutions may be measured
         with _as_in_first_pass(block, random_state), measuring_for_training(), paddle.no_grad():
             block(x)
-        shapes.add((tuple(x.shape), x.dtype))
+        seen.add(kind)
 
     def forward(x):
         with _as_in_first_pass(block, random_state) if next(passes) else contextlib.nullcontext():

@@ -41,6 +41,7 @@ else
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -61,6 +62,22 @@ def run(command, advice):
         sys.exit(f'setup_env.sh: {advice}')
 
 
+def warn_of_unused_gpus():
+    """The same cards as utils.unused_gpus, which warns when the environment is used."""
+    folder = os.environ.get('nvidia_cards', '/proc/driver/nvidia/gpus')
+    if os.path.isdir(folder):
+        found = bool(os.listdir(folder))
+    else:
+        found = bool(shutil.which('nvidia-smi')) and b'GPU ' in subprocess.run(['nvidia-smi', '-L'],
+                                                                               stdout=subprocess.PIPE).stdout
+    if found and os.environ.get('CUDA_VISIBLE_DEVICES') not in ('', '-1'):
+        print('setup_env.sh: this machine has an NVIDIA card, but .venv gets the build of Paddle for CPUs; for GPUs, stop '
+              'this, activate an environment of your own and install in it:', file=sys.stderr)
+        with open('requirements-gpu.txt') as file:
+            print(*(line.lstrip('# ').rstrip() for line in file if 'pip install paddlepaddle-gpu' in line),
+                  sep='\n', file=sys.stderr, flush=True)
+
+
 def main():
     if installed():
         return
@@ -75,6 +92,7 @@ def main():
         fcntl.flock(lock, fcntl.LOCK_EX)
     if installed():
         return
+    warn_of_unused_gpus()
     print(f'setting up {root}/.venv: a few minutes and about 1.1 GB, once', file=sys.stderr, flush=True)
     run([python, '-m', 'venv', '.venv'],
         'python3 -m venv failed, see above; it requires the venv module (Debian: apt install python3-venv)')

@@ -5,6 +5,8 @@ import json
 import logging
 import logging.handlers
 import multiprocessing
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -33,18 +35,54 @@ def device_count(kind):
     return 1
 
 
-def resolve_device(name):
+def resolve_device(name, half=False):
     """The kind of device for the setting DEVICE; 'auto' is 'gpu' if there is one, else 'cpu'.
 
+    Warns where 'auto' leaves the machine's GPUs unused.
+
+    Args:
+        half: whether half precision is asked for, which no CPU has.
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or with `half` GPUs that 'auto' would leave unused.
     """
     if name == 'auto':
+        unused = unused_gpus()
+        if unused and half:
+            raise UserError(f'-amp: {unused}; or choose -device=cpu, which computes in float32')
+        if unused:
+            logger.warning(f'computing on the CPU: {unused}; -device=cpu ends this warning')
         return 'gpu' if device_count('gpu') else 'cpu'
     if not device_count(name):
         raise UserError(f'-device={name}: Paddle {paddle.__version__} finds no {name} on this machine; '
                         'use -device=cpu, or install the Paddle build for it')
     return name
+
+
+def unused_gpus():
+    """Why Paddle does not find the NVIDIA cards of this machine, and what to do, in one line; None if all is well.
+
+    CUDA_VISIBLE_DEVICES may hide the cards on purpose.
+    """
+    if os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1') or device_count('gpu'):
+        return None
+    cards = _nvidia_cards()
+    if not cards:
+        return None
+    if paddle.is_compiled_with_cuda():
+        advice = 'check that nvidia-smi works here, and that the container was started with its GPUs'
+    else:
+        advice = 'it is a build for CPUs; install one for GPUs as requirements-gpu.txt says'
+    return f'Paddle {paddle.__version__} finds none of the {cards} NVIDIA cards of this machine: {advice}'
+
+
+def _nvidia_cards(folder='/proc/driver/nvidia/gpus'):
+    """Number of NVIDIA cards that the driver or nvidia-smi lists, whether Paddle can use them or not."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir(folder))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # under Windows, Linux has no such folder
+        listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20)
+        return sum(line.startswith('GPU ') for line in listed.stdout.splitlines())
+    return 0
 
 
 def rank():

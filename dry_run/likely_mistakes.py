@@ -20,6 +20,8 @@ def warnings(plan):
     """Yields one line of text for each likely mistake in a `plan.Plan`, also for what would end a run at its start."""
     if not plan.elsewhere and not utils.device_count(plan.device):
         yield f'-device={plan.device}: there is none on this machine'
+    if plan.config.DEVICE == 'auto' and plan.device == 'cpu' and utils.unused_gpus():
+        yield utils.unused_gpus()
     yield from plan.problems.values()
     yield from warnings_of_a_run(plan)
 

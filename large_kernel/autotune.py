@@ -1,5 +1,7 @@
 """Chooses an implementation by measuring the candidates, as cuDNN's benchmark mode does."""
 import contextlib
+import functools
+import json
 import logging
 import time
 
@@ -9,7 +11,8 @@ ROUNDS = 3
 HOPELESS = 3.0  # a candidate whose first run takes this many times the best time is not run again
 
 _logger = logging.getLogger('large_kernel')
-_choices = {}
+_choices = {}  # {key: {name: seconds}}, see `choose`
+share = None  # in a run of several processes: callable(key as text, measure) -> `measure()` of the first that has asked
 for_training = False  # within `measuring_for_training`
 
 
@@ -31,17 +34,34 @@ def measuring_for_training():
 def choose(candidates, x, weight, stride, training):
     """Name of the fastest of `candidates`, {name: function(x, weight, bias, stride)}, for tensors like these.
 
-    Measured once per device, dtype, shape and need for gradients, on separate tensors: random state and gradients
-    stay untouched. On the CPU, where time is proportional to the batch size, one image is measured.
+    Measured once per kind of device, dtype, shape and need for gradients, on separate tensors: random state and
+    gradients stay untouched. On the CPU, where time is proportional to the batch size, one image is measured.
     """
-    device = str(x.place)
-    shape = ([1] if x.place.is_cpu_place() else [x.shape[0]]) + list(x.shape[1:])
+    on_cpu = x.place.is_cpu_place()
+    device = str(x.place)[len('Place('):-1].split(':')[0]  # without its number, which differs from process to process
+    shape = ([1] if on_cpu else [x.shape[0]]) + list(x.shape[1:])
     key = (device, str(x.dtype), tuple(shape), weight.shape[-1], stride, training)
     if key not in _choices:
-        times = _measure(candidates, shape, x.dtype, weight, stride, training)
-        _choices[key] = (min(times, key=times.get), times)
+        measure = functools.partial(_measure, candidates, shape, x.dtype, weight, stride, training, warm_up=not on_cpu)
+        _choices[key] = measure() if share is None else share(json.dumps(key), measure)
         _logger.info('large_kernel: %s', _describe(key))
-    return _choices[key][0]
+    return _fastest(key)
+
+
+def choices():
+    """The choices made so far, {key as text: {name: seconds}}, for `restore`."""
+    return {json.dumps(key): times for key, times in _choices.items()}
+
+
+def restore(saved):
+    """Takes over the result of `choices` from another process, so that the same choices need not be made again."""
+    for text, times in saved.items():
+        device, dtype, shape, *rest = json.loads(text)
+        _choices[(device, dtype, tuple(shape), *rest)] = dict(times)
+
+
+def _fastest(key):
+    return min(_choices[key], key=_choices[key].get)
 
 
 def describe():
@@ -51,19 +71,25 @@ def describe():
 
 def _describe(key):
     device, dtype, shape, kernel, stride, training = key
-    name, times = _choices[key]
-    measured = ', '.join(f'{n} {t * 1e3:.2f} ms' for n, t in sorted(times.items(), key=lambda item: item[1]))
-    return (f'{name} for {list(shape)} {dtype} k{kernel} s{stride} {"training" if training else "inference"} on '
-            f'{device} ({measured})')
+    measured = ', '.join(f'{n} {t * 1e3:.2f} ms' for n, t in sorted(_choices[key].items(), key=lambda item: item[1]))
+    return (f'{_fastest(key)} for {list(shape)} {dtype} k{kernel} s{stride} '
+            f'{"training" if training else "inference"} on {device} ({measured})')
 
 
-def _measure(candidates, shape, dtype, weight, stride, training):
+def _measure(candidates, shape, dtype, weight, stride, training, warm_up=False):
+    """{name: seconds of its best run}, without candidates that fail.
+
+    With `warm_up` a run of each comes before, in which a GPU loads its kernels; without it, the first run may already
+    show that a candidate is hopeless.
+    """
     x = paddle.full(shape, 0.5, dtype)
     w = paddle.full(weight.shape, 0.5, weight.dtype)
     x.stop_gradient = w.stop_gradient = not training
     best = {}
     for name, function in candidates.items():
         try:
+            if warm_up:
+                _time(function, x, w, stride, training)
             for _ in range(1 + ROUNDS):
                 seconds = _time(function, x, w, stride, training)
                 if name in best:

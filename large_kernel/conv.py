@@ -19,10 +19,11 @@ DTYPES = ('float32', 'float16', 'bfloat16')
 
 def conv_native(x, weight, bias, stride):
     """Paddle's own convolution; same arguments and result as `depthwise_conv2d`."""
-    if _on_cpu(x) and dtype_name(x.dtype) != 'float32':  # Paddle has no half-precision convolution on the CPU
-        return conv_native(x.astype('float32'), weight, bias, stride).astype(x.dtype)
-    return F.conv2d(x, weight.astype(x.dtype), None if bias is None else bias.astype(x.dtype),
-                    stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    # Always in float32: in half precision Paddle has no such kernel for CPUs, and those for GPUs sum in half precision.
+    with paddle.amp.auto_cast(enable=False):
+        y = F.conv2d(as_float32(x), as_float32(weight), as_float32(bias), stride=stride, padding=weight.shape[-1] // 2,
+                     groups=weight.shape[0])
+    return as_dtype(y, x.dtype)
 
 
 def conv_custom(x, weight, bias, stride):
@@ -159,7 +160,8 @@ def depthwise_conv2d(x, weight, bias=None, stride=1):
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16.
-        weight: [C, 1, K, K], K odd and at most 63; cast to x's dtype (on the CPU both are computed in float32).
+        weight: [C, 1, K, K], K odd and at most 63. Weight and bias may have another dtype than x. The CUDA operator
+            rounds weights to x's dtype and sums in float32; the others compute in float32.
         bias: [C] or None.
         stride: 1 or 2.
 

@@ -92,7 +92,7 @@ def build(library, capability):
         NvccError: there is no nvcc, or it failed.
     """
     nvcc = find()
-    print(f'compiling the CUDA kernels with {nvcc}: about two minutes of processor time', file=sys.stderr, flush=True)
+    print(f'compiling the CUDA kernels with {nvcc}: about five minutes of processor time', file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=Path(library).parent) as folder:
         unfinished = Path(folder) / 'library.so'
         link(nvcc, compile_units(nvcc, folder, capability), unfinished)

@@ -38,6 +38,11 @@ def run_cuda(x, weight, bias):
     return _RUN('large_kernel_cuda_conv_bias', *_without_gradients([x, weight, bias]), input_grad, weight_grad)[0]
 
 
+def run_cuda_gradients(x, weight, dy):
+    """Gradients of x and weight of `run_cuda` without a bias, outside of autograd."""
+    return _RUN('large_kernel_cuda_backward', x, weight, dy)[:2]
+
+
 def run_fused(x, weight, bias, residual, in_norm, out_norm, attributes):
     """The operator behind `conv_block`.
 

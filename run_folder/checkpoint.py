@@ -52,6 +52,8 @@ SCHEMA = {
                                'image_files.lists.list_identity'),
     'global_batch': Entry(int, False, 'images per optimizer step, of all processes'),
     'processes': Entry(int, False, 'number of processes'),
+    'convolutions': Entry(dict, False, 'times of the implementations of the depthwise convolution measured so far: see '
+                                       'large_kernel.autotune.choices'),
     # written by RunFolder
     'weights_key': Entry(str, True, "'model' or 'model_ema': the weights to use where one set is needed"),
     'metrics_bytes': Entry(int, False, 'size of metrics.jsonl; a resumed run discards the lines after it'),
@@ -90,65 +92,61 @@ def model_arrays(model):
     return {name: _as_array(tensor) for name, tensor in model.state_dict().items()}
 
 
-def optimizer_arrays(optimizer, model):
+def optimizer_arrays(optimizer, model, masters=None):
     """The optimizer's state under the structured names of the model's parameters.
 
     Paddle's own names, such as `conv2d_316.w_0_moment1_0`, contain a count of all layers built in the process, so they
     differ from process to process.
 
+    Args:
+        masters: {structured name: float32 parameter} that the optimizer updates in place of the model's parameters of
+            these names (AMP level O2).
     Returns:
         dict: name (class of the optimizer), accumulators {parameter: {kind: array}}, and master_weights
-        {parameter: float32 array} (AMP level O2).
+        {parameter: float32 array}.
     """
-    structured = {parameter.name: name for name, parameter in model.named_parameters()}
-    state = optimizer.state_dict()
-    masters = state.pop('master_weights', {})
+    masters = masters or {}
+    structured = {masters.get(name, parameter).name: name for name, parameter in model.named_parameters()}
     accumulators = {}
-    for key, tensor in state.items():
+    for key, tensor in optimizer.state_dict().items():
         if isinstance(tensor, paddle.Tensor):
             # the longest match, because one parameter's name may be a prefix of another's
             name = max((n for n in structured if key.startswith(n + '_')), key=len)
-            # with O2 the key names the float32 master copy of the weight
-            kind = re.sub(r'^fp32_master_\d+_|_\d+$', '', key[len(name) + 1:])
+            kind = re.sub(r'_\d+$', '', key[len(name) + 1:])
             accumulators.setdefault(structured[name], {})[kind] = _as_array(tensor)
     return {'name': type(optimizer).__name__, 'accumulators': accumulators,
-            'master_weights': {structured[name]: _as_array(tensor) for name, tensor in masters.items()}}
+            'master_weights': {name: _as_array(tensor) for name, tensor in masters.items()}}
 
 
-def load_optimizer_arrays(optimizer, model, state, origin):
+def load_optimizer_arrays(optimizer, model, state, origin, masters=None):
     """Loads the result of `optimizer_arrays` into a new optimizer.
 
     Args:
         state: result of `optimizer_arrays`.
         origin: where it comes from, for messages.
+        masters: as for `optimizer_arrays`.
     Raises:
         UserError: it belongs to another model or another kind of optimizer, or is not finite.
     """
     if state['name'] != type(optimizer).__name__:
         raise UserError(f"{origin}: trained with {state['name']}, but TRAIN.OPTIMIZER.NAME selects "
                         f'{type(optimizer).__name__}; to change it, start from the weights with -pretrained')
-    parameters = dict(model.named_parameters())
+    parameters, masters = dict(model.named_parameters()), masters or {}
     unknown = [name for name in (*state['accumulators'], *state['master_weights']) if name not in parameters]
     if unknown:
         raise UserError(f'{origin}: the optimizer state has parameters that the model does not have: '
                         f'{", ".join(unknown[:8])}')
-    broken = not_finite({f'{name} ({kind})': array for name, kinds in state['accumulators'].items()
-                         for kind, array in kinds.items()})
+    broken = not_finite({**{f'{name} ({kind})': array for name, kinds in state['accumulators'].items()
+                            for kind, array in kinds.items()},
+                         **{f'{name} (master weight)': array for name, array in state['master_weights'].items()}})
     if broken:
         raise UserError(f'{origin}: the optimizer state is not finite (NaN or infinity): {broken}; use an earlier '
                         'checkpoint')
-    flat, masters = {}, {}
-    for name, parameter in parameters.items():
-        owner = parameter.name
-        if not parameter.stop_gradient and parameter.dtype in (paddle.float16, paddle.bfloat16):  # O2, as above
-            owner += '_fp32_master_0'
-            masters[parameter.name] = paddle.to_tensor(state['master_weights'].get(name, parameter.astype('float32')))
-            masters[parameter.name].name = owner
-        flat.update({f'{owner}_{kind}_0': paddle.to_tensor(array)
-                     for kind, array in state['accumulators'].get(name, {}).items()})
-    if masters:
-        flat['master_weights'] = masters
-    optimizer.set_state_dict(flat)
+    for name in state['master_weights'].keys() & masters.keys():
+        masters[name].set_value(paddle.to_tensor(state['master_weights'][name]))
+    optimizer.set_state_dict({f'{masters.get(name, parameter).name}_{kind}_0': paddle.to_tensor(array)
+                              for name, parameter in parameters.items()
+                              for kind, array in state['accumulators'].get(name, {}).items()})
 
 
 def _as_array(tensor):

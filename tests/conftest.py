@@ -16,10 +16,20 @@ ROOT = TESTS.parent
 
 def pytest_addoption(parser):
     parser.addoption('--long', action='store_true', help='also run the tests that take minutes')
+    parser.addoption('--gpu', metavar='REPORT', help='run tests/test_gpu.py on the GPUs and write a report, Markdown')
+
+
+def pytest_configure(config):
+    report = config.getoption('--gpu')
+    if report:
+        from gpu_report import GpuReport
+        config.pluginmanager.register(GpuReport(report))
+    else:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # with GPUs too, the tests and what they start compute on the CPU
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption('--long'):
+    if not config.getoption('--long') and not config.getoption('--gpu'):
         for item in items:
             if 'long' in item.keywords:
                 item.add_marker(pytest.mark.skip(reason='takes minutes: run with --long'))

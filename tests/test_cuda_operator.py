@@ -130,6 +130,24 @@ def test_recomputation_and_inputs_that_are_not_contiguous(operator):
 
 
 @needs_compiler
+def test_the_check_may_come_inside_of_recomputation(operator, monkeypatch):
+    from paddle.distributed.fleet.utils import recompute
+    layer, checks = DepthwiseConv2D(3, 5), []
+
+    def available(device=0):
+        checks.append(cuda._self_check(paddle.CPUPlace()))
+        return checks[-1]
+    monkeypatch.setattr(cuda, 'reason_unavailable', available)
+    x = tensor(np.random.default_rng(2).standard_normal((1, 3, 8, 8)))
+    recompute(layer, x, use_reentrant=False).pow(2).sum().backward()
+    assert checks and set(checks) == {None}
+    found = x.grad.numpy().copy()
+    x.clear_gradient()
+    layer(x).pow(2).sum().backward()
+    np.testing.assert_array_equal(found, x.grad.numpy())
+
+
+@needs_compiler
 def test_wrong_arguments_of_the_operator_are_refused(operator):
     x, weight = tensor(np.ones((1, 2, 6, 6))), tensor(np.ones((2, 1, 5, 5)))
     for wrong in (tensor(np.ones((3, 1, 5, 5))), tensor(np.ones((2, 1, 4, 4))), tensor(np.ones((2, 1, 65, 65))),
@@ -139,12 +157,14 @@ def test_wrong_arguments_of_the_operator_are_refused(operator):
 
 
 @needs_compiler
-def test_the_operator_is_compared_with_paddles_own_convolution_before_it_is_used(library, monkeypatch):
+def test_the_operator_is_checked_before_it_is_used(library, monkeypatch):
     place = paddle.CPUPlace()
     assert cuda._self_check(place) is None
+    for dtype, most in (('float32', 1e-5), ('float16', 1e-3)):
+        assert cuda._difference(dtype, place) < most
     right = cuda.run_cuda
     monkeypatch.setattr(cuda, 'run_cuda', lambda *arguments: right(*arguments) * 1.1)
-    assert 'float32 results differ' in cuda._self_check(place)
+    assert 'float32 results are wrong' in cuda._self_check(place)
 
     def dies(*arguments):
         raise RuntimeError('CUDA driver version is insufficient\nfor CUDA runtime version')

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 from paddle import nn
 
@@ -14,6 +15,7 @@ from losses import JsdCrossEntropyLoss
 from training.amp import Amp, LossScaler
 from training.ema import ModelEMA
 from training.engine import MAX_SKIPPED_STEPS, evaluate, train_one_epoch
+from training.masters import MasterWeights
 from training.optim import build_optimizer, parameter_groups
 from training.progress import epoch_sums
 from training.setup import StepSettings, TrainingParts
@@ -172,7 +174,7 @@ def overflowing(loader, steps):
 def test_overflowing_steps_are_skipped_counted_and_kept_out_of_the_average():
     scaled, plain = linear(), linear()
     ema = types.SimpleNamespace(calls=0)
-    ema.update = lambda model: setattr(ema, 'calls', ema.calls + 1)
+    ema.update = lambda model, masters: setattr(ema, 'calls', ema.calls + 1)
     loader, scaler = batches([2] * 4), LossScaler(1024.0)
     metrics = train(scaled, overflowing(loader, (1, 3)), scaler=scaler, ema=ema)
     train(plain, [loader[0], loader[2]])
@@ -197,6 +199,43 @@ def test_a_run_that_only_overflows_stops():
     with pytest.raises(TrainingStopped, match='in a row overflowed'):  # the count continues across epochs
         train(linear(), overflowing(batches([1] * 2), range(2)), scaler=LossScaler(),
               sums=epoch_sums(skipped_in_a_row=MAX_SKIPPED_STEPS - 2))
+
+
+class HalfLinear(nn.Linear):
+    def forward(self, x):  # Paddle has no half-precision products on the CPU
+        return F.linear(x.flatten(1), self.weight.astype('float32'), self.bias.astype('float32'))
+
+
+@pytest.mark.parametrize('accum', [1, 2])
+@pytest.mark.parametrize('size', [1e-6, 1e-7, 1e-8])
+def test_small_gradients_reach_the_master_weights_of_half_precision_weights(size, accum):
+    """float16 rounds 1e-7 to 1.2e-7 and 1e-8 to 0, which is what the loss scale is there to avoid."""
+    model = HalfLinear(12, 3)
+    start = model.weight.numpy()
+    ema, masters = ModelEMA(model, 0.5), MasterWeights(model, lambda model: model.to(dtype='float16'))
+    optimizer = build_optimizer('sgd', parameter_groups(model, 0.0, masters=masters.by_name))
+    norms = []
+    loader = [(paddle.ones([2, 3, 2, 2]), paddle.zeros([2], 'int64'))] * 4
+    train(model, loader, lr=1.0, criterion=lambda logits, labels: logits.sum() * size / 2, optimizer=optimizer, ema=ema,
+          masters=masters, scaler=LossScaler(), accum_iter=accum, grad_clip=size, grad_clip_mode='value',
+          on_report=lambda **report: norms.append(report['grad_norm']))
+    # a float32 weight near 1 cannot show changes of 1e-8, so the norm tells, over 36 weights and 3 biases
+    np.testing.assert_allclose(norms, size * 39 ** 0.5, rtol=1e-3)
+    np.testing.assert_allclose(masters.by_name['weight'].numpy(), start - 4 / accum * size, atol=1e-7)
+    assert model.weight.dtype == paddle.float16 and model.weight.grad.astype('float32').abs().sum() == 0
+    np.testing.assert_array_equal(model.weight.numpy(), masters.by_name['weight'].numpy().astype('float16'))
+    np.testing.assert_allclose(ema.module.weight.numpy(), start, atol=5 * size + 1e-7)  # not rounded to float16
+
+
+def test_o2_casts_the_weights_and_keeps_float32_ones_for_the_optimizer(monkeypatch):
+    monkeypatch.setattr(paddle.amp, 'decorate', lambda models, level, dtype: models.to(dtype=dtype))
+    half = ['AMP', 'True', 'AMP_LEVEL', 'O2', 'AMP_DTYPE', 'bfloat16']
+    model = linear()
+    before = model[1].weight.numpy()
+    masters = Amp(get_config(None, half), 'gpu').cast_weights(model)
+    assert model[1].weight.dtype == paddle.bfloat16 and set(masters.by_name) == {'1.weight', '1.bias'}
+    np.testing.assert_array_equal(masters.by_name['1.weight'].numpy(), before)
+    assert not CPU.cast_weights(linear()).by_name
 
 
 def test_the_loss_scale_doubles_after_enough_good_steps_and_continues_after_a_restart():

@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from config import get_config
 from errors import UserError
+from port_weights.safe_load import read_checkpoint
 from training import agreement
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -26,6 +28,11 @@ class Store:
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
+
+    def add(self, key, amount):
+        with self._changed:
+            self._values[key] = self._values.get(key, 0) + amount
+            return self._values[key]
 
     def get(self, key):
         with self._changed:
@@ -126,6 +133,38 @@ def test_the_digest_of_the_code_depends_on_the_sources(monkeypatch, tmp_path):
     del sys.modules['extra']
 
 
+def test_one_process_measures_and_the_others_take_its_result(together):
+    measured = []
+
+    def measure(rank):
+        def times():
+            measured.append(rank)
+            time.sleep(0.1)
+            return {'fft': float(rank), 'native': 1.5}  # rank 2 would choose another implementation than rank 1
+        return lambda: agreement.first_measures('key', times)
+
+    results = together(*map(measure, range(4)))
+    assert len(measured) == 1 and results == [{'fft': float(measured[0]), 'native': 1.5}] * 4
+    assert together(lambda: agreement.first_measures('another', lambda: 7)) == [7]  # needed by one process only
+
+
+@pytest.mark.parametrize('error', [RuntimeError('out of memory'), UserError('stopped')])
+def test_a_measurement_that_fails_fails_in_all_processes(together, error):
+    def fail():
+        time.sleep(0.1)
+        raise error
+
+    def outcome():
+        try:
+            return agreement.first_measures('key', fail)
+        except RuntimeError as caught:
+            return caught
+
+    results = {str(result) for result in together(outcome, outcome)}
+    assert results == ({'out of memory'} if isinstance(error, RuntimeError) else {
+        'stopped', 'the process that was to measure the convolutions has ended'})
+
+
 # ---- real processes: each of two ranks has its own command line and data, as on two machines
 
 def free_ports(count):
@@ -183,6 +222,27 @@ def test_a_machine_with_a_shuffled_list_is_refused(list_dataset, tiny_yaml, tmp_
     for status, _, errors in outcomes:
         assert status == 2 and errors.count('\n') == 1, errors
         assert re.search(r'rank 1 on \S+ differs .* train_list.txt is 13 entries, digest \w+, not 13 entries', errors)
+
+
+def test_processes_make_the_same_choices_and_a_resumed_run_repeats_them(list_dataset, tiny_yaml, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXX', '/no/compiler')  # so that convolutions are measured, as on GPUs
+    monkeypatch.setenv('LARGE_KERNEL_CACHE_DIR', str(tmp_path / 'cache'))
+    flags = [f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', '-output=run', '-opts', 'SAVE_FREQ', '1',
+             'MODEL.RECOMPUTE', 'True']
+    outcomes = run_ranks(flags, flags, cwd=tmp_path)
+    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
+    run, log = tmp_path / 'run', outcomes[0][1]
+    first = read_checkpoint(run / 'epoch_0001.pdparams')
+    assert first['convolutions'] and log.count('training on cpu (') == len(first['convolutions']) - log.count(
+        'inference on cpu (')
+    last = read_checkpoint(run / 'last.pdparams')
+    os.replace(run / 'epoch_0001.pdparams', run / 'last.pdparams')  # makes it an unfinished run
+    outcomes = run_ranks(flags, flags, cwd=tmp_path)
+    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
+    assert 'training on cpu (' not in outcomes[0][1]
+    again = read_checkpoint(run / 'last.pdparams')
+    assert again['convolutions'] == last['convolutions']
+    assert all((again['model'][name] == array).all() for name, array in last['model'].items())
 
 
 def test_all_ranks_resume_the_run_that_rank_0_chooses(list_dataset, tiny_yaml, tmp_path):

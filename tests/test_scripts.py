@@ -74,6 +74,18 @@ def test_a_setup_that_fails_says_why_and_can_be_run_again(project, tmp_path, ven
     shutil.rmtree(project / '.venv', ignore_errors=True)
 
 
+def test_a_setup_on_a_machine_with_a_card_names_the_environment_for_it(project, tmp_path, monkeypatch):
+    body = f'case "$*" in "- paddle") echo paddle ;; "-m venv"*) exit 1 ;; *) {REAL} ;; esac'
+    (tmp_path / 'gpus/0000:00:1e.0').mkdir(parents=True)
+    monkeypatch.setenv('nvidia_cards', str(tmp_path / 'gpus'))
+    path = stub_python(tmp_path / 'bin', body)
+    assert 'NVIDIA' not in sh(project, 'setup_env.sh', path=path).stderr  # conftest hides the cards
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    warned = sh(project, 'setup_env.sh', path=path).stderr
+    assert 'this machine has an NVIDIA card' in warned and warned.count('pip install paddlepaddle-gpu==') == 2
+    shutil.rmtree(project / '.venv', ignore_errors=True)
+
+
 def test_the_demo_reaches_its_accuracy_and_evaluation_confirms_it(project):
     done = sh(project, 'run_train_multi.sh')
     assert done.returncode == 0, done.stderr

@@ -97,6 +97,33 @@ def agree(facts, problem=None, **more):
     return first
 
 
+def first_measures(key, measure):
+    """The result of `measure`, as JSON, of the process that asks first for `key`; the others wait for it.
+
+    Processes that measure on their own may choose different convolutions, whose gradients are ready in different
+    orders: their exchanges would then not match, and wait for ever. It is no collective, since the processes may need
+    different shapes.
+
+    Raises:
+        RuntimeError: `measure` has failed, in whichever process.
+    """
+    store, key = create_or_get_global_tcp_store(), f'replknet/measured/{key}'
+    if store.add(f'{key}/asked', 1) > 1:
+        answer = json.loads(bytes(store.get(key)))
+        if 'error' in answer:
+            raise RuntimeError(answer['error'])
+        return answer['result']
+    answer = {'error': 'the process that was to measure the convolutions has ended'}
+    try:
+        answer = {'result': measure()}
+    except RuntimeError as error:
+        answer = {'error': str(error)}
+        raise
+    finally:
+        store.set(key, json.dumps(answer).encode())
+    return answer['result']
+
+
 def _name(rank, process):
     return f'rank {rank} on {process["host"]}'
 

@@ -2,6 +2,8 @@
 import paddle
 
 import utils
+from errors import UserError
+from training.masters import MasterWeights
 from training.optim import change_gradients
 
 
@@ -22,19 +24,36 @@ class Amp:
         """Context manager for a forward pass."""
         return paddle.amp.auto_cast(enable=self.enabled, level=self.level, dtype=self.dtype)
 
-    def decorate(self, model, optimizer=None):
-        """Casts the weights to half precision under O2, with float32 master weights in the optimizer; returns both."""
+    def cast_weights(self, model):
+        """Casts the weights to half precision under O2, in place; returns the MasterWeights for the optimizer."""
         if not self.enabled or self.level != 'O2':
-            return model, optimizer
-        if optimizer is None:
-            return paddle.amp.decorate(models=model, level='O2', dtype=self.dtype), None
-        return paddle.amp.decorate(models=model, optimizers=optimizer, level='O2', dtype=self.dtype)
+            return MasterWeights()
+        return MasterWeights(model, lambda model: paddle.amp.decorate(models=model, level='O2', dtype=self.dtype))
 
     def scaler(self):
         """A LossScaler for float16; None for other dtypes, which do not need one."""
         if self.enabled and self.dtype == 'float16':
             return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
+
+
+def check_card(config, device):
+    """Refuses -amp under O2, and warns of it under O1, where Paddle's autocast does not work on this rank's GPU.
+
+    Raises:
+        UserError: weights would be cast to a type in which autocast does not compute.
+    """
+    if not config.AMP or device != 'gpu':
+        return
+    capability = paddle.device.cuda.get_device_capability()
+    needed, cards = {'float16': (7, 'Volta'), 'bfloat16': (8, 'Ampere')}[config.AMP_DTYPE]
+    if capability[0] >= needed:
+        return
+    problem = (f'AMP_DTYPE {config.AMP_DTYPE} needs compute capability {needed}.0 ({cards}) or newer; this card has '
+               f'{".".join(map(str, capability))}')
+    if config.AMP_LEVEL == 'O2':
+        raise UserError(f'{problem}: {"set AMP_DTYPE float16, or " if capability[0] >= 7 else ""}leave out -amp')
+    utils.logger.warning(f'{problem}: computing in float32')
 
 
 class LossScaler:

@@ -23,12 +23,14 @@ class ModelEMA:
         self._followed, self._pairs = None, []
 
     @paddle.no_grad()
-    def update(self, model):
-        """Moves the average towards `model`; to be called after every optimizer step that was not skipped."""
+    def update(self, model, masters=None):
+        """Moves the average towards `model`; to be called after every optimizer step that was not skipped.
+
+        `masters`, {name: float32 parameter}, are followed in place of its weights of these names.
+        """
         if self._followed is not model:  # collecting a state dict of hundreds of tensors takes longer than the update
-            source = model.state_dict()
-            self._followed = model
+            source = {**model.state_dict(), **(masters or {})}
+            self._followed, self._share = model, paddle.to_tensor(1 - self.decay, dtype='float32')
             self._pairs = [(average, source[name]) for name, average in self.module.state_dict().items()]
-        share = paddle.to_tensor(1 - self.decay, dtype='float32')
         for average, value in self._pairs:
-            average.lerp_(value if value.dtype == average.dtype else value.astype(average.dtype), share)
+            average.lerp_(value if value.dtype == average.dtype else value.astype(average.dtype), self._share)

@@ -131,6 +131,7 @@ def _optimizer_step(parts, measure):
         gradients before clipping, or None where nothing needs it.
     """
     settings, scaler, parameters = parts.settings, parts.scaler, parts.trained_parameters
+    parts.masters.take_gradients()
     if scaler is not None:
         scaler.unscale(parameters)
     norm = None
@@ -144,9 +145,11 @@ def _optimizer_step(parts, measure):
         scaler.update(finite)
     if finite:
         parts.optimizer.step()
+        parts.masters.update_model()
         if parts.ema is not None:
-            parts.ema.update(parts.bare_model)
+            parts.ema.update(parts.bare_model, parts.masters.by_name)
     parts.optimizer.clear_grad()
+    parts.masters.clear_gradients()
     return finite, norm
 
 

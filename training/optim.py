@@ -34,11 +34,12 @@ def layer_id(name, num_stages=4):
     return MAX_LAYER_ID
 
 
-def parameter_groups(model, weight_decay, layer_decay=1.0):
+def parameter_groups(model, weight_decay, layer_decay=1.0, masters=None):
     """Groups of trained parameters for a Paddle optimizer.
 
     Biases, norms and other 1-D parameters get no weight decay. With `layer_decay` below 1, the learning rate of a
-    parameter is scaled by layer_decay ** (13 - layer_id).
+    parameter is scaled by layer_decay ** (13 - layer_id). `masters`, {name: float32 parameter}, are updated in place of
+    the parameters of these names.
 
     Returns:
         list of {'params', 'weight_decay', 'learning_rate'}; 'learning_rate' is the scale, as Paddle expects.
@@ -53,7 +54,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
             scale = layer_decay ** (MAX_LAYER_ID - layer_id(name, len(model.stages)))
         group = groups.setdefault((decays, scale), {'params': [], 'weight_decay': weight_decay if decays else 0.0,
                                                     'learning_rate': scale})
-        group['params'].append(parameter)
+        group['params'].append((masters or {}).get(name, parameter))
     return list(groups.values())
 
 
@@ -95,15 +96,14 @@ def set_weight_decay(optimizer, weight_decay):
 @paddle.no_grad()
 def gradient_norm(parameters):
     """L2 norm over the gradients of all parameters, as a float32 scalar tensor."""
-    return sum(p.grad.astype('float32').square().sum() for p in parameters if p.grad is not None).sqrt()
+    return sum(p.grad.square().sum() for p in parameters if p.grad is not None).sqrt()
 
 
 @paddle.no_grad()
 def clip_gradients(parameters, limit, mode='norm'):
     """Clips the gradients in place.
 
-    Paddle's optimizers clip each parameter group by its own norm, and its `clip_grad_norm_` does not support the mix of
-    half and single precision under O2.
+    Paddle's optimizers would clip each parameter group by its own norm.
 
     Args:
         limit: largest norm over all gradients (mode 'norm'), or largest absolute value of an element (mode 'value').
@@ -122,12 +122,10 @@ def clip_gradients(parameters, limit, mode='norm'):
 
 @paddle.no_grad()
 def change_gradients(parameters, change):
-    """Calls `change` on every gradient, to modify it in place; half-precision gradients are changed in float32."""
-    for gradient in (p.grad for p in parameters if p.grad is not None):
-        single = gradient if gradient.dtype == paddle.float32 else gradient.astype('float32')
-        change(single)
-        if single is not gradient:
-            paddle.assign(single.astype(gradient.dtype), output=gradient)
+    """Calls `change` on every gradient, to modify it in place."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            change(parameter.grad)
 
 
 def nonfinite_gradients(model):

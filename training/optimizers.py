@@ -8,8 +8,7 @@ import paddle
 class _DecoupledOptimizer(paddle.optimizer.Optimizer):
     """Base class of optimizers written with tensor operations, whose weight decay acts on the weight.
 
-    A subclass names its state, and updates the state and the weight in place. Under O2 the half-precision weights are
-    rounded copies of float32 master weights; state and update then belong to the master weights.
+    A subclass names its state, and updates the state and the weight in place.
 
     Args:
         parameters: groups of `optim.parameter_groups`.
@@ -20,7 +19,6 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
 
     def __init__(self, parameters, betas, eps):
         super().__init__(learning_rate=0.0, parameters=parameters)
-        self._multi_precision = False  # paddle.amp.decorate sets it
         self._betas, self._eps = betas, eps
 
     def append_regularization_ops(self, parameters_and_grads, regularization=None):
@@ -28,23 +26,17 @@ class _DecoupledOptimizer(paddle.optimizer.Optimizer):
 
     def _create_accumulators(self, block, group):
         for parameter in group['params']:
-            weight = parameter
-            if self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype):
-                weight = self._create_master_weight(parameter)
             for name in self._MOMENTS:
-                self._add_accumulator(name, weight)
+                self._add_accumulator(name, parameter)
             for name, start in self._COUNTERS.items():
-                self._add_accumulator(name, weight, dtype='float64', fill_value=start, shape=[1])
+                self._add_accumulator(name, parameter, dtype='float64', fill_value=start, shape=[1])
 
     def _append_optimize_op(self, block, group):
-        parameter, gradient = group['params']
-        weight = self._master_weights.get(parameter.name, parameter)
+        weight, gradient = group['params']
         state = {name: self._get_accumulator(name, weight) for name in (*self._MOMENTS, *self._COUNTERS)}
         paddle.increment(state['step'])
-        rate = self.get_lr() * parameter.optimize_attr['learning_rate']
-        self._update(weight, gradient.astype(weight.dtype), rate, group['weight_decay'], state)
-        if weight is not parameter:
-            paddle.assign(weight.astype(parameter.dtype), output=parameter)
+        rate = self.get_lr() * weight.optimize_attr['learning_rate']
+        self._update(weight, gradient, rate, group['weight_decay'], state)
 
     def _update(self, weight, gradient, rate, decay, state):
         """Updates `weight` and `state` in place; `state` holds _MOMENTS, then _COUNTERS; its 'step' starts at 1."""

@@ -9,13 +9,13 @@ from datasets import get_dataloader
 from deploy.flip import FlipAveraged
 from errors import TrainingStopped, UserError
 from fuse import pack
-from large_kernel import operator_in_use
+from large_kernel import autotune, operator_in_use
 from replknet import RepLKNet
 from run_folder.curves import curves_line
 from run_folder.resume import out_of_patience, read_resumed
 from run_folder.writer import RunFolder
-from training.agreement import agree, agree_on_settings, data_facts, model_facts
-from training.amp import Amp
+from training.agreement import agree, agree_on_settings, data_facts, first_measures, model_facts
+from training.amp import Amp, check_card
 from training.data import RunData, read_data, refuse_other_data
 from training.engine import evaluate, train_one_epoch
 from training.progress import duration
@@ -44,11 +44,14 @@ def run(config, device):
     config = agree_on_settings(config, device)
     prepared, problem, facts = None, None, {}
     try:
+        check_card(config, device)
         prepared = _prepare(config)
         if utils.world_size() > 1:
             facts = {**data_facts(prepared.data), **model_facts(prepared.start.model, prepared.start.checkpoint)}
     except (UserError, FileNotFoundError) as error:
         problem = str(error)
+    if utils.world_size() > 1:
+        autotune.share = first_measures
     agree(facts, problem)  # before anything that would wait for a rank that has met a problem
     folder, start, data, changed = prepared
     if config.EVAL:
@@ -146,8 +149,8 @@ def _evaluate_only(config, amp, folder, start, data):
     """Evaluates the model of -eval, records its metrics and writes the report, if there is to be one."""
     if folder is not None:
         folder.claim()
-    model, _ = amp.decorate(start.model)
-    model = pack(model) if operator_in_use() else model
+    amp.cast_weights(start.model)
+    model = pack(start.model) if operator_in_use() else start.model
     if config.EVAL_TTA:
         model = FlipAveraged(model)
     predictions = None

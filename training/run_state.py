@@ -5,6 +5,8 @@ import os
 import utils
 from config import config_changes, config_text
 from errors import TrainingStopped, UserError
+from large_kernel.autotune import choices
+from large_kernel.autotune import restore as restore_choices
 from port_weights.load import load_weights, not_finite
 from run_folder import checkpoint
 from training.progress import epoch_sums
@@ -23,6 +25,7 @@ class RunState:
         steps_per_epoch: optimizer steps.
         own_statistics: whether the running statistics of the ranks differ within an epoch (no SyncBatchNorm).
         data: the `identity` of `data.RunData`.
+        masters: {structured name: float32 parameter}, see `MasterWeights`.
     Attributes:
         epochs: finished epochs, including their evaluation.
         sums: totals over the steps of the current epoch, see `progress.epoch_sums`.
@@ -30,9 +33,11 @@ class RunState:
         numbered: {file name: {'epoch', 'acc1', 'weights'}} of the numbered checkpoints, see `RunFolder.save_evaluated`.
     """
 
-    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics, data=None):
+    def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics, data=None,
+                 masters=None):
         self.config, self.model, self.ema, self.optimizer, self.scaler = config, model, ema, optimizer, scaler
         self.steps_per_epoch, self.own_statistics, self.data = steps_per_epoch, own_statistics, data or {}
+        self.masters = masters or {}
         self.epochs, self.sums, self.best, self.numbered = config.TRAIN.LAST_EPOCH, epoch_sums(), {}, {}
 
     @property
@@ -79,10 +84,11 @@ class RunState:
             state[key].update({name: array.mean(axis=0) for name, array in rows.items()})
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
-        return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model), 'statistics': statistics,
-                'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums), 'best': dict(self.best),
-                'numbered': self.numbered, 'config': config_text(self.config), 'data': self.data,
-                'global_batch': self.global_batch, 'processes': utils.world_size()}
+        return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model, self.masters),
+                'statistics': statistics, 'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums),
+                'best': dict(self.best), 'numbered': self.numbered, 'config': config_text(self.config),
+                'data': self.data, 'global_batch': self.global_batch, 'processes': utils.world_size(),
+                'convolutions': choices()}
 
     def restore(self, state, path):
         """Restores what `capture` returned: EMA, optimizer, loss scaler and position; the model has its weights.
@@ -98,7 +104,7 @@ class RunState:
                             'for a new run, choose another folder')
         if self.ema is not None:
             load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
-        checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path)
+        checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path, self.masters)
         if self.scaler is not None and 'scaler' in state:  # absent when it was trained without loss scaling
             self.scaler.load_state_dict(state['scaler'])
         self.epochs, self.sums, self.best = state['epoch'], dict(state['sums']), dict(state['best'])
@@ -107,6 +113,7 @@ class RunState:
                          if os.path.exists(os.path.join(self.config.SAVE, name))}
         logger.info(f"resumed from {path}: {self.epochs} epochs, {state['step']} steps"
                     + (f", {self.sums['steps']} of them in epoch {self.epochs + 1}" if self.sums['steps'] else ''))
+        restore_choices(state.get('convolutions', {}))
         self._adapt_position(state)
 
     def _adapt_position(self, state):

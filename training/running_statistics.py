@@ -10,6 +10,28 @@ def running_statistics(model):
     return {name: p for name, p in model.named_parameters() if name.endswith(('._mean', '._variance'))}
 
 
+def sync_batch_norm_works(recompute=False):
+    """Whether SyncBatchNorm of this Paddle computes over all ranks, found by trying. Every rank calls it.
+
+    Paddle 3.3 may compute over each rank alone without saying so.
+
+    Args:
+        recompute: whether it will be in recomputed blocks.
+    """
+    from paddle.distributed.fleet.utils import recompute as call_recomputed
+
+    norm, x = paddle.nn.SyncBatchNorm(1), paddle.full([2, 1, 1, 1], float(utils.rank()))
+    x.stop_gradient = False
+    try:
+        y = call_recomputed(norm, x, use_reentrant=False, preserve_rng_state=False) if recompute else norm(x)
+        y.sum().backward()
+    except (RuntimeError, ValueError, SystemError, OSError) as error:
+        utils.logger.info(f'SyncBatchNorm: {str(error).strip().splitlines()[-1:]}')
+        norm._mean.set_value(paddle.full([1], float(utils.rank())))
+    means = utils.all_gather_values(norm._mean.item())
+    return max(means) - min(means) < 0.05  # a rank alone finds a tenth of its number
+
+
 def average_statistics(model):
     """Averages the running statistics over the ranks, in place. Every rank calls it."""
     if utils.world_size() == 1:

@@ -12,8 +12,10 @@ from mixup import Mixup
 from training.amp import Amp, LossScaler
 from training.ema import ModelEMA
 from training.freezing import freeze
+from training.masters import MasterWeights
 from training.optim import build_optimizer, parameter_groups
 from training.run_state import RunState
+from training.running_statistics import sync_batch_norm_works
 from training.schedules import build_schedule, build_weight_decay
 from utils import logger
 
@@ -48,6 +50,7 @@ class TrainingParts:
         optimizer: Paddle optimizer over the groups of `optim.parameter_groups`.
         lr_at: learning rate as a function of the optimizer step, from 0.
         amp: mixed precision of the forward passes.
+        masters: what the optimizer updates in place of weights in half precision.
         weight_decay_at: weight decay as a function of the optimizer step; None leaves that of the optimizer.
         scaler: loss scaling for float16, or None.
         ema: moving average of the model, or None.
@@ -60,6 +63,7 @@ class TrainingParts:
     optimizer: paddle.optimizer.Optimizer
     lr_at: Callable[[int], float]
     amp: Amp
+    masters: MasterWeights = MasterWeights()
     weight_decay_at: Optional[Callable[[int], float]] = None
     scaler: Optional[LossScaler] = None
     ema: Optional[ModelEMA] = None
@@ -81,7 +85,8 @@ class TrainingParts:
     @cached_property
     def trained_parameters(self):
         """Parameters that the optimizer changes; for Paddle, running statistics are parameters as well."""
-        return [parameter for parameter in self.model.parameters() if not parameter.stop_gradient]
+        return [self.masters.by_name.get(name, parameter) for name, parameter in self.bare_model.named_parameters()
+                if not parameter.stop_gradient]
 
 
 def build_training(config, device, amp, start, loader, data):
@@ -106,18 +111,24 @@ def build_training(config, device, amp, start, loader, data):
     frozen = freeze(start.model, train.FREEZE)
     lr_at = build_schedule(config, steps_per_epoch, world)
     sync_bn = train.SYNC_BN and device == 'gpu' and world > 1
+    if sync_bn and not sync_batch_norm_works(config.MODEL.RECOMPUTE):
+        sync_bn = False
+        logger.warning(f'TRAIN.SYNC_BN: SyncBatchNorm of Paddle {paddle.__version__} does not work here'
+                       f'{" with MODEL.RECOMPUTE" * config.MODEL.RECOMPUTE}; each process normalises its own images, '
+                       'and the running statistics are averaged over the processes')
     model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(start.model) if sync_bn else start.model
-    ema = ModelEMA(model, train.MODEL_EMA_DECAY) if train.MODEL_EMA else None  # in float32, so before amp.decorate
-    optimizer = build_optimizer(train.OPTIMIZER.NAME, parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY),
-                                betas=train.OPTIMIZER.BETAS, eps=train.OPTIMIZER.EPS)
-    model, optimizer = amp.decorate(model, optimizer)
+    ema = ModelEMA(model, train.MODEL_EMA_DECAY) if train.MODEL_EMA else None  # in float32
+    masters = amp.cast_weights(model)
+    groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY, masters.by_name)
+    optimizer = build_optimizer(train.OPTIMIZER.NAME, groups, betas=train.OPTIMIZER.BETAS, eps=train.OPTIMIZER.EPS)
     parts = TrainingParts(
         model=model, criterion=_build_criterion(config, data), optimizer=optimizer, lr_at=lr_at, amp=amp,
+        masters=masters,
         weight_decay_at=build_weight_decay(config, lr_at.total_steps), scaler=amp.scaler(), ema=ema,
         mixup=build_mixup(config), frozen=frozen, settings=StepSettings(
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
-    state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch,
+    state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch, masters=masters.by_name,
                      own_statistics=world > 1 and not sync_bn, data=data.identity)
 
     if start.checkpoint is not None:

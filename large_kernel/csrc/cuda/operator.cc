@@ -34,8 +34,10 @@ LargeKernelConv checked(const Tensor& x, const Tensor& weight) {
   const Dims in = x.shape(), w = weight.shape();
   PD_CHECK(in.size() == 4 && x.numel() > 0 && w.size() == 4 && w[0] == in[1] && w[1] == 1 && w[2] == w[3],
            "large_kernel_cuda needs a non-empty input [N, C, H, W] and a weight [C, 1, K, K]");
-  return {(int)in[0], (int)in[1], (int)in[2], (int)in[3], (int)w[2], type_of(x, "the input"), kAutomatic,
-          (int)x.place().GetDeviceId()};
+  return {(int)in[0], (int)in[1],
+          (int)in[2], (int)in[3],
+          (int)w[2],  type_of(x, "the input"),
+          kAutomatic, (int)x.place().GetDeviceId()};
 }
 
 void check(int status) { PD_CHECK(status == 0, "large_kernel_cuda: ", large_kernel_cuda_message(status)); }
@@ -66,8 +68,7 @@ std::vector<Tensor> backward(const Tensor& x, const Tensor& weight, const Tensor
   if (input_grad)
     check(large_kernel_cuda_input_gradient(&conv, dy.data(), weight.data(), weight_type, grads[0].data(), stream(x)));
   if (weight_grad) {
-    Tensor workspace =
-        paddle::experimental::empty({large_kernel_cuda_workspace(&conv)}, DataType::FLOAT32, x.place());
+    Tensor workspace = paddle::experimental::empty({large_kernel_cuda_workspace(&conv)}, DataType::FLOAT32, x.place());
     check(large_kernel_cuda_weight_gradient(&conv, x.data(), dy.data(), grads[1].data(), weight_type,
                                             (float*)workspace.data(), stream(x)));
     if (bias)
@@ -91,6 +92,12 @@ std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Te
                                  bool input_grad, bool weight_grad) {
   return backward(x, weight, &bias, dy, input_grad, weight_grad);
 }
+
+std::vector<Tensor> Gradients(const Tensor& x, const Tensor& weight, const Tensor& dy) {
+  return backward(x, weight, nullptr, dy, true, true);
+}
+std::vector<Dims> GradientShapes(const Dims& x, const Dims& weight, const Dims&) { return {x, weight}; }
+std::vector<DataType> GradientDtypes(const DataType& x, const DataType& weight, const DataType&) { return {x, weight}; }
 
 std::vector<Dims> InferShape(const Dims& x, const Dims&, bool, bool) { return {x}; }
 std::vector<Dims> InferShapeBias(const Dims& x, const Dims&, const Dims&, bool, bool) { return {x}; }
@@ -126,3 +133,12 @@ PD_BUILD_GRAD_OP(large_kernel_cuda_conv_bias)
     .Outputs({paddle::Grad("X"), paddle::Grad("Filter"), paddle::Grad("Bias")})
     .Attrs({"input_grad: bool", "weight_grad: bool"})
     .SetKernelFn(PD_KERNEL(BackwardBias));
+
+// The gradients without autograd, for the check before the first use. "_grad" in its name would make Paddle take it for
+// the gradient of another operator.
+PD_BUILD_OP(large_kernel_cuda_backward)
+    .Inputs({"X", "Filter", "DY"})
+    .Outputs({"DX", "DFilter"})
+    .SetKernelFn(PD_KERNEL(Gradients))
+    .SetInferShapeFn(PD_INFER_SHAPE(GradientShapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(GradientDtypes));
