@@ -70,7 +70,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
 
     @property
     def paths(self):
-        """Paths of the images as in the list, a bytes array [len(dataset)]."""
+        """Paths of the images as in the list, `image_files.entries.Paths`."""
         return self._paths
 
     def path(self, index):

@@ -11,6 +11,7 @@ import utils
 from datasets import TrainBatchSampler, get_dataset
 from dry_run.cost import model_cost, training_memory
 from errors import UserError
+from image_files.entries import Paths
 from training.data import read_class_names_of
 from training.schedules import Schedule, build_schedule
 
@@ -26,7 +27,7 @@ class Plan:
         device: kind of device, such as 'gpu'.
         nodes, processes: numbers of machines, and of processes on all of them.
         labels: {'train' or 'val': labels int64 [images]} of the lists that could be read.
-        paths: {'train' or 'val': paths in them, bytes [images]}.
+        paths: {'train' or 'val': paths in them, `image_files.entries.Paths`}.
         problems: {'data', 'train', 'val', 'classes' or 'batch': one line about what is wrong with it}.
         images: number of training images; that of ImageNet if the list could not be read, None if it is unknown too.
         steps_per_epoch: optimizer steps, or None if unknown.
@@ -37,7 +38,7 @@ class Plan:
     nodes: int
     processes: int
     labels: Dict[str, np.ndarray]
-    paths: Dict[str, np.ndarray]
+    paths: Dict[str, Paths]
     problems: Dict[str, str]
     images: Optional[int]
     steps_per_epoch: Optional[int]
