@@ -4,6 +4,9 @@ import numpy as np
 _BLOCK = 1 << 22  # bytes of a list that are parsed at a time
 _ROWS = 1 << 18  # paths that are hashed at a time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no pattern: 2^64 divided by the golden ratio
+_BREAK = 2
+_KIND = np.zeros(256, np.uint8)
+_KIND[[9, 32]], _KIND[10], _KIND[[11, 12, 13]] = 1, _BREAK, 3  # blanks, line breaks, and other white space
 
 
 class Paths:
@@ -117,34 +120,30 @@ def _any(block, read_line, number):
 
 
 def _regular(block, num_classes):
-    """The same if each line is a path, one or more spaces or tabs and a valid label of up to nine digits; else None."""
+    """The same if each line is a path, a space or tab and a valid label of up to nine digits; None otherwise."""
     text = np.frombuffer(block.replace(b'\r\n', b'\n'), np.uint8)
-    if np.any((text > 10) & (text < 14)):  # other line ends, vertical tabs and form feeds
+    spaces = np.flatnonzero(_KIND[text])
+    kinds = _KIND[text[spaces]]
+    is_break = kinds == _BREAK
+    breaks, separators = spaces[is_break], spaces[:-1][is_break[1:]]
+    # every line break comes after a blank on its line, and no other kind of space is in the text
+    if kinds.max() > _BREAK or is_break[0] or np.any(is_break[1:] & is_break[:-1]):
         return None
-    breaks = np.flatnonzero(text == 10)
     starts = np.concatenate([[0], breaks[:-1] + 1])
-    labels, digits = np.zeros(len(breaks), np.int64), np.zeros(len(breaks), np.int64)
-    reading = np.ones(len(breaks), bool)
-    for place in range(10):
-        position = breaks - 1 - place
-        character = text[position]  # before the first line this is the line break at the end, which is no digit
-        reading &= (character >= 48) & (character <= 57) & (position >= starts)
-        if not reading.any():
-            break
-        labels += np.where(reading, character - np.int64(48), 0) * 10 ** place
-        digits += reading
-    separator = breaks - 1 - digits
-    if reading.any() or digits.min() == 0 or np.any(separator <= starts):
+    widths = breaks - separators  # of a label with one blank before it
+    if (np.any(separators == starts) or _KIND[text[separators - 1]].any() or _KIND[text[starts]].any()
+            or not 2 <= widths.min() <= widths.max() <= 10):
         return None
-
-    def blank(position):
-        return (text[position] == 32) | (text[position] == 9)
-
-    if not blank(separator).all() or blank(separator - 1).any() or blank(starts).any():
-        return None
+    kept, labels = np.ones(len(text), bool), np.zeros(len(breaks), np.int64)
+    for place in range(widths.max()):
+        rows = slice(None) if place < widths.min() else np.flatnonzero(widths > place)
+        position = separators[rows] + place
+        kept[position] = False
+        if place:
+            digits = text[position] - np.uint8(48)
+            if digits.max() > 9:
+                return None
+            labels[rows] = labels[rows] * 10 + digits
     if num_classes is not None and labels.max() >= num_classes:
         return None
-    edges = np.zeros(len(text), np.int8)
-    edges[separator], edges[breaks] = 1, -1
-    kept = text[np.cumsum(edges, dtype=np.int8) == 0]
-    return kept, breaks - np.cumsum(digits + 1), labels
+    return text[kept], breaks - np.cumsum(widths), labels
