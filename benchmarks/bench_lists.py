@@ -3,8 +3,8 @@
     python benchmarks/bench_lists.py
     python benchmarks/bench_lists.py -count=1281167 -classes=1000 -num_workers=4
 
-The images of the list do not exist; one small image stands for all of them. Memory is the proportional set size (PSS) of
-the process and its workers: what they share counts once.
+The images of the list do not exist; one small image stands for all of them. Memory is the proportional set size (PSS)
+of the process and its workers: what they share counts once. The peak is that of the process itself.
 """
 import os
 import sys
@@ -71,11 +71,15 @@ def bench(folder, args):
     began, used = time.perf_counter(), time.process_time()
 
     def row(what, processes=()):
-        print(f'{what:<34}{time.perf_counter() - began:>8.1f} s{time.process_time() - used:>8.1f} s{memory([os.getpid(), *processes]):>10,.0f} MB'
+        seconds, busy = time.perf_counter() - began, time.process_time() - used
+        print(f'{what:<34}{seconds:>8.1f} s{busy:>8.1f} s{memory([os.getpid(), *processes]):>10,.0f} MB'
               f'{peak():>10,.0f} MB', flush=True)
 
     print(f'{"until":<34}{"time":>10}{"CPU":>10}{"PSS":>13}{"peak":>13}')
     row('the program is imported')
+    if args.warnings:  # as rank 0 of a run does before it reads the data
+        list(warnings_of_a_run(make_plan(config, 'cpu', 1)))
+        row('likely mistakes are looked for')
     dataset = OneImage(folder, 'train_list.txt', get_transform(config, 'train'), args.classes, train=True)
     row('the list is read')
     loader = get_dataloader(config, dataset)
@@ -89,10 +93,6 @@ def bench(folder, args):
     del batches
     list_identity(dataset.paths, dataset.labels)
     row('digest of the list')
-    if args.warnings:
-        del loader, dataset  # a run has not read it yet
-        list(warnings_of_a_run(make_plan(config, 'cpu', 1)))
-        row('list read again, likely mistakes')
 
 
 def main():
@@ -100,7 +100,7 @@ def main():
     for flag, default, text in (('count', 14_197_122, 'lines'), ('classes', 21841, 'classes'),
                                 ('num_workers', 8, 'DataLoader workers')):
         parser.add_argument(f'-{flag}', f'--{flag}', type=int, default=default, help=f'{text} (default: {default})')
-    parser.add_argument('-warnings', '--warnings', action='store_true', help='also look for likely mistakes in the list')
+    parser.add_argument('-warnings', '--warnings', action='store_true', help='look for likely mistakes first')
     args = parser.parse_args()
     if args.count < 64 or args.classes < 1 or args.num_workers < 0:
         raise UserError('-count must be at least 64, -classes at least 1 and -num_workers at least 0')

@@ -1,7 +1,7 @@
 """The entries of a list in a few arrays, since an object for each of 14 million lines would take gigabytes."""
 import numpy as np
 
-_BLOCK = 1 << 22  # bytes of a list that are parsed at a time
+_BLOCK = 1 << 20  # bytes of a list that are parsed at a time
 _ROWS = 1 << 18  # paths that are hashed at a time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no pattern: 2^64 divided by the golden ratio
 _BREAK = 2
