@@ -44,33 +44,33 @@ class Shards:
 
     def __init__(self, list_file, identity):
         self.folder = shards_folder(list_file)
-        index = self._read_index()
-        if index['list'] != identity:
+        written, self._sizes, images, crc32 = self._read_index()
+        if written != identity:
             raise ShardError(f'{list_file}: has changed since its shards were written, when it had '
-                             f'{index["list"]["length"]:,} entries; restore the list, or write the shards anew with '
+                             f'{written["length"]:,} entries; restore the list, or write the shards anew with '
                              'tools/make_shards.py')
-        self._sizes = [shard['size'] for shard in index['shards']]
-        self._first = np.cumsum([0] + [shard['images'] for shard in index['shards']])
-        self._entries = self._read_entries(index['crc32'])
+        self._first = np.cumsum([0, *images])
+        self._entries = self._read_entries(crc32)
         self._files = {}
         self._allow_open_files()
         with ThreadPoolExecutor(16) as pool:  # on a network file system, each waits for its answer
             list(pool.map(self._check, range(len(self._sizes))))
 
     def _read_index(self):
+        """Identity of the list, sizes of the shards in bytes and in images, and CRC-32 of the entries."""
         path = os.path.join(self.folder, INDEX)
         try:
             with open(path, encoding='utf-8') as file:
                 index = json.load(file)
-            if index['version'] != VERSION:
-                raise ShardError(f'{path}: is of version {index["version"]}; this program reads version {VERSION}')
-            return index
+            version = index['version']
+            if version == VERSION:
+                return ({key: index['list'][key] for key in ('digest', 'length')},
+                        *([int(shard[key]) for shard in index['shards']] for key in ('size', 'images')), index['crc32'])
         except OSError as error:
             raise ShardError(f'{path}: cannot be read: {error.strerror}; {_AGAIN}') from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ShardError):
-                raise
+        except (ValueError, KeyError, TypeError):
             raise ShardError(f'{path}: is damaged; {_AGAIN}') from None
+        raise ShardError(f'{path}: is of version {version}; this program reads version {VERSION}')
 
     def _read_entries(self, crc32):
         path = os.path.join(self.folder, ENTRIES)
