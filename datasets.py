@@ -15,7 +15,8 @@ import paddle
 from errors import UserError, why_unreadable
 from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
 from image_files.folders import read_folder
-from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
+from image_files.lists import list_identity, read_class_names, read_list  # noqa: F401 - also imported from here
+from image_files.shards import open_shards
 from loading.loader import PREFETCH_FACTOR, DataLoader, clear_shared_memory, free_shared_memory
 from loading.samplers import EvalBatchSampler, TrainBatchSampler
 from transforms import eval_transform, train_transform
@@ -27,7 +28,7 @@ CHECK_FILES_UP_TO = 20_000  # lines; in longer lists a missing image is reported
 
 
 class ImageNet2012Dataset(paddle.io.Dataset):
-    """Images and labels of a list file.
+    """Images and labels of a list file. The images are read from shards if the list has any: see image_files/shards.py.
 
     Args:
         root: data folder.
@@ -45,7 +46,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
     Raises:
         FileNotFoundError: the list does not exist.
         DataError: a line is blank or malformed, its label is out of range or (in lists of up to CHECK_FILES_UP_TO
-            lines) its image is missing.
+            lines) its image is missing; ShardError, if its shards are.
     """
 
     def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0, exif=False):
@@ -54,7 +55,8 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         self.list_file = os.path.join(root, list_file)
         # arrays, not lists of objects, whose reference counts would make workers copy the shared memory
         self._paths, self.labels = self._read(list_file, num_classes)
-        if len(self) <= CHECK_FILES_UP_TO:
+        self._shards = open_shards(self.list_file, lambda: list_identity(self._paths, self.labels))
+        if len(self) <= CHECK_FILES_UP_TO and self._shards is None:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
                     reason = why_unreadable(self.path(index))
@@ -70,11 +72,13 @@ class ImageNet2012Dataset(paddle.io.Dataset):
 
     @property
     def paths(self):
-        """Paths of the images as in the list, a bytes array [len(dataset)]."""
+        """Paths of the images as in the list, `image_files.entries.Paths`."""
         return self._paths
 
     def path(self, index):
-        """Path of an image file."""
+        """Path of an image file; that of an image in a shard is an `image_files.decode.ImageInside`."""
+        if self._shards is not None:
+            return self._shards.image(index, os.fsdecode(self._paths[index]))
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def stand_ins(self, key):
@@ -101,7 +105,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         try:
             image = decode_image(self.path(index), self.exif)
         except DataError as error:
-            raise DataError(f'{self._where(index)}{error}') from error
+            raise type(error)(f'{self._where(index)}{error}') from error
         if self.train:
             pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
         else:

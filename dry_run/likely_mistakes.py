@@ -60,20 +60,30 @@ def _classes(plan):
 
 def _images(plan):
     """Images that are listed more than once or not used."""
-    labels_of = {}  # {mode: {path: its first label}}
+    distinct = {}  # {mode: sorted hashes of its images}
     for mode, paths in plan.paths.items():
-        first = labels_of[mode] = {}
-        conflicting = {path for path, label in zip(paths.tolist(), plan.labels[mode].tolist())
-                       if first.setdefault(path, label) != label}
-        if conflicting:
-            example = min(conflicting).decode(errors='backslashreplace')
-            yield f'{mode}_list.txt has {len(conflicting):,} images under more than one label, such as {example}'
-        elif len(first) < len(paths):
-            yield f'{mode}_list.txt lists {len(paths) - len(first):,} images more than once'
-    shared = len(labels_of.get('train', {}).keys() & labels_of.get('val', {}).keys())
-    if shared:
-        yield (f"{shared:,} of the {len(labels_of['val']):,} images of val_list.txt are in train_list.txt too: the "
-               'accuracy will be too high')
+        hashes = paths.hashes()
+        ordered = np.sort(hashes)
+        again = ordered[1:] == ordered[:-1]
+        distinct[mode] = ordered[np.concatenate([[True], ~again])]
+        if not again.any():
+            continue
+        rows = np.flatnonzero(np.isin(hashes, ordered[1:][again]))  # of all images that are listed more than once
+        rows = rows[np.argsort(hashes[rows], kind='stable')]
+        named, labels = hashes[rows], plan.labels[mode][rows]
+        conflicting = np.flatnonzero((named[1:] == named[:-1]) & (labels[1:] != labels[:-1]))
+        if len(conflicting):
+            example = min(paths[rows[position]] for position in conflicting).decode(errors='backslashreplace')
+            yield (f'{mode}_list.txt has {len(np.unique(named[conflicting])):,} images under more than one label, '
+                   f'such as {example}')
+        else:
+            yield f'{mode}_list.txt lists {again.sum():,} images more than once'
+    if len(distinct) == 2:
+        train, val = distinct['train'], distinct['val']
+        shared = np.count_nonzero(train[np.searchsorted(train, val).clip(max=len(train) - 1)] == val)
+        if shared:
+            yield (f'{shared:,} of the {len(val):,} images of val_list.txt are in train_list.txt too: the accuracy '
+                   'will be too high')
     if plan.steps_per_epoch and 'train' in plan.labels:
         batch = plan.config.DATA.BATCH_SIZE * plan.processes
         dropped = plan.images % batch

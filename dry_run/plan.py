@@ -8,9 +8,10 @@ from typing import Dict, Optional
 import numpy as np
 
 import utils
-from datasets import TrainBatchSampler, get_dataset
+from datasets import ImageNet2012Dataset, TrainBatchSampler, get_dataset
 from dry_run.cost import model_cost, training_memory
 from errors import UserError
+from image_files.entries import Paths
 from training.data import read_class_names_of
 from training.schedules import Schedule, build_schedule
 
@@ -26,7 +27,8 @@ class Plan:
         device: kind of device, such as 'gpu'.
         nodes, processes: numbers of machines, and of processes on all of them.
         labels: {'train' or 'val': labels int64 [images]} of the lists that could be read.
-        paths: {'train' or 'val': paths in them, bytes [images]}.
+        train: dataset of the training images, or None.
+        paths: {'train' or 'val': paths in them, `image_files.entries.Paths`}.
         problems: {'data', 'train', 'val', 'classes' or 'batch': one line about what is wrong with it}.
         images: number of training images; that of ImageNet if the list could not be read, None if it is unknown too.
         steps_per_epoch: optimizer steps, or None if unknown.
@@ -37,7 +39,8 @@ class Plan:
     nodes: int
     processes: int
     labels: Dict[str, np.ndarray]
-    paths: Dict[str, np.ndarray]
+    train: Optional[ImageNet2012Dataset]
+    paths: Dict[str, Paths]
     problems: Dict[str, str]
     images: Optional[int]
     steps_per_epoch: Optional[int]
@@ -90,8 +93,8 @@ def make_plan(config, device, processes):
             steps_per_epoch = math.ceil(batches / config.TRAIN.ACCUM_ITER)
         except UserError as error:
             problems['batch'] = str(error)
-    return Plan(config, device, nodes, processes, labels, paths, problems, images, steps_per_epoch,
-                build_schedule(config, steps_per_epoch or 1000, processes))
+    return Plan(config, device, nodes, processes, labels, datasets.get('train'), paths, problems, images,
+                steps_per_epoch, build_schedule(config, steps_per_epoch or 1000, processes))
 
 
 def _keep_global_batch(config, processes):

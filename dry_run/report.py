@@ -16,6 +16,7 @@ from config import setting
 from datasets import eval_protocol
 from dry_run.cost import lazy_model
 from dry_run.likely_mistakes import warnings
+from dry_run.loading_speed import loading_rows, measure_loading
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from errors import UserError
@@ -89,15 +90,18 @@ def _schedule(plan):
 
 
 def _speed(plan):
-    if not plan.config.PLAN.IMAGES_PER_S:
-        return []
-    speed = _images_per_s(plan.config.PLAN.IMAGES_PER_S)
-    rows = [('images/s', f'{speed:,.1f} per process, {speed * plan.processes:,.1f} in total')]
-    if plan.steps_per_epoch:
+    rows, speed = [], None
+    if plan.config.PLAN.IMAGES_PER_S:
+        speed = _images_per_s(plan.config.PLAN.IMAGES_PER_S)
+        rows.append(('images/s', f'{speed:,.1f} per process, {speed * plan.processes:,.1f} in total'))
+    if speed and plan.steps_per_epoch:
         epoch = plan.images / (speed * plan.processes)
         run = epoch * plan.config.TRAIN.NUM_EPOCHS
         rows += [('one epoch', f'{_duration(epoch)}, {86400 / epoch:.1f} epochs per day'),
                  ('whole run', f'{_duration(run)}, without evaluation')]
+    loading = measure_loading(plan.train) if plan.train is not None else None
+    if loading is not None:
+        rows += loading_rows(loading, plan.config, speed, None if plan.elsewhere else plan.processes)
     return rows
 
 

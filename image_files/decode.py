@@ -1,4 +1,5 @@
 """Decodes image files to RGB."""
+import io
 import logging
 import os
 
@@ -21,6 +22,27 @@ class DataError(UserError):
     """A list file or an image cannot be used; the message is one line that names the file and the line."""
 
 
+class ShardError(DataError):
+    """A shard is missing, cut or changed. Unlike an image that cannot be decoded, nothing may replace it."""
+
+
+class ImageInside(str):
+    """The path of an image inside another file, such as a shard; subclasses read it."""
+
+    def read(self):
+        """The contents of the image file, bytes.
+
+        Raises:
+            ShardError: they cannot be read, or are not those that were written.
+        """
+        raise NotImplementedError
+
+
+def open_image(path):
+    """Opens an image file, which may be an `ImageInside`, for reading."""
+    return io.BytesIO(path.read()) if isinstance(path, ImageInside) else open(path, 'rb')
+
+
 _UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
             6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # {EXIF orientation: how to turn the image}
 
@@ -29,14 +51,16 @@ def decode_image(path, exif=False):
     """Reads an image file as RGB, see `to_rgb`.
 
     Raises:
-        DataError: the file does not exist or cannot be decoded.
+        DataError: the file does not exist or cannot be decoded; ShardError, if it is in a shard that cannot be read.
     """
     try:
         heif = os.path.splitext(path)[1].lower() in HEIF
         if heif and not enable_heif():
             raise DataError('needs the package pillow-heif: pip install pillow-heif')
-        with open(path, 'rb') as file:
+        with open_image(path) as file:
             return to_rgb(Image.open(file), exif)
+    except ShardError:
+        raise
     except FileNotFoundError:
         raise DataError(f'{path}: no such image') from None
     except Image.DecompressionBombError as error:

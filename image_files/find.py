@@ -7,7 +7,8 @@ from PIL import Image
 
 from errors import UserError
 from image_files.decode import HEIF, enable_heif
-from image_files.lists import read_list
+from image_files.lists import list_identity, read_list
+from image_files.shards import open_shards
 
 logger = logging.getLogger('replknet')
 # Formats that Pillow recognises but cannot decode by itself.
@@ -32,7 +33,9 @@ def find_images(sources):
             found_labels = [-1] * len(found)
         elif source.lower().endswith('.txt'):
             names, found_labels = read_list(source, unlabelled=True)
-            found = [os.path.join(os.path.dirname(source), os.fsdecode(name)) for name in names]
+            shards, folder = open_shards(source, lambda: list_identity(names, found_labels)), os.path.dirname(source)  # noqa: B023
+            found = [shards.image(index, os.fsdecode(name)) if shards else os.path.join(folder, os.fsdecode(name))
+                     for index, name in enumerate(names)]
         else:
             found, found_labels = [source], [-1]
         paths += found

@@ -4,6 +4,7 @@ import os
 import numpy as np
 
 from image_files.decode import DataError
+from image_files.entries import Paths
 from image_files.find import find_images
 from image_files.lists import IMAGENET_NAMES, is_imagenet_1k, names_file, read_class_names
 
@@ -91,7 +92,7 @@ def read_folder(root, mode, num_classes=None):
                         f'set MODEL.NUM_CLASSES to {len(classes)}')
     paths, labels = images_by_class(os.path.join(root, mode), classes)
     relative = [os.fsencode(os.path.relpath(path, root)) for path in paths]
-    return np.array(relative), np.array(labels, dtype=np.int64)
+    return Paths.of(relative), np.array(labels, dtype=np.int64)
 
 
 def class_names(root, dataset, num_classes=None):

@@ -7,7 +7,7 @@ from typing import Dict, Optional
 import numpy as np
 from PIL import Image
 
-from image_files.decode import DataError, decode_image, orientation
+from image_files.decode import DataError, ImageInside, decode_image, open_image, orientation
 from image_files.duplicates import digest, duplicate_groups, thumbnail
 
 TINY, THIN, HUGE = 32, 10, 50e6  # shorter side in pixels; longer side / shorter side; pixels
@@ -39,7 +39,7 @@ def inspect_image(path):
         image = decode_image(path)
     except DataError as error:
         reason = str(error)
-        kind = ('missing' if not os.path.exists(path) else
+        kind = ('missing' if not isinstance(path, ImageInside) and not os.path.exists(path) else
                 'truncated' if 'truncated' in reason.lower() or 'end of file' in reason.lower() else 'broken')
         return Inspection(path, {kind: reason, **_file_findings(path)}, reason)
     return Inspection(path, {**_file_findings(path), **_size_findings(*image.size)}, None, digest(image),
@@ -63,7 +63,7 @@ def _file_findings(path):
     """What the header of a file says, if it can be read."""
     found = {}
     try:
-        with Image.open(path) as image:
+        with open_image(path) as file, Image.open(file) as image:
             mode, name, turned = image.mode, image.format, orientation(image)
     except Exception:  # Pillow raises many types for corrupt files; `inspect_image` reports them
         return found

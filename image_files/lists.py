@@ -9,6 +9,7 @@ import numpy as np
 
 from atomic_file import atomic_file
 from image_files.decode import DataError
+from image_files.entries import Paths, parse_entries
 
 CLASSES = 'classes.txt'  # names of the classes in a data folder, and in what is made from it
 IMAGENET_NAMES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
@@ -25,39 +26,51 @@ def read_list(path, num_classes=None, unlabelled=False):
         unlabelled: whether lines may have no label.
 
     Returns:
-        paths (bytes array) and labels (int64 array, -1 where there is none), one element per line.
+        paths (`entries.Paths`) and labels (int64 array, -1 where there is none), one element per line.
 
     Raises:
         FileNotFoundError: the list does not exist.
         DataError: a line is blank or malformed, or its label is out of range.
     """
-    try:
-        with open(path, 'rb') as file:
-            content = file.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
-                                'and val_list.txt') from None
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
-    _refuse_utf16(path, content)
-    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-    paths, labels = [], []
-    for number, line in enumerate(content[start:].rstrip().splitlines(), 1):
+
+    def read_line(line, number):
         name, label = line.strip(), -1
         fields = name.rsplit(None, 1)
         if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
             name, label = fields[0], int(fields[1])
-            if label < 0 or (num_classes is not None and label >= num_classes):
+            if label < 0 or label >= (2**63 if num_classes is None else num_classes):
                 limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
                 raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
         elif not (unlabelled and name):
             text = line.decode(errors='replace').strip()[:80]
             raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
-        paths.append(name)
-        labels.append(label)
-    if not paths:
+        return name, label
+
+    try:
+        content = _content(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
+                                'and val_list.txt') from None
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
+    beginning = content[:3].tobytes()
+    _refuse_utf16(path, beginning)
+    start = len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
+    paths, labels = parse_entries(content, start, read_line, num_classes)
+    if not len(paths):
         raise DataError(f'{path}: the list is empty')
-    return np.array(paths), np.array(labels, dtype=np.int64)
+    return paths, labels
+
+
+def _content(path):
+    """The contents of a file, uint8 [bytes], in memory that can be made smaller."""
+    with open(path, 'rb') as file:
+        content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        count = file.readinto(content)
+        rest = file.read()  # of a pipe, which has no size, or of a file that has grown
+    if count == len(content) and not rest:
+        return content
+    return np.concatenate([content[:count], np.frombuffer(rest, np.uint8)])
 
 
 def read_class_names(path, num_classes=None):
@@ -102,7 +115,7 @@ def list_identity(paths, labels):
     Returns:
         {'digest': SHA-256 of the entries in their order, in hexadecimal, 'length': number of entries}.
     """
-    digest = hashlib.sha256(b'\n'.join(paths.tolist()))
+    digest = hashlib.sha256(Paths.of(paths).joined())
     digest.update(labels.astype('<i8').tobytes())
     return {'digest': digest.hexdigest(), 'length': len(labels)}
 

@@ -15,7 +15,7 @@ import paddle
 from paddle.base.multiprocess_utils import _cleanup_mmap
 
 from errors import UserError
-from image_files.decode import DataError
+from image_files.decode import DataError, ShardError
 from utils import logger
 
 PREFETCH_FACTOR = 2  # batches prefetched per worker
@@ -42,7 +42,7 @@ class _ErrorsAsValues(paddle.io.Dataset):
         try:
             return *self.dataset[key], ''
         except DataError as error:
-            if self.replace:
+            if self.replace and not isinstance(error, ShardError):
                 for other in self.dataset.stand_ins(key):
                     with contextlib.suppress(DataError):
                         return *self.dataset[other], str(error)

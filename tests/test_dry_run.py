@@ -2,6 +2,7 @@
 import gc
 import inspect
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from paddle.base import core
 from config import get_config
 from dry_run.cost import model_cost, training_memory
 from dry_run.likely_mistakes import ARCHITECTURE, warnings
+from dry_run.loading_speed import LoadingSpeed, loading_rows, measure_loading
 from dry_run.plan import make_plan
 from dry_run.recipes import RECIPES
 from dry_run.report import differences, report
+from image_files.decode import DataError
 from large_kernel import build
 from replknet import RepLKNet, build_replknet
 from training.ema import ModelEMA
@@ -277,3 +280,40 @@ def test_a_dry_run_for_gpus_needs_none(run_script, tmp_path):
                       f'-data_path={tmp_path}/none', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f'{tmp_path}/none: no such data folder' in done.stdout and not list(tmp_path.iterdir())
+
+
+# ---- loading
+
+def test_workers_follow_from_the_time_of_an_image():
+    loading = LoadingSpeed(seconds=0.02, computing=0.005)
+    assert loading.workers(700) == 17 and loading.rate(4) == 200 and loading.rate(0) == 50 and loading.cores(700) == 3.5
+    config = planned('replknet_31b', 'DATA.NUM_WORKERS', 4).config
+    text = '\n'.join(map(' '.join, loading_rows(loading, config, 700, 1000)))
+    assert '20.0 ms per image in one worker here, 5.0 ms of it computing' in text
+    assert '-num_workers=4 loads about 200 images/s per process' in text
+    assert '17 per process for 700 images/s; they keep 3.5 cores busy' in text
+    assert 'need 3500 cores to load images, but this machine has' in text
+    assert 'cores to load' not in str(loading_rows(loading, config, 700, None))
+
+
+class Images:
+    """Slow images, every second of which cannot be read, or none can."""
+
+    def __init__(self, count, readable):
+        self.count, self.readable = count, readable
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        if key[1] % 2 or not self.readable:
+            raise DataError('no such image')
+        time.sleep(0.02)
+
+
+def test_loading_is_measured_on_images_that_can_be_read(list_dataset):
+    loading = measure_loading(Images(20, True))
+    assert 0.02 < loading.seconds and loading.computing < loading.seconds - 0.015
+    assert measure_loading(Images(3, False)) is None
+    plan = planned('replknet_nano_digits', data_path=str(list_dataset))
+    assert 'ms per image in one worker here' in report(plan.config, 'gpu', 1)

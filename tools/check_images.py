@@ -25,6 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from atomic_file import atomic_file  # noqa: E402
 from errors import ArgumentParser, UserError, exit_status  # noqa: E402
+from image_files.decode import ImageInside  # noqa: E402
 from image_files.find import find_images  # noqa: E402
 from image_files.folders import class_folders, images_by_class, subfolders  # noqa: E402
 from image_files.histogram import class_rows  # noqa: E402
@@ -254,6 +255,10 @@ def main():
     args = read_arguments()
     sources = [source for path in args.sources for source in sources_of(path)]
     if args.write_clean:
+        for source in sources:
+            if isinstance(source.paths[0], ImageInside):
+                raise UserError(f'-write_clean={args.write_clean}: the images of {source.name} are in shards; clean '
+                                'the list that these were made from, and write its shards anew')
         names = [source.list_name for source in sources]
         if len(set(names)) < len(names):
             raise UserError(f'-write_clean={args.write_clean}: two of the lists have the same name; check them one by '
