@@ -59,7 +59,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
                 if not os.path.isfile(self.path(index)):
                     reason = why_unreadable(self.path(index))
                     problem = 'no such image' if reason in ('', os.strerror(errno.ENOENT)) else reason
-                    raise DataError(f'{self._where(index)}{self.path(index)}: {problem}')
+                    raise DataError(f'{self.name(index)}: {problem}')
 
     def _read(self, _, num_classes):
         return read_list(self.list_file, num_classes)
@@ -76,6 +76,10 @@ class ImageNet2012Dataset(paddle.io.Dataset):
     def path(self, index):
         """Path of an image file."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
+
+    def name(self, index):
+        """An image in messages: where it is listed, and its path."""
+        return self._where(index) + self.path(index)
 
     def stand_ins(self, key):
         """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key."""

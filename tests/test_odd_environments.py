@@ -2,6 +2,8 @@
 import errno
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +114,64 @@ def test_a_worker_that_a_signal_ends_is_one_line(list_dataset):
                           text=True, timeout=120, cwd=ROOT)
     lines = [line for line in done.stderr.splitlines() if 'WARNING' not in line]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
-    assert lines[0].startswith('a DataLoader worker exited with status -7 (is /dev/shm full?); start the run again')
+    assert lines[0].startswith('a DataLoader worker exited with status -7 (is /dev/shm full?) while it read ')
+    assert f'{list_dataset}/val_list.txt:1: ' in lines[0] and '; start the run again' in lines[0]
+
+
+BLOCKED = """
+import os, sys
+import loading.loader
+from config import get_config
+from datasets import get_dataloader, get_dataset
+loading.loader.SLOW, loading.loader.STUCK = 2, int(sys.argv[3])
+config = get_config(opts=['DATA.DATA_PATH', sys.argv[1], 'DATA.NUM_WORKERS', 1, 'DATA.IMAGE_SIZE', 32,
+                          'DATA.BATCH_SIZE_EVAL', 2])
+dataset = get_dataset(config, 'val')
+os.remove(sys.argv[2])
+os.mkfifo(sys.argv[2])  # reading it blocks, as a file system that no longer answers
+for images, _ in get_dataloader(config, dataset, 'val'):
+    print('batch', flush=True)
+"""
+
+
+@pytest.fixture
+def blocked(list_dataset, tmp_path):
+    """Starts an evaluation whose fifth image blocks; returns (process, path of the image)."""
+    folder = tmp_path / 'data'
+    shutil.copytree(list_dataset, folder)
+    path = folder / (folder / 'val_list.txt').read_text().splitlines()[4].rpartition(' ')[0]
+    started = []
+
+    def start(stuck):
+        started.append(subprocess.Popen([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path, str(stuck)],
+                                        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[0], path
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_worker_that_hangs_is_one_line_that_names_the_image(blocked):
+    process, path = blocked(stuck=4)
+    output, errors = process.communicate(timeout=60)
+    warning, message = errors.splitlines()
+    assert process.returncode == 1 and output.count('batch') == 2
+    assert f'val_list.txt:5: {path}: a DataLoader worker has been reading this image for 2 s' in warning
+    assert message.startswith('a DataLoader worker has been reading ') and f'val_list.txt:5: {path} for 4 s;' in message
+
+
+def test_a_worker_that_is_killed_is_one_line_that_names_the_image(blocked):
+    process, path = blocked(stuck=600)
+    assert 'reading this image for 2 s' in process.stderr.readline()
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    line, = errors.splitlines()
+    assert process.returncode == 1
+    assert line.startswith('a DataLoader worker exited with status -9 (out of memory?) while it read ')
+    assert f'val_list.txt:5: {path}; ' in line
 
 
 def test_only_old_batches_of_workers_that_are_gone_are_deleted(tmp_path):
