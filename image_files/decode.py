@@ -1,9 +1,10 @@
 """Decodes image files to RGB."""
+import io
 import logging
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from errors import UserError
 
@@ -36,7 +37,11 @@ def decode_image(path, exif=False):
         if heif and not enable_heif():
             raise DataError('needs the package pillow-heif: pip install pillow-heif')
         with open(path, 'rb') as file:
-            return to_rgb(Image.open(file), exif)
+            data = file.read()  # from an open file, Pillow asks for as many bytes as a damaged header promises
+        return to_rgb(Image.open(io.BytesIO(data)), exif)
+    except UnidentifiedImageError:
+        raise DataError(f'{path}: cannot read the image: ' + (
+            'it is damaged, or not of a kind that Pillow can read' if data else 'the file is empty')) from None
     except FileNotFoundError:
         raise DataError(f'{path}: no such image') from None
     except Image.DecompressionBombError as error:
@@ -77,7 +82,7 @@ def to_rgb(image, exif=False):
         del image.info['transparency']  # Pillow would warn that it is lost
     # Pillow opens 16-bit PGM files in mode I, and older versions also PNG files
     if image.mode in SIXTEEN_BIT or image.mode == 'I' and image.format in ('PNG', 'PPM'):
-        values = np.asarray(image, dtype=np.int64)
+        values = np.asarray(image)
         if 255 < values.max() < 4096 and not _warned:
             _warned.append(True)
             logger.warning('%s: its 16-bit pixels of at most %d are nearly black; if the data have 12 bits, multiply '
