@@ -103,7 +103,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         """
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
-            image = decode_image(self.path(index), self.exif)
+            image = getattr(self.transform, 'open', decode_image)(self.path(index), self.exif)
         except DataError as error:
             raise DataError(f'{self._where(index)}{error}') from error
         if self.train:
@@ -146,7 +146,8 @@ def get_transform(config, mode):
                            ratio=train.RANDOM_RESIZED_CROP.RATIO, hflip=train.HFLIP, vflip=train.VFLIP,
                            color_jitter=train.COLOR_JITTER, auto_augment=train.AUTO_AUGMENT,
                            re_prob=train.RANDOM_ERASE_PROB, re_mode=train.RANDOM_ERASE_MODE,
-                           re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS), **common)
+                           re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS),
+                           backend=config.DATA.BACKEND, **common)
 
 
 def source_name(config, mode):
