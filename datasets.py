@@ -104,12 +104,12 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
             image = getattr(self.transform, 'open', decode_image)(self.path(index), self.exif)
+            if self.train:
+                pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
+            else:
+                pixels = self.transform(image)
         except DataError as error:
             raise DataError(f'{self._where(index)}{error}') from error
-        if self.train:
-            pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
-        else:
-            pixels = self.transform(image)
         return pixels, self.labels[index]
 
 

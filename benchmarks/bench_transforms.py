@@ -1,15 +1,14 @@
-"""Measures the input pipeline: images per second of each stage, beside timm and torchvision, and for numbers of workers.
+"""Measures the input pipeline: images per second by stage, beside timm and torchvision, and by number of workers.
 
     taskset -c 1 python benchmarks/bench_transforms.py                  # stages, and other libraries if installed
     python benchmarks/bench_transforms.py -workers=0,1,2                # the DataLoader; needs Paddle
 
-The pipelines take turns, round after round, on the same files. The figures are from CPU time, so that other processes of
-the machine disturb them less, and are the median of the rounds; those of the DataLoader are from the time that passes.
+The pipelines take turns, round after round, on the same files. The figures are medians of the rounds and come from CPU
+time, so that other processes on the machine disturb them less; those of the DataLoader come from elapsed time.
 """
+import contextlib
 import functools
-import io
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -62,7 +61,7 @@ def ours_for_evaluation(size):
 
 def _of_pillow(transform):
     def pipeline(path, _):
-        with Image.open(path) as image:
+        with Image.open(path) as image, contextlib.suppress(ValueError):  # Pillow refuses timm's posterizing to 0 bits
             return transform(image.convert('RGB'))
     return pipeline
 
@@ -171,20 +170,18 @@ def measure_workers(paths, size, numbers, batches):
         for mode in ('train', 'val'):
             with open(os.path.join(folder, f'{mode}_list.txt'), 'w') as file:
                 file.writelines(f'{path} 0\n' for path in images)
-        print(f'\nDataLoader, batches of 64 on {cpu_count()} cores: images/s of passing time, CPU time of the main process')
+        print(f'\nDataLoader, batches of 64, {cpu_count()} cores: images/s of elapsed time; CPU time of the main process')
         for workers in numbers:
             for mode, backend in (('train', 'pil'), ('train', 'cv2'), ('val', 'pil')):
-                config = get_config(opts=['DATA.DATA_PATH', folder, 'DATA.NUM_WORKERS', workers, 'DATA.IMAGE_SIZE', size,
-                                          'DATA.BACKEND', backend, 'MODEL.NUM_CLASSES', 1])
+                config = get_config(opts=['DATA.DATA_PATH', folder, 'DATA.NUM_WORKERS', workers, 'DATA.BACKEND', backend,
+                                          'DATA.IMAGE_SIZE', size, 'MODEL.NUM_CLASSES', 1])
                 loader = get_dataloader(config, get_dataset(config, mode), mode)
                 start, cpu = time.perf_counter(), time.process_time()
-                before = resource.getrusage(resource.RUSAGE_CHILDREN)
                 for _ in loader:
                     pass
                 passed, cpu = time.perf_counter() - start, time.process_time() - cpu
-                print(f'  {workers} workers, {mode:5} {backend}: {len(images) / passed:6.0f}   {1000 * cpu / len(images):.2f}'
-                      f' ms per image')
-                del before
+                print(f'  {workers} workers, {mode:5} {backend}: {len(images) / passed:6.0f}   '
+                      f'{1000 * cpu / len(images):.2f} ms per image')
 
 
 def main():
