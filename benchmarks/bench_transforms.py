@@ -170,11 +170,11 @@ def measure_workers(paths, size, numbers, batches):
         for mode in ('train', 'val'):
             with open(os.path.join(folder, f'{mode}_list.txt'), 'w') as file:
                 file.writelines(f'{path} 0\n' for path in images)
-        print(f'\nDataLoader, batches of 64, {cpu_count()} cores: images/s of elapsed time; CPU time of the main process')
+        print(f'\nDataLoader, batches of 64, {cpu_count()} cores: images/s of elapsed time; CPU time of this process')
         for workers in numbers:
             for mode, backend in (('train', 'pil'), ('train', 'cv2'), ('val', 'pil')):
-                config = get_config(opts=['DATA.DATA_PATH', folder, 'DATA.NUM_WORKERS', workers, 'DATA.BACKEND', backend,
-                                          'DATA.IMAGE_SIZE', size, 'MODEL.NUM_CLASSES', 1])
+                config = get_config(opts=['DATA.DATA_PATH', folder, 'DATA.BACKEND', backend, 'DATA.IMAGE_SIZE', size,
+                                          'DATA.NUM_WORKERS', workers, 'MODEL.NUM_CLASSES', 1])
                 loader = get_dataloader(config, get_dataset(config, mode), mode)
                 start, cpu = time.perf_counter(), time.process_time()
                 for _ in loader:
