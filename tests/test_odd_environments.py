@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import paddle
@@ -18,6 +20,7 @@ from config import get_config
 from datasets import clear_shared_memory, get_dataloader, get_dataset
 from errors import REPORTED, CheckpointError, UserError, exit_status, first_to_report, why_unreadable
 from image_files.decode import DataError
+from loading import loader
 from port_weights.safe_load import read_checkpoint
 from run_folder.resume import choose_folder, read_resumed
 from zoo import require_settings_file, resolve_weights
@@ -123,7 +126,7 @@ import os, sys
 import loading.loader
 from config import get_config
 from datasets import get_dataloader, get_dataset
-loading.loader.SLOW, loading.loader.STUCK = 2, int(sys.argv[3])
+loading.loader.SLOW = 2
 config = get_config(opts=['DATA.DATA_PATH', sys.argv[1], 'DATA.NUM_WORKERS', 1, 'DATA.IMAGE_SIZE', 32,
                           'DATA.BATCH_SIZE_EVAL', 2])
 dataset = get_dataset(config, 'val')
@@ -134,44 +137,40 @@ for images, _ in get_dataloader(config, dataset, 'val'):
 """
 
 
-@pytest.fixture
-def blocked(list_dataset, tmp_path):
-    """Starts an evaluation whose fifth image blocks; returns (process, path of the image)."""
+def test_a_worker_that_hangs_and_then_is_killed_is_reported_with_its_image(list_dataset, tmp_path):
     folder = tmp_path / 'data'
     shutil.copytree(list_dataset, folder)
     path = folder / (folder / 'val_list.txt').read_text().splitlines()[4].rpartition(' ')[0]
-    started = []
-
-    def start(stuck):
-        started.append(subprocess.Popen([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path, str(stuck)],
-                                        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return started[0], path
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_a_worker_that_hangs_is_one_line_that_names_the_image(blocked):
-    process, path = blocked(stuck=4)
-    output, errors = process.communicate(timeout=60)
-    warning, message = errors.splitlines()
-    assert process.returncode == 1 and output.count('batch') == 2
-    assert f'val_list.txt:5: {path}: a DataLoader worker has been reading this image for 2 s' in warning
-    assert message.startswith('a DataLoader worker has been reading ') and f'val_list.txt:5: {path} for 4 s;' in message
-
-
-def test_a_worker_that_is_killed_is_one_line_that_names_the_image(blocked):
-    process, path = blocked(stuck=600)
-    assert 'reading this image for 2 s' in process.stderr.readline()
-    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            warning = process.stderr.readline()
+            assert f'val_list.txt:5: {path}: a DataLoader worker has been reading this image for 2 s' in warning
+            worker, = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            os.kill(int(worker), signal.SIGKILL)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     line, = errors.splitlines()
-    assert process.returncode == 1
+    assert process.returncode == 1 and output.count('batch') == 2
     assert line.startswith('a DataLoader worker exited with status -9 (out of memory?) while it read ')
     assert f'val_list.txt:5: {path}; ' in line
+
+
+def test_a_worker_that_never_comes_back_ends_the_process(monkeypatch):
+    monkeypatch.setattr(loader, 'SLOW', 1)
+    monkeypatch.setattr(loader, 'STUCK', 2)
+    reasons, given_up = [], threading.Event()
+    monkeypatch.setattr(loader, '_give_up', lambda *parts: (reasons.append(''.join(parts)), given_up.set()))
+    pipes = [os.pipe(), os.pipe()]
+    workers = [types.SimpleNamespace(sentinel=end, exitcode=None) for end, _ in pipes]
+    progress, dataset = loader._Progress(2), types.SimpleNamespace(name='image {}'.format)
+    with progress.of(0, 3), progress.of(0, 3):  # an even number of events: it reads nothing
+        with progress.of(1, 7), loader._exit_if_one_dies(workers, progress, dataset):
+            assert given_up.wait(30)
+    assert reasons == ['has been reading image 7 for 2 s']
+    for end in sum(pipes, ()):
+        os.close(end)
 
 
 def test_only_old_batches_of_workers_that_are_gone_are_deleted(tmp_path):
