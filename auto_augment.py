@@ -23,7 +23,7 @@ parentheses):
                     a     parameter of the Dirichlet and Beta draws (1)
 
 Magnitudes range from 0 to 10. A policy is callable(image, rng: np.random.Generator), RGB image -> RGB image of the same
-size.
+size. Images are Pillow images, or arrays, uint8 [H, W, 3], to which opencv/operations.py applies the same operations.
 """
 import re
 from functools import partial
@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from errors import UserError
+from opencv.operations import operation
 
 
 class Op(NamedTuple):
@@ -123,7 +124,8 @@ OPS = {
 
 def _apply(name, image, magnitude, rng, fill, resample):
     op = OPS[name]
-    return op.apply(image, op.argument(magnitude / 10, rng), fill, resample)
+    apply = op.apply if isinstance(image, Image.Image) else operation(name)
+    return apply(image, op.argument(magnitude / 10, rng), fill, resample)
 
 
 def _draw_magnitude(magnitude, noise, highest, rng):
@@ -279,7 +281,8 @@ class AugMix:
                 magnitude = rng.uniform(0.1, self.magnitude)
                 augmented = _apply(self.names[index], augmented, magnitude, rng, self.fill, self.resample)
             mixed += share * weight * np.asarray(augmented, np.float32)
-        return Image.fromarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
+        mixed = np.rint(mixed).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(mixed) if isinstance(image, Image.Image) else mixed
 
 
 _RAND_SETTINGS = {'m': 'magnitude', 'n': 'count', 'p': 'prob', 'mstd': 'noise', 'mmax': 'max_magnitude',

@@ -78,6 +78,8 @@ KEYS = {
                          high=1),
     'DATA.EVAL_PROTOCOL': Key('auto', "'crop' (resize, centre crop), 'warp' (the whole image to a square) or 'auto' "
                               '(warp from 384 pixels up)', ('auto', 'crop', 'warp')),
+    'DATA.BACKEND': Key('pil', "what decodes and augments training images: 'pil' (Pillow, as published) or 'cv2' "
+                        '(OpenCV, faster)', ('pil', 'cv2'), resume=MAY_DIFFER),
     'DATA.INTERPOLATION': Key('bicubic', 'filter for resizing images', ('bicubic', 'bilinear')),
     'DATA.IMAGENET_MEAN': Key([0.485, 0.456, 0.406], 'mean of each channel, of values in 0..1', length=3),
     'DATA.IMAGENET_STD': Key([0.229, 0.224, 0.225], 'standard deviation of each channel', length=3),

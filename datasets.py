@@ -61,7 +61,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
                 if not os.path.isfile(self.path(index)):
                     reason = why_unreadable(self.path(index))
                     problem = 'no such image' if reason in ('', os.strerror(errno.ENOENT)) else reason
-                    raise DataError(f'{self._where(index)}{self.path(index)}: {problem}')
+                    raise DataError(f'{self.name(index)}: {problem}')
 
     def _read(self, _, num_classes):
         return read_list(self.list_file, num_classes)
@@ -80,6 +80,10 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         if self._shards is not None:
             return self._shards.image(index, os.fsdecode(self._paths[index]))
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
+
+    def name(self, index):
+        """An image in messages: where it is listed, and its path."""
+        return self._where(index) + self.path(index)
 
     def stand_ins(self, key):
         """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key."""
@@ -103,13 +107,13 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         """
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
-            image = decode_image(self.path(index), self.exif)
+            image = getattr(self.transform, 'open', decode_image)(self.path(index), self.exif)
+            if self.train:
+                pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
+            else:
+                pixels = self.transform(image)
         except DataError as error:
             raise type(error)(f'{self._where(index)}{error}') from error
-        if self.train:
-            pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
-        else:
-            pixels = self.transform(image)
         return pixels, self.labels[index]
 
 
@@ -146,7 +150,8 @@ def get_transform(config, mode):
                            ratio=train.RANDOM_RESIZED_CROP.RATIO, hflip=train.HFLIP, vflip=train.VFLIP,
                            color_jitter=train.COLOR_JITTER, auto_augment=train.AUTO_AUGMENT,
                            re_prob=train.RANDOM_ERASE_PROB, re_mode=train.RANDOM_ERASE_MODE,
-                           re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS), **common)
+                           re_count=train.RANDOM_ERASE_COUNT, views=max(1, train.AUG_SPLITS),
+                           backend=config.DATA.BACKEND, **common)
 
 
 def source_name(config, mode):

@@ -1,8 +1,8 @@
 """Image transforms as two presets: `eval_transform` and `train_transform`.
 
-Inputs are Pillow images in mode RGB, results are float32 arrays [3, H, W] normalised with `mean` and `std` (of values
-in 0..1). Every random draw comes from the `numpy.random.Generator` passed in, so a result depends on the seed only, not
-on the process that computes it.
+Inputs are Pillow images in mode RGB (for the backend 'cv2', files as `ImageSource`), results are float32 arrays
+[3, H, W] normalised with `mean` and `std` (of values in 0..1). Every random draw comes from the
+`numpy.random.Generator` passed in, so a result depends on the seed only, not on the process that computes it.
 
 The evaluation protocols are those of the RepLKNet code (arXiv 2203.06717). The training recipe is timm's, which that
 code uses: RandomResizedCrop, flips, RandAugment or another policy of auto_augment.py, or else colour jitter,
@@ -17,6 +17,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from auto_augment import build_auto_augment
+from opencv import operations
+from opencv.package import import_cv2
+from opencv.source import ImageSource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = {'nearest': Image.NEAREST, 'bilinear': Image.BILINEAR, 'bicubic': Image.BICUBIC,
                   'lanczos': Image.LANCZOS}
 EVAL_PROTOCOLS = ('crop', 'warp')
+BACKENDS = ('pil', 'cv2')
 ERASING_MODES = ('const', 'rand', 'pixel')
 
 
@@ -72,7 +76,46 @@ def eval_geometry(image, image_size, *, crop_pct=0.875, protocol='crop', interpo
         resized = int(shorter * width / height), shorter
     if _out_of_proportion(resized, image, image_size):
         return _resize_centre(image, resized, image_size, resample)
-    return _centre_crop(image.resize(resized, resample), image_size, image_size)
+    return _exact_centre(image, resized, image_size, resample)
+
+
+def _exact_centre(image, resized, side, resample):
+    """The centre, side x side, of `image.resize(resized)`, bit for bit, with less work.
+
+    Pillow resizes the rows first, then the columns, and rounds in between (of tall images, the columns first). Here
+    rows and columns that do not reach the centre are left out, except where leaving them out would change the weights
+    of the others by rounding.
+    """
+    if image.height > 1.75 * image.width:
+        return _centre_crop(image.resize(resized, resample), side, side)
+    left, top = (round((length - side) / 2) for length in resized)
+    scale = image.height / resized[1]
+    margin = 4 * max(1, scale)  # more than the widest filter reaches, lanczos with 3
+    first = max(0, math.floor(top * scale - margin))
+    last = min(image.height, math.ceil((top + side) * scale + margin))
+    rows = image.crop((0, first, image.width, last))
+    span = _exact_span(image.width, resized[0], left, side)
+    if span:
+        rows = rows.resize((side, rows.height), resample, (span[0], 0, span[1], rows.height))
+    else:
+        rows = rows.resize((resized[0], rows.height), resample).crop((left, 0, left + side, rows.height))
+    span = _exact_span(image.height, resized[1], top, side)
+    if span:
+        return rows.resize((side, side), resample, (0, span[0] - first, side, span[1] - first))
+    columns = Image.new(image.mode, (side, image.height))
+    columns.paste(rows, (0, first))
+    return columns.resize((side, resized[1]), resample).crop((0, top, side, top + side))
+
+
+def _exact_span(length, resized, offset, side):
+    """(start, stop), in pixels of the image, of a part of a resized axis; None where rounding would change its weights.
+
+    Pillow takes them in single precision: the scale must have few binary digits, as that of all resizing to 256 pixels.
+    """
+    scale = length / resized
+    if length >= 1 << 15 or not (scale * 256).is_integer():
+        return None
+    return offset * scale, (offset + side) * scale
 
 
 def _out_of_proportion(intermediate, image, side):
@@ -125,7 +168,7 @@ def normalize(image, mean, std):
 
 def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.0, color_jitter=0.4,
                     auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel',
-                    re_count=1, views=1, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                    re_count=1, views=1, mean=IMAGENET_MEAN, std=IMAGENET_STD, backend='pil'):
     """The random transform for training.
 
     Args:
@@ -139,6 +182,7 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
         views: above 1, the result is this many views of the same crop, the first one only cropped and flipped (AugMix,
             arXiv 1912.02781).
         mean, std: three floats each; the policy fills uncovered pixels with the mean.
+        backend: 'pil', or 'cv2' for the same random draws and operations with OpenCV, which is faster.
 
     Returns:
         callable(image, rng: np.random.Generator) -> float32 array [3, image_size, image_size], or with several views
@@ -146,7 +190,7 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
 
     Raises:
         ValueError: an argument is out of range.
-        UserError: `auto_augment` is malformed.
+        UserError: `auto_augment` is malformed, or OpenCV is not installed.
     """
     _check_common(image_size, interpolation, mean, std)
     _check_range('scale', scale, 0, 1)
@@ -162,13 +206,18 @@ def train_transform(image_size, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hfli
         raise ValueError(f're_count must be at least 1, got {re_count}')
     if views < 1:
         raise ValueError(f'views must be at least 1, got {views}')
+    if backend not in BACKENDS:
+        raise ValueError(f'unknown backend {backend!r}: use one of {", ".join(BACKENDS)}')
+    if backend == 'cv2':
+        import_cv2()
     fill = tuple(min(255, round(255 * m)) for m in mean)
     augment = None
     if auto_augment:
         augment = build_auto_augment(auto_augment, fill=fill, resample=INTERPOLATIONS[interpolation])
-    return _TrainTransform(image_size=image_size, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
-                           color_jitter=color_jitter, augment=augment, interpolation=interpolation, re_prob=re_prob,
-                           re_mode=re_mode, re_count=re_count, views=views, mean=mean, std=std)
+    kind = _TrainTransform if backend == 'pil' else _OpenCVTransform
+    return kind(image_size=image_size, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
+                color_jitter=color_jitter, augment=augment, interpolation=interpolation, re_prob=re_prob,
+                re_mode=re_mode, re_count=re_count, views=views, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -190,15 +239,14 @@ class _TrainTransform:
     std: Sequence[float]
 
     def __call__(self, image, rng):
-        image = random_resized_crop(image, self.image_size, rng, scale=self.scale, ratio=self.ratio,
-                                    interpolation=self.interpolation)
+        image = self._cropped(image, draw_crop(image.width, image.height, rng, scale=self.scale, ratio=self.ratio))
         if rng.random() < self.hflip:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+            image = self._flipped(image, Image.FLIP_LEFT_RIGHT)
         if rng.random() < self.vflip:
-            image = image.transpose(Image.FLIP_TOP_BOTTOM)
+            image = self._flipped(image, Image.FLIP_TOP_BOTTOM)
         if self.views == 1:
             return self._augmented(image, rng)
-        clean = normalize(image, self.mean, self.std)
+        clean = self._normalized(image)
         return np.stack([clean] + [self._augmented(image, rng) for _ in range(self.views - 1)])
 
     def _augmented(self, image, rng):
@@ -206,40 +254,76 @@ class _TrainTransform:
             image = self.augment(image, rng)
         elif self.color_jitter:
             image = jitter_color(image, rng, self.color_jitter)
-        pixels = normalize(image, self.mean, self.std)
+        pixels = self._normalized(image)
         if rng.random() < self.re_prob:
             random_erasing(pixels, rng, mode=self.re_mode, count=self.re_count)
         return pixels
 
+    def _cropped(self, image, box):
+        left, top, width, height = box
+        image = image.crop((left, top, left + width, top + height))
+        return _resize_to_square(image, self.image_size, INTERPOLATIONS[self.interpolation])
+
+    def _flipped(self, image, direction):
+        return image.transpose(direction)
+
+    def _normalized(self, image):
+        return normalize(image, self.mean, self.std)
+
+
+class _OpenCVTransform(_TrainTransform):
+    """The same with OpenCV: callable(ImageSource, rng). The image is an array, uint8 [H, W, 3], until it is normalised.
+    """
+
+    open = ImageSource  # instead of decode_image
+
+    def _cropped(self, image, box):
+        return operations.resize(image.crop(box, self.image_size), self.image_size, INTERPOLATIONS[self.interpolation])
+
+    def _flipped(self, image, direction):
+        return import_cv2().flip(image, int(direction == Image.FLIP_LEFT_RIGHT))
+
+    def _normalized(self, image):
+        tables = normalize(np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, 2), self.mean, self.std)
+        pixels = np.empty((3, *image.shape[:2]), np.float32)
+        for channel, values in enumerate(import_cv2().split(image)):
+            import_cv2().LUT(values, tables[channel, 0], pixels[channel])
+        return pixels
+
 
 def random_resized_crop(image, image_size, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation='bicubic'):
-    """Crops a random box and resizes it to a square.
+    """Crops a random box, see `draw_crop`, and resizes it to a square."""
+    left, top, width, height = draw_crop(image.width, image.height, rng, scale=scale, ratio=ratio)
+    image = image.crop((left, top, left + width, top + height))
+    return _resize_to_square(image, image_size, INTERPOLATIONS[interpolation])
 
-    The box has a share in `scale` of the image's area and width / height in `ratio` (log-uniform). After ten boxes that
-    do not fit, the largest centred box within `ratio` is used, as in torchvision.
+
+def draw_crop(image_width, image_height, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random box (left, top, width, height) within an image.
+
+    It has a share in `scale` of the image's area and width / height in `ratio` (log-uniform). After ten boxes that do
+    not fit, the largest centred box within `ratio` is used, as in torchvision.
     """
-    resample = INTERPOLATIONS[interpolation]
     for _ in range(10):
-        area = image.width * image.height * rng.uniform(*scale)
+        area = image_width * image_height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            left = int(rng.integers(image.width - width + 1))
-            top = int(rng.integers(image.height - height + 1))
-            image = image.crop((left, top, left + width, top + height))
-            break
-    else:
-        width = min(image.width, max(1, round(image.height * ratio[1])))
-        height = min(image.height, max(1, round(image.width / ratio[0])))
-        image = _centre_crop(image, width, height)
-    return _resize_to_square(image, image_size, resample)
+        if 0 < width <= image_width and 0 < height <= image_height:
+            left = int(rng.integers(image_width - width + 1))
+            return left, int(rng.integers(image_height - height + 1)), width, height
+    width = min(image_width, max(1, round(image_height * ratio[1])))
+    height = min(image_height, max(1, round(image_width / ratio[0])))
+    return round((image_width - width) / 2), round((image_height - height) / 2), width, height
 
 
 def jitter_color(image, rng, strength):
     """Brightness, contrast and saturation in random order, each by a factor in [max(0, 1 - strength), 1 + strength]."""
+    array = not isinstance(image, Image.Image)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for index in rng.permutation(len(enhancers)):
-        image = enhancers[index](image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+        image = (operations.operation(enhancers[index].__name__)(image, factor) if array else
+                 enhancers[index](image).enhance(factor))
     return image
 
 

@@ -1,12 +1,14 @@
 """Decodes image files to RGB."""
+import contextlib
+import functools
 import io
 import logging
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from errors import UserError
+from errors import UserError, one_line
 
 logger = logging.getLogger('replknet')
 HEIF = {'.heic', '.heif'}  # formats of phones, which Pillow reads with the package pillow-heif
@@ -38,11 +40,6 @@ class ImageInside(str):
         raise NotImplementedError
 
 
-def open_image(path):
-    """Opens an image file, which may be an `ImageInside`, for reading."""
-    return io.BytesIO(path.read()) if isinstance(path, ImageInside) else open(path, 'rb')
-
-
 _UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
             6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # {EXIF orientation: how to turn the image}
 
@@ -53,22 +50,83 @@ def decode_image(path, exif=False):
     Raises:
         DataError: the file does not exist or cannot be decoded; ShardError, if it is in a shard that cannot be read.
     """
+    with errors_name(path):
+        return decode_bytes(read_file(path), exif)
+
+
+@contextlib.contextmanager
+def errors_name(path):
+    """Within this block, every error becomes a DataError of one line that names the image file."""
     try:
-        heif = os.path.splitext(path)[1].lower() in HEIF
-        if heif and not enable_heif():
-            raise DataError('needs the package pillow-heif: pip install pillow-heif')
-        with open_image(path) as file:
-            return to_rgb(Image.open(file), exif)
+        yield
     except ShardError:
         raise
+    except UnidentifiedImageError:
+        empty = not isinstance(path, ImageInside) and os.path.getsize(path) == 0
+        raise DataError(f'{path}: cannot read the image: '
+                        + ('the file is empty' if empty else 'it is damaged, or not of a kind that Pillow can read')
+                        ) from None
     except FileNotFoundError:
         raise DataError(f'{path}: no such image') from None
     except Image.DecompressionBombError as error:
         raise DataError(f'{path}: is too large: {error}; if you trust the file, set {MAX_PIXELS} to a larger number of '
                         'pixels') from None
     except Exception as error:  # Pillow raises many types for corrupt files
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise DataError(f'{path}: cannot read the image: {reason}') from error
+        raise DataError(f'{path}: cannot read the image: {one_line(error)}') from error
+
+
+def read_file(path):
+    """The bytes of an image file. (From an open file, Pillow asks for as many as a damaged header promises.)
+
+    Raises:
+        DataError: Pillow needs another package for it.
+        OSError: the file cannot be read.
+    """
+    if os.path.splitext(path)[1].lower() in HEIF and not enable_heif():
+        raise DataError('needs the package pillow-heif: pip install pillow-heif')
+    if isinstance(path, ImageInside):
+        return path.read()
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def decode_bytes(data, exif=False):
+    """Decodes the bytes of an image file as RGB; use it within `errors_name`.
+
+    JPEG files are decoded by simplejpeg, which is faster, if it is installed and gives the same pixels as Pillow.
+    """
+    image = Image.open(io.BytesIO(data))
+    decode = is_plain_jpeg(image) and simplejpeg_decoder()
+    if decode:
+        with contextlib.suppress(ValueError):  # a damaged file, for which Pillow decides
+            pixels = Image.fromarray(decode(data, 'RGB'))
+            if pixels.size == image.size:
+                return pixels.transpose(_UPRIGHT[orientation(image)]) if exif and orientation(image) != 1 else pixels
+    return to_rgb(image, exif)
+
+
+def is_plain_jpeg(image):
+    """Whether an image that Pillow has opened is a JPEG file in grey or YCbCr, and not one of several images."""
+    return image.format == 'JPEG' and image.mode in ('L', 'RGB')
+
+
+@functools.lru_cache(maxsize=None)
+def simplejpeg_decoder():
+    """simplejpeg's function decode_jpeg; None if it is not installed, or if it decodes images otherwise than Pillow.
+
+    Both have their own copy of libjpeg-turbo, whose builds may differ.
+    """
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        return None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (35, 43, 3), dtype=np.uint8))
+    for subsampling in range(3):
+        file = io.BytesIO()
+        noise.save(file, 'JPEG', quality=80, subsampling=subsampling)
+        if not np.array_equal(np.asarray(Image.open(file)), decode_jpeg(file.getvalue(), 'RGB')):
+            return None
+    return decode_jpeg
 
 
 def enable_heif():
@@ -101,7 +159,7 @@ def to_rgb(image, exif=False):
         del image.info['transparency']  # Pillow would warn that it is lost
     # Pillow opens 16-bit PGM files in mode I, and older versions also PNG files
     if image.mode in SIXTEEN_BIT or image.mode == 'I' and image.format in ('PNG', 'PPM'):
-        values = np.asarray(image, dtype=np.int64)
+        values = np.asarray(image)
         if 255 < values.max() < 4096 and not _warned:
             _warned.append(True)
             logger.warning('%s: its 16-bit pixels of at most %d are nearly black; if the data have 12 bits, multiply '

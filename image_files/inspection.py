@@ -1,4 +1,5 @@
 """Decodes images in parallel and says what is unusual about each."""
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Dict, Optional
 import numpy as np
 from PIL import Image
 
-from image_files.decode import DataError, ImageInside, decode_image, open_image, orientation
+from image_files.decode import DataError, ImageInside, decode_image, orientation, read_file
 from image_files.duplicates import digest, duplicate_groups, thumbnail
 
 TINY, THIN, HUGE = 32, 10, 50e6  # shorter side in pixels; longer side / shorter side; pixels
@@ -63,7 +64,7 @@ def _file_findings(path):
     """What the header of a file says, if it can be read."""
     found = {}
     try:
-        with open_image(path) as file, Image.open(file) as image:
+        with Image.open(io.BytesIO(read_file(path))) as image:
             mode, name, turned = image.mode, image.format, orientation(image)
     except Exception:  # Pillow raises many types for corrupt files; `inspect_image` reports them
         return found

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import glob
+import multiprocessing
 import multiprocessing.connection
 import os
 import re
@@ -19,6 +20,7 @@ from image_files.decode import DataError, ShardError
 from utils import logger
 
 PREFETCH_FACTOR = 2  # batches prefetched per worker
+SLOW, STUCK = 30, 600  # seconds that an image may take before a warning, and before the process gives up
 
 
 class _ErrorsAsValues(paddle.io.Dataset):
@@ -34,19 +36,48 @@ class _ErrorsAsValues(paddle.io.Dataset):
     def __init__(self, dataset, replace):
         super().__init__()
         self.dataset, self.replace = dataset, replace
+        self.progress = None  # of all workers, set for each iteration
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         try:
-            return *self.dataset[key], ''
+            return *self._sample(key), ''
         except DataError as error:
             if self.replace and not isinstance(error, ShardError):
                 for other in self.dataset.stand_ins(key):
                     with contextlib.suppress(DataError):
-                        return *self.dataset[other], str(error)
+                        return *self._sample(other), str(error)
             return error
+
+    def _sample(self, key):
+        worker = paddle.io.get_worker_info()
+        if worker is None or self.progress is None:
+            return self.dataset[key]
+        with self.progress.of(worker.id, key[1] if isinstance(key, tuple) else key):
+            return self.dataset[key]
+
+
+class _Progress:
+    """Which image each worker is reading, in memory that the main process shares with them."""
+
+    def __init__(self, workers):
+        self._slots = multiprocessing.RawArray('q', 2 * workers)  # index of an image; number of starts and ends
+
+    @contextlib.contextmanager
+    def of(self, worker, index):
+        """Within this block, `worker` reads the image `index`."""
+        self._slots[2 * worker] = index
+        self._slots[2 * worker + 1] += 1
+        try:
+            yield
+        finally:
+            self._slots[2 * worker + 1] += 1
+
+    def read(self, worker):
+        """(index of the current or last image of a worker, number of its starts and ends: odd while it reads)."""
+        return self._slots[2 * worker], self._slots[2 * worker + 1]
 
 
 def _collate(samples):
@@ -91,21 +122,34 @@ def _cause(code):
 
 
 @contextlib.contextmanager
-def _exit_if_one_dies(workers):
-    """Exits this process with a message when one of its workers dies; Paddle would wait for it forever."""
+def _exit_if_one_dies(workers, progress, dataset):
+    """Exits this process with a message when one of its workers dies or hangs; Paddle would wait for it forever.
+
+    The message names the image that the worker reads, or read last. A worker hangs if an image takes STUCK seconds;
+    from SLOW on, a warning is logged. Time in which this process is stopped does not count.
+    """
     over = threading.Event()
 
     def watch():
-        alive = workers
+        alive = dict(enumerate(workers))
+        waits = dict.fromkeys(alive, ((0, 0), 0))  # {worker: (its progress, for how many seconds)}
         while alive and not over.is_set():
-            multiprocessing.connection.wait([worker.sentinel for worker in alive], timeout=1)
-            codes = {worker.exitcode for worker in alive} - {None, 0}
-            if codes and not over.is_set():
-                code = codes.pop()
-                print(f'a DataLoader worker exited with status {code}{_cause(code)}; start the run again to '
-                      'continue from its last checkpoint', file=sys.stderr, flush=True)
-                os._exit(1)
-            alive = [worker for worker in alive if worker.exitcode is None]
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in alive.values()], timeout=1)
+            codes = {number: worker.exitcode for number, worker in alive.items()}
+            alive = {number: worker for number, worker in alive.items() if codes[number] is None}
+            for number, code in codes.items():
+                if over.is_set():
+                    return
+                index, events = state = progress.read(number)
+                if code:
+                    _give_up(f'exited with status {code}{_cause(code)}', *_last_image(dataset, index, events))
+                seconds = waits[number][1] + (not ended) if waits[number][0] == state and events % 2 else 0
+                waits[number] = state, seconds
+                if seconds == SLOW and not ended:
+                    logger.warning(f'{dataset.name(index)}: a DataLoader worker has been reading this image for '
+                                   f'{SLOW} s; does the file system still answer?')
+                elif seconds == STUCK:
+                    _give_up(f'has been reading {dataset.name(index)} for {STUCK} s')
 
     if workers:
         threading.Thread(target=watch, daemon=True).start()
@@ -113,6 +157,20 @@ def _exit_if_one_dies(workers):
         yield
     finally:
         over.set()
+
+
+def _last_image(dataset, index, events):
+    """What a worker that ended did, as the arguments of `_give_up`; see `_Progress.read`."""
+    if events == 0:
+        return '', ''
+    name = dataset.name(index)
+    return (f' while it read {name}', '') if events % 2 else ('', f' (the last image that it read: {name})')
+
+
+def _give_up(reason, where='', detail=''):
+    print(f'a DataLoader worker {reason}{where}; start the run again to continue from its last checkpoint{detail}',
+          file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class DataLoader(paddle.io.DataLoader):
@@ -141,6 +199,7 @@ class DataLoader(paddle.io.DataLoader):
 
     def __iter__(self):
         handler = signal.getsignal(signal.SIGCHLD)
+        progress = self.dataset.progress = _Progress(self.num_workers)
         try:
             batches = super().__iter__()
         except OSError as error:
@@ -150,7 +209,7 @@ class DataLoader(paddle.io.DataLoader):
         if signal.getsignal(signal.SIGCHLD) is not handler:  # Paddle's raises wherever the main thread is
             signal.signal(signal.SIGCHLD, handler)
         self.replaced = 0
-        with _exit_if_one_dies(getattr(batches, '_workers', [])):
+        with _exit_if_one_dies(getattr(batches, '_workers', []), progress, self.dataset.dataset):
             for images, labels, replaced, error in batches:
                 if error:
                     raise DataError(error)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; inference is below training, so it never imports any of it
     {'errors', 'paddle_env', 'atomic_file'},
-    {'large_kernel', 'image_files', 'settings'},
+    {'large_kernel', 'image_files', 'opencv', 'settings'},
     {'config', 'utils'},
     {'replknet', 'auto_augment', 'transforms', 'datasets', 'loading', 'mixup', 'losses'},
     {'port_weights'},

@@ -2,9 +2,13 @@
 import errno
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import paddle
@@ -16,6 +20,7 @@ from config import get_config
 from datasets import clear_shared_memory, get_dataloader, get_dataset
 from errors import REPORTED, CheckpointError, UserError, exit_status, first_to_report, why_unreadable
 from image_files.decode import DataError
+from loading import loader
 from port_weights.safe_load import read_checkpoint
 from run_folder.resume import choose_folder, read_resumed
 from zoo import require_settings_file, resolve_weights
@@ -112,7 +117,60 @@ def test_a_worker_that_a_signal_ends_is_one_line(list_dataset):
                           text=True, timeout=120, cwd=ROOT)
     lines = [line for line in done.stderr.splitlines() if 'WARNING' not in line]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
-    assert lines[0].startswith('a DataLoader worker exited with status -7 (is /dev/shm full?); start the run again')
+    assert lines[0].startswith('a DataLoader worker exited with status -7 (is /dev/shm full?) while it read ')
+    assert f'{list_dataset}/val_list.txt:1: ' in lines[0] and '; start the run again' in lines[0]
+
+
+BLOCKED = """
+import os, sys
+import loading.loader
+from config import get_config
+from datasets import get_dataloader, get_dataset
+loading.loader.SLOW = 2
+config = get_config(opts=['DATA.DATA_PATH', sys.argv[1], 'DATA.NUM_WORKERS', 1, 'DATA.IMAGE_SIZE', 32,
+                          'DATA.BATCH_SIZE_EVAL', 2])
+dataset = get_dataset(config, 'val')
+os.remove(sys.argv[2])
+os.mkfifo(sys.argv[2])  # reading it blocks, as a file system that no longer answers
+for images, _ in get_dataloader(config, dataset, 'val'):
+    print('batch', flush=True)
+"""
+
+
+def test_a_worker_that_hangs_and_then_is_killed_is_reported_with_its_image(list_dataset, tmp_path):
+    folder = tmp_path / 'data'
+    shutil.copytree(list_dataset, folder)
+    path = folder / (folder / 'val_list.txt').read_text().splitlines()[4].rpartition(' ')[0]
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            warning = process.stderr.readline()
+            assert f'val_list.txt:5: {path}: a DataLoader worker has been reading this image for 2 s' in warning
+            worker, = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            os.kill(int(worker), signal.SIGKILL)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    line, = errors.splitlines()
+    assert process.returncode == 1 and output.count('batch') == 2
+    assert line.startswith('a DataLoader worker exited with status -9 (out of memory?) while it read ')
+    assert f'val_list.txt:5: {path}; ' in line
+
+
+def test_a_worker_that_never_comes_back_ends_the_process(monkeypatch):
+    monkeypatch.setattr(loader, 'SLOW', 1)
+    monkeypatch.setattr(loader, 'STUCK', 2)
+    reasons, given_up = [], threading.Event()
+    monkeypatch.setattr(loader, '_give_up', lambda *parts: (reasons.append(''.join(parts)), given_up.set()))
+    pipes = [os.pipe(), os.pipe()]
+    workers = [types.SimpleNamespace(sentinel=end, exitcode=None) for end, _ in pipes]
+    progress, dataset = loader._Progress(2), types.SimpleNamespace(name='image {}'.format)
+    with progress.of(0, 3), progress.of(0, 3):  # an even number of events: it reads nothing
+        with progress.of(1, 7), loader._exit_if_one_dies(workers, progress, dataset):
+            assert given_up.wait(30)
+    assert reasons == ['has been reading image 7 for 2 s']
+    for end in sum(pipes, ()):
+        os.close(end)
 
 
 def test_only_old_batches_of_workers_that_are_gone_are_deleted(tmp_path):

@@ -58,6 +58,22 @@ def test_the_crop_is_that_of_the_whole_resized_image(interpolation):
         assert abs(np.asarray(thin).astype(int) - np.asarray(expected)).max() <= 2, (width, height)
 
 
+@pytest.mark.parametrize('count', [25, pytest.param(1000, marks=pytest.mark.long)])
+def test_leaving_out_what_the_crop_does_not_show_changes_no_bit(count):
+    draw = rng(count)
+    usual = [(500, 375), (375, 500), (500, 333), (640, 480), (300, 300), (256, 256), (257, 256)]
+    filters = list(transforms.INTERPOLATIONS.values())
+    for number in range(count):
+        width, height = usual[number] if number < len(usual) else np.exp(draw.uniform(3, 6.9, 2)).astype(int)
+        side, pct = ((224, 0.875), (320, 0.875), (224, 1.0), (96, 0.9), (64, 0.875))[number % 5]
+        factor = int(side / pct) / min(width, height)
+        resized = int(width * factor + 1e-9), int(height * factor + 1e-9)
+        image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        resample = filters[number % 4] if number % 3 == 0 else Image.BICUBIC
+        whole = transforms._centre_crop(image.resize(resized, resample), side, side)
+        assert transforms._exact_centre(image, resized, side, resample).tobytes() == whole.tobytes(), (width, height)
+
+
 def test_thin_images_take_memory_and_time_in_proportion(run_script, tmp_path):
     """Within 400 MB of new memory: the whole resized image would take 5 to 500 GB."""
     (tmp_path / 'thin.py').write_text("""
