@@ -49,7 +49,7 @@ from evaluation.receptive_field import (
     log_scaled,
     stage_layers,
 )
-from fuse import fuse
+from fuse import fuse, is_merged
 from image_files.decode import DataError, decode_image
 from image_files.find import find_images
 from image_files.generated import generated_image
@@ -75,7 +75,7 @@ def read_arguments(argv=None):
     add('compare', nargs='+', default=[], metavar='MODEL', help='more models, to draw side by side')
     add('checkpoints', action='store_true', help='-model is a run: draw all its numbered checkpoints (SAVE_FREQ)')
     add('without_small_kernel', action='store_true', help='also draw each model without its small kernels')
-    add('stage', default=None, type=_stages, metavar='N', help='stages, such as 3, 0,2 or 0-3 (default: the last one)')
+    add('stage', metavar='N', help='stages, such as 3, 0,2 or 0-3 (default: the last one)')
     add('images', nargs='+', default=[SYNTHETIC], metavar='FOLDER|LIST', help='images, folders and lists (.txt), or '
         f'{SYNTHETIC} (default): random colours with the spectrum of photographs')
     add('num_images', type=int, default=50, metavar='N', help='number of images, evenly spaced (default %(default)s)')
@@ -84,6 +84,7 @@ def read_arguments(argv=None):
     add('output', default='output/erf', metavar='DIR', help='folder to write (default %(default)s)')
     add('device', default='auto', help='auto, gpu, cpu, npu or xpu')
     args = parser.parse_args(argv)
+    args.stage = args.stage and _stages(args.stage)
     if args.size < MIN_SIZE:
         raise UserError(f'-size={args.size}: must be at least {MIN_SIZE} pixels')
     if args.num_images < 1:
@@ -140,6 +141,8 @@ def find_sources(args):
     for model, cfg in [*models, *((model, None) for model in args.compare)]:
         source = _source(model, cfg)
         stages = len(source.config.MODEL.LAYERS)
+        if args.without_small_kernel and not source.config.MODEL.SMALL_KERNEL:
+            raise UserError(f'-without_small_kernel: {model} has no small kernels (MODEL.SMALL_KERNEL)')
         if args.stage and args.stage[-1] >= stages:
             raise UserError(f'-stage: {model} has the stages 0 to {stages - 1}, not {args.stage[-1]}')
         label, number = source.label, 1
@@ -170,12 +173,15 @@ def _source(model, cfg):
 def networks(source, without_small_kernel):
     """Yields (whether it has its small kernels, the network without batch norms) of a model."""
     network = source.load()
+    if without_small_kernel and is_merged(network):
+        raise UserError(f'-without_small_kernel: the small kernels of {source.config.MODEL.PRETRAINED} are merged into '
+                        'the large ones; name weights in the training form')
     fused = fuse(network)
     network = network if without_small_kernel else None  # its memory is needed
     yield True, fused
     if without_small_kernel:
         del fused
-        drop_small_kernels(network, source.label)
+        drop_small_kernels(network)
         yield False, fuse(network)
 
 

@@ -179,20 +179,19 @@ def stage_layers(model, stage):
     return layers
 
 
-def drop_small_kernels(model, name='the model'):
+def drop_small_kernels(model):
     """Removes the branches with small kernels, batch norms included, from a RepLKNet, in place.
 
     Raises:
-        UserError: the branches are merged into the large kernels already, or there are none; the text begins with
-            `name`.
+        UserError: the branches are merged into the large kernels already, or there are none.
     """
     for layer in model.sublayers():
         if isinstance(layer, ReparamLargeKernelConv):
             if layer.merged:
-                raise UserError(f'{name}: its small kernels are merged into the large ones and cannot be removed; '
-                                'name weights in the training form')
+                raise UserError('the small kernels are merged into the large ones and cannot be removed; use weights '
+                                'in the training form')
             if layer.small_kernel_conv is None:
-                raise UserError(f'{name}: has no small kernels')
+                raise UserError('the model has no small kernels')
             layer.small_kernel_conv = None
 
 
