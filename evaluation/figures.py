@@ -147,7 +147,7 @@ def draw_receptive_fields(fields, file):
             panel.set_yticks([])
             areas = [f'{threshold:.0%}: {100 * area.ratio:.1f}' for threshold, area in area_ratios(values).items()]
             panel.set_xlabel(f'{", ".join(areas[:2])}\n{", ".join(areas[2:])}', fontsize=8)
-            if axes is rows[0]:
-                panel.set_title(title, fontsize=9)
+    for panel, (title, _) in zip(rows[0], fields):
+        panel.set_title(title, fontsize=9)
     figure.supxlabel('below each map: area in % of the image that holds 20, 30, 50 and 99 % of its sum', fontsize=8)
     _save(figure, file)
