@@ -29,7 +29,6 @@ from typing import Optional, Tuple
 
 import numpy as np
 import paddle
-from PIL import Image
 
 import utils
 from atomic_file import atomic_file
@@ -43,6 +42,7 @@ from errors import ArgumentParser, Interrupted, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
 from image_files.decode import decode_image
 from image_files.find import images_in
+from image_files.generated import generated_image
 from image_files.lists import CLASSES, read_class_names
 from large_kernel import load_operator
 from large_kernel.build import OPERATORS, BuildError
@@ -313,7 +313,7 @@ def comparison_images(config, options):
         dataset = get_dataset(config, 'val')
         images, source = [dataset[i][0] for i in _evenly_spaced(len(dataset))], val
     else:
-        images, source = [transform(_generated_image(rng)) for _ in range(IMAGES)], 'generated'
+        images, source = [transform(generated_image(rng)) for _ in range(IMAGES)], 'generated'
     sizes = [(size, size)] + [(size + 13, size + 37)] * options.dynamic
     arrays = [np.stack(images), *(rng.standard_normal((IMAGES, 3, *s)).astype('float32') for s in sizes)]
     batches = tuple(array[i:i + BATCH] for array in arrays for i in range(0, len(array), BATCH))
@@ -322,16 +322,6 @@ def comparison_images(config, options):
 
 def _evenly_spaced(count):
     return np.linspace(0, count - 1, min(count, IMAGES)).astype(int)
-
-
-def _generated_image(rng, height=320, width=400):
-    """Random colours whose amplitude spectrum falls with 1 / frequency, as in photographs."""
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    frequency[0, 0] = np.inf
-    noise = rng.standard_normal((2, 3, *frequency.shape))
-    pixels = np.fft.irfft2((noise[0] + 1j * noise[1]) / frequency, (height, width))
-    pixels = 128 + 48 * pixels / pixels.std()
-    return Image.fromarray(pixels.clip(0, 255).astype('uint8').transpose(1, 2, 0))
 
 
 class Comparison:

@@ -9,7 +9,9 @@ weights. `custom` is a model as it is built, `packed` as predict.py prepares it,
 
 The suites are inference (merged form at batch 1 and 8, training form at batch 1), training (a step of AdamW, batch 4),
 batch (merged, 1 to 16), size (merged, 224 to 1024 pixels) and kernel (merged, 3 to 51 in all stages). The image size is
-that of the config file, except in the suite `size`.
+that of the config file, except in the suite `size`. The suite erf is measured only when named, since it is slow: the
+effective receptive field of an image of 1024 pixels, in `custom` as erf.py computes it, in the others by plain
+differentiation with frozen weights.
 """
 import argparse
 import contextlib
@@ -43,6 +45,7 @@ PARTICIPANTS = {  # suite: systems
     'inference': tuple(SYSTEMS),
     'training': ('custom', 'fft', 'stock', 'torch', 'torch-channels-last'),
     **dict.fromkeys(GROWTH, ('custom', 'inference', 'torch-channels-last', 'openvino')),
+    'erf': ('custom', 'stock', 'torch-channels-last'),
 }
 
 
@@ -56,6 +59,7 @@ def cases_of(suite, config):
         'training': [{**base, 'merged': False, 'batch': 4}],
         'batch': [{**base, 'batch': batch} for batch in (1, 2, 4, 8, 16)],
         'size': [{**base, 'size': size} for size in (224, 384, 512, 768, 1024)],
+        'erf': [{**base, 'size': 1024}],
         'kernel': [{**base, 'kernels': [kernel] * len(model.LAYERS)} for kernel in (3, 7, 13, 21, 31, 41, 51)],
     }[suite]
 
@@ -100,6 +104,8 @@ def paddle_dynamic(case, folder, prepare=lambda model, case: model):
     paddle, model = paddle_model(case)
     images, labels = map(paddle.to_tensor, images_and_labels(case))
     version = f'paddlepaddle {paddle.__version__}'
+    if case['suite'] == 'erf':
+        return paddle_field(model, images), version
     if case['suite'] != 'training':
         model.eval()
         model = prepare(model, case)
@@ -118,6 +124,25 @@ def paddle_dynamic(case, folder, prepare=lambda model, case: model):
         optimizer.clear_grad()
         return [loss.numpy()]
     return step, version
+
+
+def paddle_field(model, images):
+    """Function that computes the effective receptive field of the last stage."""
+    from paddle import nn
+
+    from evaluation.receptive_field import contributions, stage_layers
+    from fuse import fuse
+    last = len(model.stages) - 1
+    if os.environ['LARGE_KERNEL_CONV_IMPL'] == 'custom':
+        layers = stage_layers(fuse(model), last)
+    else:
+        layers = [nn.Sequential(*stage_layers(model, last))]
+    return lambda: profiles(contributions(layers, images[0].numpy()))
+
+
+def profiles(field):
+    """The sums of a map over its rows and over its columns: systems are compared on 64 values of each."""
+    return [field.sum(0), field.sum(1)]
 
 
 def paddle_packed(case, folder):
@@ -165,6 +190,16 @@ def torch_eager(case, folder, channels_last=False):
     images, labels = map(torch.from_numpy, images_and_labels(case))
     images, model = images.contiguous(memory_format=layout), model.to(memory_format=layout)
     version = f'torch {torch.__version__}'
+    if case['suite'] == 'erf':
+        model.eval().requires_grad_(False)
+        images.requires_grad_(True)
+
+        def field():
+            x = model.forward_features(images)[-1]
+            centre = torch.relu(x[:, :, x.shape[2] // 2, x.shape[3] // 2]).sum()
+            gradient, = torch.autograd.grad(centre, images)
+            return profiles(torch.relu(gradient).sum((0, 1)).numpy())
+        return field, version
     if case['suite'] != 'training':
         model.eval()
 
@@ -312,10 +347,10 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
             ('cfg', os.path.join(harness.ROOT, 'configs', 'replknet_31b.yaml'), 'config file of the model'),
-            ('suites', ','.join(PARTICIPANTS), 'suites to measure'),
+            ('suites', ','.join(suite for suite in PARTICIPANTS if suite != 'erf'), 'suites to measure'),
             ('systems', ','.join(SYSTEMS), 'systems to time; those that are not installed are left out'),
             ('threads', 2, 'threads of each system, bound to cores'),
-            ('rounds', 7, 'interleaved rounds'),
+            ('rounds', 7, 'interleaved rounds; 0 takes the time of the first call'),
             ('budget', 10.0, 'seconds per case for a slow system; it is timed at least twice'),
             ('patience', 60.0, 'seconds to wait, per case, until other processes leave the cores idle'),
             ('output', '', 'CSV file to write')):

@@ -99,7 +99,7 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
 
     Args:
         jobs: {name: (System, case)}; the case is the `setup` request of the process.
-        rounds: number of rounds, in each of which every process makes some calls.
+        rounds: number of rounds, in each of which every process makes some calls; with 0, the first call counts.
         budget: seconds per job; a slow job takes part in fewer rounds, but at least in two.
         patience: seconds to wait, in total, for moments when other processes leave the cores idle.
         visit: seconds of calls per round, for calls that are shorter.
@@ -111,7 +111,7 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
     for name, (system, case) in jobs.items():
         try:
             answers[name] = system.ask(setup=case)
-            times[name] = []
+            times[name] = [] if rounds else [answers[name]['seconds'] * 1000]
         except SystemFailed as error:
             failed[name] = str(error)
     for name, answer in list(answers.items()):
@@ -322,6 +322,7 @@ def serve(make):
                 seconds, results = timed(run)
                 answer['sample'] = [subsample(np.asarray(array)) for array in results]
                 answer['seconds'] = seconds if seconds > SLOW else timed(run)[0]
+                answer['peak_mb'] = peak_memory()
             else:
                 if request['warm_up']:
                     run()

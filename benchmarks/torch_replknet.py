@@ -79,10 +79,16 @@ class RepLKNet(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, num_classes)
 
-    def forward(self, x):
-        x = self.stem(x)
+    def forward_features(self, x):
+        """The feature maps of the stages."""
+        x, features = self.stem(x), []
         for index, stage in enumerate(self.stages):
             x = stage.blocks(x)
+            features.append(x)
             if index < len(self.transitions):
                 x = self.transitions[index](x)
+        return features
+
+    def forward(self, x):
+        x = self.forward_features(x)[-1]
         return self.head(torch.mean(self.norm(x), (2, 3)))

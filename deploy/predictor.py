@@ -261,6 +261,17 @@ def _fastest_program(folder, features):
     return min(names, key=lambda name: programs[name]['latency_ms'])
 
 
+def model_settings(model, cfg=None):
+    """The settings of a trained model, MODEL.PRETRAINED being its weights; arguments and errors as in `load_model`."""
+    if model not in ZOO:
+        require_path(model, flag='-model=')
+    weights = best_checkpoint(model) if os.path.isdir(model) else model
+    cfg = cfg or settings_file(weights)
+    if cfg is None:
+        raise UserError(f'-model={model}: there is no {CONFIG} next to it; name its settings file with -cfg')
+    return get_config(cfg, flags={'pretrained': weights, 'eval': True})
+
+
 def load_model(model, cfg=None):
     """Loads a trained model in eval mode.
 
@@ -272,13 +283,7 @@ def load_model(model, cfg=None):
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
     """
-    if model not in ZOO:
-        require_path(model, flag='-model=')
-    weights = best_checkpoint(model) if os.path.isdir(model) else model
-    cfg = cfg or settings_file(weights)
-    if cfg is None:
-        raise UserError(f'-model={model}: there is no {CONFIG} next to it; name its settings file with -cfg')
-    config = get_config(cfg, flags={'pretrained': weights, 'eval': True})
+    config = model_settings(model, cfg)
     network = build_model(config, *pretrained_weights(config.MODEL.PRETRAINED))
     network.eval()
     return network, config

@@ -5,6 +5,7 @@ import numpy as np
 
 from errors import UserError
 from evaluation.metrics import confused_pairs, confusion_cells
+from evaluation.receptive_field import area_ratios, log_scaled
 from image_files.fonts import prepare_texts
 
 MATRIX_UP_TO = 50  # classes; with more, the most confused pairs are drawn
@@ -19,8 +20,7 @@ def require_matplotlib():
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UserError('matplotlib, which draws the figures of a report, is not installed: pip install matplotlib'
-                        ) from None
+        raise UserError('matplotlib, which draws the figures, is not installed: pip install matplotlib') from None
 
 
 def class_label(number, names):
@@ -126,3 +126,28 @@ def draw_calibration(curve, path):
     for axes in (upper, lower):
         axes.spines[['top', 'right']].set_visible(False)
     _save(figure, path)
+
+
+def draw_receptive_fields(fields, file):
+    """Draws effective receptive fields side by side, the log-scaled maps of the paper above the maps themselves.
+
+    Args:
+        fields: [(title, array [H, W])].
+        file: PNG file to write, a path or a binary file.
+    """
+    figure = _figure(0.6 + 2.5 * len(fields), 6)
+    rows = figure.subplots(2, len(fields), squeeze=False)
+    for axes, name, scaled in zip(rows, ('log10(x + 1), as published', 'x, the map itself'),
+                                  (log_scaled, lambda field: field / (field.max() or 1))):
+        axes[0].set_ylabel(name, fontsize=9)
+        for panel, (title, field) in zip(axes, fields):
+            values = scaled(field)
+            panel.imshow(values, cmap='YlGn', vmin=0, vmax=1)  # dark where pixels contribute much, as in the paper
+            panel.set_xticks([])
+            panel.set_yticks([])
+            areas = [f'{threshold:.0%}: {100 * area.ratio:.1f}' for threshold, area in area_ratios(values).items()]
+            panel.set_xlabel(f'{", ".join(areas[:2])}\n{", ".join(areas[2:])}', fontsize=8)
+    for panel, (title, _) in zip(rows[0], fields):
+        panel.set_title(title, fontsize=9)
+    figure.supxlabel('below each map: area in % of the image that holds 20, 30, 50 and 99 % of its sum', fontsize=8)
+    _save(figure, file)

@@ -21,7 +21,7 @@ FLOORS = [  # from the ground up; inference is below training, so it never impor
     {'dense', 'hubconf', 'checkpoint'},
     {'deploy'},
     {'evaluation'},
-    {'predict', 'export', 'benchmark', 'programs'},
+    {'predict', 'export', 'erf', 'benchmark', 'programs'},
     {'training'},
     {'dry_run'},
     {'launcher'},
