@@ -82,6 +82,7 @@ async def run(args, listener, key):
     pool = WorkerPool(settings, args.workers, limits, metrics)
     try:
         await pool.start()
+        listener.listen(2048)
         host, port = listener.getsockname()[:2]
         print(f'{pool.model["name"]} ({pool.model["backend"]}) on http://{f"[{host}]" if ":" in host else host}:{port}',
               flush=True)

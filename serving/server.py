@@ -71,7 +71,7 @@ def protocol_class(limits):
 
 
 def listen(host, port):
-    """A socket that listens.
+    """A socket that has the address and does not listen yet.
 
     Raises:
         UserError: the address cannot be used.
