@@ -18,6 +18,7 @@ import re
 import struct
 import sys
 import time
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -28,9 +29,19 @@ from service import Service, form, raw_request  # noqa: E402
 from errors import ArgumentParser, exit_status  # noqa: E402
 
 ANSWERS = {200, 400, 401, 404, 405, 408, 411, 413, 414, 415, 422, 431, 503}  # never 500: that is a defect of ours
-SECRETS = re.compile(rb'/tmp|/home|/root|/usr|Traceback|site-packages|\.py\b|0x[0-9a-f]{6}|uvicorn|starlette|127\.0', re.I)
+SECRETS = re.compile(rb'/tmp|/home|/root|/usr|Traceback|site-packages|\.py\b|0x[0-9a-f]{6}|uvicorn|starlette|127\.0',
+                     re.IGNORECASE)
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')
 SIDE_BY_SIDE = 24  # connections
+PATHS = ('/predict', '/batch')
+NO_IMAGES = (b'', b'GIF89a', b'%!PS-Adobe-3.0 EPSF', b'<svg xmlns="http://www.w3.org/2000/svg"/>', b'RIFF\0\0\0\0WEBP',
+             b'II*\0\xff\xff\xff\xff', b'BM' * 50)
+NO_JSON = ('{"image": 5}', '[' * 100000, '{"image": "http://127.0.0.1:1/x.png"}', '{"url": "file:///etc/passwd"}', 'null',
+           '{"image": ["a"], "topk": 1e999}', '{"images": [null]}', '\ud800', '{"image": "ab\\u0000"}')
+CHUNKED = b'POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
+NO_HTTP = (*(CHUNKED + rest for rest in (b'FFFFFFFFFFFFFFFF\r\n', b'-1\r\n', b'5\r\nab', b'zz\r\n\r\n')),
+           b'GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n',
+           b'PRI * HTTP/2.0\r\n\r\nSM\r\n')
 FLAGS = ('-slow=1', '-max_mb=1', '-max_megapixels=1', '-max_images=4', '-max_requests=256', '-queue=256')
 
 
@@ -70,7 +81,6 @@ def bomb(rng):
     Image.new('1', (8, 8)).save(file, format='PNG')
     data = bytearray(file.getvalue())
     data[16:24] = struct.pack('>II', rng.choice((2, 1001, 30000, 2**31 - 1)), rng.choice((1000, 40000, 2**31 - 1)))
-    import zlib
     data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
     return bytes(data)
 
@@ -90,36 +100,30 @@ def request(rng, files):
     if kind == 4:
         return 'bomb', raw_request([bomb(rng)])
     if kind == 5:
-        data = rng.choice((b'', b'GIF89a', b'%!PS-Adobe-3.0 EPSF', b'<svg xmlns="http://www.w3.org/2000/svg"/>',
-                           b'RIFF\0\0\0\0WEBP', b'II*\0\xff\xff\xff\xff', rng.randbytes(rng.randrange(3000)), b'BM' * 50))
-        return 'no image', raw_request([data])
+        return 'no image', raw_request([rng.choice((*NO_IMAGES, rng.randbytes(rng.randrange(3000))))])
     if kind == 6:
-        body, header = form([file] * rng.choice((1, 1, 5)), rng.choice(('image', 'images', '../x', '')), topk=rng.choice((
-            -1, 0, 'x', 10**30, '')), cam=rng.choice(('maybe', 'true', 'é')))
-        body = mutated(rng, body)
-        return 'malformed form', post(body, rng.choice((header, 'multipart/form-data', header + '\u00e9', header[:-3])),
-                                      rng.choice(('/predict', '/batch')))
+        body, header = form([file] * rng.choice((1, 1, 5)), rng.choice(('image', 'images', '../x', '')),
+                            topk=rng.choice((-1, 0, 'x', 10**30, '')), cam=rng.choice(('maybe', 'true', 'é')))
+        header = rng.choice((header, 'multipart/form-data', header + '\u00e9', header[:-3]))
+        return 'malformed form', post(mutated(rng, body), header, rng.choice(PATHS))
     if kind == 7:
         value = rng.choice((
-            '{"image": 5}', '[' * 100000, '{"image": "http://127.0.0.1:1/x.png"}', '{"url": "file:///etc/passwd"}', 'null',
-            '{"image": ["a"], "topk": 1e999}', f'{{"image": "{text}", "topk": NaN}}', '{"images": [null]}', '\ud800',
-            json.dumps({'image': text[:-3]}), json.dumps({'image': text, 'topk': [1], 'a' * 999: 1}), '{"image": "ab\\u0000"}',
-            json.dumps({'images': [text] * 9}), json.dumps({'image': 'data:image/png;base64,' + text[5:]})))
-        return 'malformed JSON', post(value.encode('utf-8', 'surrogatepass'), 'application/json',
-                                      rng.choice(('/predict', '/batch')))
+            *NO_JSON, f'{{"image": "{text}", "topk": NaN}}', json.dumps({'image': text[:-3]}),
+            json.dumps({'image': text, 'topk': [1], 'a' * 999: 1}), json.dumps({'images': [text] * 9}),
+            json.dumps({'image': 'data:image/png;base64,' + text[5:]})))
+        return 'malformed JSON', post(value.encode('utf-8', 'surrogatepass'), 'application/json', rng.choice(PATHS))
     if kind == 8:
         return 'huge headers', raw_request([file]).replace(
             b'Host: x', b'X-%d: ' % rng.randrange(9) + b'h' * rng.choice((1000, 20000, 200000)) + b'\r\nHost: x', 1)
     if kind == 9:
-        path = rng.choice(('/../../etc/passwd', '/%2e%2e/x', '//host/', '/predict/', '/\u00e9', '/x' * 3000, '*', '/?a=%ff'))
+        path = rng.choice(('/../../etc/passwd', '/%2e%2e/x', '//host/', '/predict/', '/\u00e9', '/x' * 3000, '*',
+                           '/?a=%ff'))
         method = rng.choice(('GET', 'PUT', 'OPTIONS', 'HEAD', 'TRACE', 'CONNECT', 'X'))
         return 'wrong path', f'{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'.encode()
     if kind == 10:
         return 'broken HTTP', rng.choice((
-            mutated(rng, raw_request([file])), raw_request([file], length=rng.choice((-1, 1, 10**9, 10**25, 'x'))),
-            b'\x16\x03\x01' + rng.randbytes(200), b'POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
-            + rng.choice((b'FFFFFFFFFFFFFFFF\r\n', b'-1\r\n', b'5\r\nab', b'zz\r\n\r\n')),
-            b'GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n', b'PRI * HTTP/2.0\r\n\r\nSM\r\n'))
+            *NO_HTTP, b'\x16\x03\x01' + rng.randbytes(200), mutated(rng, raw_request([file])),
+            raw_request([file], length=rng.choice((-1, 1, 10**9, 10**25, 'x')))))
     return 'wrong type', post(file, rng.choice(('image/png', 'text/html', '', 'application/xml', 'a' * 500)))
 
 
@@ -217,13 +221,15 @@ def same(found, expected):
     """AssertionError unless two answers agree; in a batch of another size the last digits may differ."""
     assert [entry['class'] for entry in found['top']] == [entry['class'] for entry in expected['top']]
     assert np.allclose(found['features'], expected['features'], rtol=1e-4, atol=1e-5)
-    assert np.allclose([entry['score'] for entry in found['top']], [entry['score'] for entry in expected['top']], atol=1e-5)
+    scores = [[entry['score'] for entry in answer['top']] for answer in (found, expected)]
+    assert np.allclose(*scores, atol=1e-5)
 
 
 def resources(service):
     """(MiB of memory, open files) of all processes of a service."""
     numbers = [service.process.pid, *service.workers()]
-    memory = sum(int(re.search(r'VmRSS:\s+(\d+)', open(f'/proc/{number}/status').read()).group(1)) for number in numbers)
+    memory = sum(int(re.search(r'VmRSS:\s+(\d+)', open(f'/proc/{number}/status').read()).group(1))
+                 for number in numbers)
     return memory / 1024, sum(len(os.listdir(f'/proc/{number}/fd')) for number in numbers)
 
 
