@@ -152,10 +152,14 @@ class WorkerPool:
                 message = await self._serve(worker, first)
             finally:
                 self._workers.remove(worker)
-            self._kill(worker)
-            await process.wait()
+            try:
+                await asyncio.wait_for(process.wait(), 1)
+            except asyncio.TimeoutError:
+                self._kill(worker)
+                await process.wait()
             if not first.done():
                 first.set_exception(UserError(message or 'the worker ended before it was ready; see above'))
+                return
             if self._closing:
                 return
             self._metrics.restarts += 1

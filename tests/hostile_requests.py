@@ -36,13 +36,13 @@ SIDE_BY_SIDE = 24  # connections
 PATHS = ('/predict', '/batch')
 NO_IMAGES = (b'', b'GIF89a', b'%!PS-Adobe-3.0 EPSF', b'<svg xmlns="http://www.w3.org/2000/svg"/>', b'RIFF\0\0\0\0WEBP',
              b'II*\0\xff\xff\xff\xff', b'BM' * 50)
-NO_JSON = ('{"image": 5}', '[' * 100000, '{"image": "http://127.0.0.1:1/x.png"}', '{"url": "file:///etc/passwd"}', 'null',
-           '{"image": ["a"], "topk": 1e999}', '{"images": [null]}', '\ud800', '{"image": "ab\\u0000"}')
+NO_JSON = ('{"image": 5}', '[' * 100000, '{"image": "http://127.0.0.1:1/x.png"}', '{"url": "file:///etc/passwd"}',
+           'null', '{"image": ["a"], "topk": 1e999}', '{"images": [null]}', '\ud800', '{"image": "ab\\u0000"}')
 CHUNKED = b'POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
 NO_HTTP = (*(CHUNKED + rest for rest in (b'FFFFFFFFFFFFFFFF\r\n', b'-1\r\n', b'5\r\nab', b'zz\r\n\r\n')),
            b'GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n',
            b'PRI * HTTP/2.0\r\n\r\nSM\r\n')
-FLAGS = ('-slow=1', '-max_mb=1', '-max_megapixels=1', '-max_images=4', '-max_requests=256', '-queue=256')
+FLAGS = ('-slow=1', '-max_mb=0.2', '-max_megapixels=0.1', '-max_images=8', '-max_requests=256', '-queue=256')
 
 
 def images(rng):
@@ -102,7 +102,7 @@ def request(rng, files):
     if kind == 5:
         return 'no image', raw_request([rng.choice((*NO_IMAGES, rng.randbytes(rng.randrange(3000))))])
     if kind == 6:
-        body, header = form([file] * rng.choice((1, 1, 5)), rng.choice(('image', 'images', '../x', '')),
+        body, header = form([file] * rng.choice((1, 1, 9)), rng.choice(('image', 'images', '../x', '')),
                             topk=rng.choice((-1, 0, 'x', 10**30, '')), cam=rng.choice(('maybe', 'true', 'é')))
         header = rng.choice((header, 'multipart/form-data', header + '\u00e9', header[:-3]))
         return 'malformed form', post(mutated(rng, body), header, rng.choice(PATHS))
@@ -233,29 +233,28 @@ def resources(service):
     return memory / 1024, sum(len(os.listdir(f'/proc/{number}/fd')) for number in numbers)
 
 
-def attacked(model, count, seed=0, warm_up=0):
-    """Starts a service, attacks it, and checks that nothing is left behind.
+def attacked(service, count, seed=0, warm_up=0):
+    """Attacks a service, and checks that nothing is left behind.
 
     Args:
-        model: value of -model.
-        count: hostile requests; `warm_up` of them before memory is measured first.
+        service: `Service` with a model and FLAGS.
+        count: hostile requests; `warm_up` others before memory is measured first.
         seed: for the requests.
     Returns:
         (Counter of (kind, status), memory before and after in MiB).
     """
-    with Service(f'-model={model}', *FLAGS) as service:
-        workers = service.workers()
+    workers, restarts = service.workers(), service.metric('worker_restarts_total')
+    if warm_up:
         asyncio.run(attack(service, warm_up, seed + 1))
         time.sleep(2)  # until connections that were cut late are closed
-        before, files = resources(service)
-        seen = asyncio.run(attack(service, count, seed))
-        service.until(lambda: service.metric('requests_in_progress') == service.metric('queue_images') == 0)
-        assert service.metric('held_bytes') == 0
-        assert service.workers() == workers and service.metric('worker_restarts_total') == 0, service.errors()
-        service.until(lambda: resources(service)[1] <= files)
-        after, _ = resources(service)
-        assert 'Traceback' not in service.errors() and 'an image failed' not in service.errors(), service.errors()
-        return seen, before, after
+    before, files = resources(service)
+    seen = asyncio.run(attack(service, count, seed))
+    service.until(lambda: service.metric('requests_in_progress') == service.metric('queue_images') == 0)
+    service.until(lambda: resources(service)[1] <= files)
+    assert service.metric('held_bytes') == 0
+    assert service.workers() == workers and service.metric('worker_restarts_total') == restarts, service.errors()
+    assert 'Traceback' not in service.errors() and 'an image failed' not in service.errors(), service.errors()
+    return seen, before, resources(service)[0]
 
 
 def main():
@@ -265,7 +264,8 @@ def main():
     parser.add_argument('-seed', type=int, default=0, help='for the requests')
     args = parser.parse_args()
     start = time.monotonic()
-    seen, before, after = attacked(args.model, args.requests, args.seed, warm_up=args.requests // 10)
+    with Service(f'-model={args.model}', *FLAGS) as service:
+        seen, before, after = attacked(service, args.requests, args.seed, warm_up=args.requests // 10)
     for (kind, status), count in sorted(seen.items()):
         print(f'{kind:16} {status or "closed":>6} {count:6}')
     print(f'{sum(seen.values())} requests in {time.monotonic() - start:.0f} s, '

@@ -13,11 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A worker without Paddle. An image is a text: what to do, and then anything. Its answer has the text as a name.
 FAKE = r'''
-import os, sys, time
+import json, os, sys, time
 sys.path[0] = sys.argv[1]
 from serving.frames import frame, read_frame
 def send(header):
     os.write(1, frame(header))
+if json.loads(sys.argv[2])['cfg'] == 'missing':
+    send({'fatal': '-cfg=missing: no such file'})
+    sys.exit()
 send({'ready': {'name': 'fake', 'classes': ['a', 'b'], 'backend': 'none', 'image_size': 8, 'cam': True,
                 'features': True, 'exif': False}})
 try:
@@ -59,8 +62,7 @@ class Service:
                                         stderr=self._errors, text=True, env={**os.environ, **environment})
         line = self.process.stdout.readline()
         if not line:
-            self.process.wait()
-            raise RuntimeError(self.errors())
+            raise RuntimeError(f'{self.process.wait()}: {self.errors()}')
         self.port = int(re.search(r':(\d+)$', line).group(1))
 
     def __enter__(self):

@@ -174,3 +174,9 @@ def test_limits_on_sizes():
             connection.close()
         service.until(lambda: service.metric('requests_in_progress') == 0)
         assert b'HTTP/1.1 400' in received(connect(service, b'GET / HTTP/1.1\r\nX: ' + b'x' * 20000 + b'\r\n\r\n'))
+
+
+def test_a_worker_that_cannot_start_ends_the_service_with_its_reason():
+    with pytest.raises(RuntimeError) as error:
+        Service('-cfg=missing', '-workers=2')
+    assert str(error.value) == '2: -cfg=missing: no such file\n'
