@@ -43,8 +43,7 @@ class Worker:
 
     def __init__(self, settings, send):
         self._pixels, self._delay, self._send = settings.pop('pixels'), settings.pop('delay'), send
-        # All classes are sorted; an answer takes the first of them.
-        self._predictor = Predictor(topk=2**31, **settings)
+        self._predictor = Predictor(**settings)
         self._formats, self._decoded = formats(), queue.Queue()
         size = self._predictor.settings.DATA.IMAGE_SIZE
         self._predictor([np.zeros((size, size, 3), np.uint8)])  # the first call allocates and chooses kernels
@@ -90,6 +89,7 @@ class Worker:
 
     def _answer(self, batch):
         start = time.monotonic()
+        self._predictor.topk = max(request['topk'] for request, _, _ in batch)
         try:
             predictions = self._predictor.predictions([None] * len(batch), [array for _, _, array in batch])
         except Exception as error:

@@ -25,7 +25,7 @@ class Browser:
     """
 
     def __init__(self, url, width=900, height=900, language='en-GB', touch=False):
-        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._folder = tempfile.mkdtemp()
         own_in, self._to = os.pipe()
         self._from, own_out = os.pipe()
 
@@ -34,7 +34,7 @@ class Browser:
 
         self._process = subprocess.Popen(
             [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe', '--disable-extensions',
-             f'--user-data-dir={self._folder.name}', f'--accept-lang={language}', f'--lang={language}', 'about:blank'],
+             f'--user-data-dir={self._folder}', f'--accept-lang={language}', f'--lang={language}', 'about:blank'],
             preexec_fn=descriptors, pass_fds=(3, 4), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         os.close(own_in), os.close(own_out)
         self._buffer, self._number, self._session, self.log = b'', 0, None, []
@@ -55,7 +55,7 @@ class Browser:
         self._process.kill()
         self._process.wait()
         os.close(self._to), os.close(self._from)
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)  # processes of the browser may still write there
 
     def _call(self, method, **parameters):
         self._number += 1
