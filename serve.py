@@ -47,8 +47,6 @@ def read_arguments(argv=None):
     for flag, default, _, text in NUMBERS:
         kind = float if flag in ('delay', 'max_mb', 'max_megapixels', 'timeout', 'slow') else int
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=kind, help=f'{text} (default {default:g})')
-    parser.add_argument('-no_features', '--no_features', action='store_true',
-                        help='do not offer features; for exports without them')
     args = parser.parse_args(argv)
     for flag, _, least, _ in NUMBERS:
         if not least <= getattr(args, flag) < 1e9:
@@ -77,8 +75,7 @@ async def run(args, listener, key):
                     args.max_requests, args.timeout, args.slow)
     metrics = Metrics()
     settings = {'model': args.model, 'cfg': args.cfg, 'device': args.device, 'backend': args.backend,
-                'batch_size': args.batch_size, 'features': not args.no_features, 'pixels': limits.pixels,
-                'delay': args.delay / 1000}
+                'batch_size': args.batch_size, 'pixels': limits.pixels, 'delay': args.delay / 1000}
     pool = WorkerPool(settings, args.workers, limits, metrics)
     try:
         await pool.start()

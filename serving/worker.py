@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from deploy.layout import CERTIFICATE, is_export
 from deploy.predictor import Predictor
 from errors import UserError, one_line
 from evaluation.activation_maps import class_overlays
@@ -43,7 +44,7 @@ class Worker:
 
     def __init__(self, settings, send):
         self._pixels, self._delay, self._send = settings.pop('pixels'), settings.pop('delay'), send
-        self._predictor = Predictor(**settings)
+        self._predictor = Predictor(features=gives_features(settings['model']), **settings)
         self._formats, self._decoded = formats(), queue.Queue()
         size = self._predictor.settings.DATA.IMAGE_SIZE
         self._predictor([np.zeros((size, size, 3), np.uint8)])  # the first call allocates and chooses kernels
@@ -123,6 +124,14 @@ class Worker:
     def _fail(self, request, error):
         print(f'serve.py: an image failed: {type(error).__name__}: {one_line(error)}', file=sys.stderr, flush=True)
         self._send({'id': request['id'], 'status': 500, 'error': 'internal error'})
+
+
+def gives_features(model):
+    """Whether a model gives pooled features: all but programs that were exported without them."""
+    if not is_export(model):
+        return True
+    with open(os.path.join(model, CERTIFICATE), encoding='utf-8') as file:
+        return bool(json.load(file).get('features'))
 
 
 def cores():
