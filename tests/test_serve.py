@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_hostile_requests(service):
 def test_ten_thousand_hostile_requests(service):
     seen, before, after = attacked(service, 10000, warm_up=1000)
     assert seen['valid', 200] == 1000 and after < before + 30
+
+
+@pytest.mark.long
+def test_kills_of_a_worker_lose_no_request(run, predictor, files):
+    data, expected = [path.read_bytes() for path in files], predictor([str(path) for path in files])
+    with Service(f'-model={run}', '-device=cpu') as own, ThreadPoolExecutor(16) as crowd:
+        for kills in (1, 2, 3):
+            answers = [crowd.submit(own.post, [data[number % len(data)]]) for number in range(300)]
+            own.until(lambda: own.metric('queue_images') > 8)
+            own.kill_worker()
+            for number, answer in enumerate(answers):
+                status, _, body = answer.result()
+                assert status == 200
+                agrees(body, expected[number % len(data)])
+            assert own.metric('worker_restarts_total') == kills
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
