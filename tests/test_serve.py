@@ -4,10 +4,14 @@ import importlib.util
 import io
 import json
 import os
+import queue
 import re
 import shutil
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from service import ROOT, Service
 from deploy.predictor import Predictor
 from evaluation.activation_maps import class_overlays
 from image_files.decode import decode_image
+from serving.worker import Worker
 
 pytestmark = [
     pytest.mark.skipif(not all(map(importlib.util.find_spec, ('starlette', 'uvicorn', 'python_multipart'))),
@@ -85,6 +90,17 @@ def test_answers_equal_those_of_the_predictor(service, predictor, files):
         agrees(result, prediction, 1)
     assert answer['results'][-1]['status'] == 415
     assert 'upright' not in answer and service.metric('batch_images_count') < service.metric('batch_images_sum')
+
+
+def test_a_batch_starts_when_it_is_full_or_after_the_delay():
+    worker = Worker.__new__(Worker)
+    worker._decoded, worker._delay, worker._predictor = queue.Queue(), 0.2, SimpleNamespace(batch_size=4)
+    for number in range(6):
+        worker._decoded.put(number)
+    start = time.monotonic()
+    assert worker._next_batch() == [0, 1, 2, 3] and time.monotonic() - start < 0.15
+    threading.Timer(0.05, worker._decoded.put, [6]).start()
+    assert worker._next_batch() == [4, 5, 6] and 0.2 <= time.monotonic() - start < 1
 
 
 def test_photos_of_phones_are_turned_on_request(service, predictor, files):
