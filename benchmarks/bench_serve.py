@@ -43,7 +43,7 @@ def save_random(cfg, size, folder):
     from config import config_text, get_config
     from replknet import build_replknet
     from run_folder.checkpoint import model_arrays, save_checkpoint
-    config = get_config(cfg, ['DATA.IMAGE_SIZE', size] if size else None)
+    config = get_config(cfg, ['DATA.IMAGE_SIZE', size] if size else ())
     run = os.path.join(folder, 'run')
     os.makedirs(run)
     with open(os.path.join(run, 'config.yaml'), 'w') as file:
@@ -71,7 +71,8 @@ def service(model, batch_size):
     """A running service: yields its port."""
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'serve.py'), f'-model={model}', '-device=cpu', '-port=0',
-         f'-batch_size={batch_size}', f'-queue={QUEUE}', '-max_requests=1000', '-timeout=600'], stdout=subprocess.PIPE, text=True)
+         f'-batch_size={batch_size}', f'-queue={QUEUE}', '-max_requests=1000', '-timeout=600'],
+        stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
         if not line:
@@ -159,7 +160,8 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
             ('model', '', 'see serve.py'), ('cfg', '', 'instead of -model: a settings file, for random weights'),
-            ('image_size', 0, 'with -cfg: pixels, instead of those of the file'), ('images', 64, 'images per round'), ('rounds', 5, 'interleaved rounds'), ('batch_size', 8, 'largest batch'),
+            ('image_size', 0, 'with -cfg: pixels, instead of those of the file'),
+            ('images', 64, 'images per round'), ('rounds', 5, 'interleaved rounds'), ('batch_size', 8, 'largest batch'),
             ('connections', '1,8,16,128', 'numbers of connections that are kept busy'),
             ('output', '', 'CSV file to write')):
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=type(default), help=f'{text} (%(default)s)')
