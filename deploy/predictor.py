@@ -84,6 +84,9 @@ class Predictor:
         settings: those of the model.
         names: names of all classes.
         exif: whether images are turned as their EXIF orientation says (DATA.EXIF).
+        transform: function from an RGB Pillow image to the model's input, float32 [3, H, W].
+        features: whether predictions have features.
+        network: the model in dygraph, for `evaluation.activation_maps`; None with Paddle Inference.
         device, backend: the ones in use.
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
@@ -97,7 +100,7 @@ class Predictor:
             raise UserError('-batch_size, -topk and -num_workers must be at least 1')
         if tta not in ('', 'flip'):
             raise UserError(f'-tta={tta}: choose flip, or leave it out')
-        self.batch_size, self.topk, self.tta, self._features = batch_size, topk, tta, features
+        self.batch_size, self.topk, self.tta, self.features, self.network = batch_size, topk, tta, features, None
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
         self.device = 'cpu' if exported and device == 'auto' else utils.resolve_device(device)
@@ -128,16 +131,18 @@ class Predictor:
         network, config = load_model(model, cfg)
         self.origin = config.MODEL.PRETRAINED
         self._configure(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.', cfg)
-        network = fuse(network, final_norm=self._features)
+        network = fuse(network, final_norm=self.features)
         if operator_in_use():
             pack(network)
-        if self._features:
+        if self.backend == 'dygraph':
+            self.network = network
+        if self.features:
             network = WithFeatures(network)
         self._compute = (dygraph_program(network) if self.backend == 'dygraph' else
                          _traced(network, config.DATA.IMAGE_SIZE))
 
     def _load_export(self, folder, cfg):
-        name = _fastest_program(folder, self._features)
+        name = _fastest_program(folder, self.features)
         self.origin = os.path.join(folder, name)
         self._configure(get_config(cfg or os.path.join(folder, CONFIG)), folder, cfg)
         if name == 'model':
@@ -146,7 +151,7 @@ class Predictor:
 
     def _configure(self, config, folder, cfg):
         """Sets the transform and the class names, see `zoo.class_names_file`."""
-        self.settings, self._transform, self.exif = config, get_transform(config, 'val'), config.DATA.EXIF
+        self.settings, self.transform, self.exif = config, get_transform(config, 'val'), config.DATA.EXIF
         count, path = config.MODEL.NUM_CLASSES, class_names_file(config, folder, cfg)
         self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 
@@ -175,15 +180,27 @@ class Predictor:
             batch = list(itertools.islice(samples, self.batch_size))
             if not batch:
                 return
-            arrays = [result for _, result in batch if not isinstance(result, Exception)]
-            outputs = iter(self._compute(np.stack(arrays)) if arrays else ())
+            predictions = iter(self.predictions(*zip(*(
+                (picture, result) for picture, result in batch if not isinstance(result, Exception)))))
             for picture, result in batch:
                 if isinstance(result, TypeError):
                     raise result
                 if isinstance(result, Exception):
                     yield Prediction(picture, error=str(result))
                 else:
-                    yield self._prediction(picture, next(outputs))
+                    yield next(predictions)
+
+    def predictions(self, pictures=(), arrays=()):
+        """The predictions of preprocessed images, in one forward pass.
+
+        Args:
+            pictures: what each `Prediction` names as its picture.
+            arrays: results of `transform`, as many.
+        Returns:
+            list of `Prediction`.
+        """
+        outputs = self._compute(np.stack(arrays)) if arrays else ()
+        return [self._prediction(picture, output) for picture, output in zip(pictures, outputs)]
 
     def _samples(self, pictures):
         """Yields (picture, preprocessed array or its error) in order; threads decode two batches ahead."""
@@ -215,7 +232,7 @@ class Predictor:
     def _preprocess(self, picture, name):
         """Array [3, H, W] of a picture; a DataError that begins with `name` is returned, not raised."""
         try:
-            return self._transform(read_picture(picture, self.exif))
+            return self.transform(read_picture(picture, self.exif))
         except Exception as error:
             return error if isinstance(error, DataError) and name == str(picture) else _unreadable(name, error)
 
@@ -227,7 +244,7 @@ class Predictor:
         exponentials = np.exp(logits - logits.max(), dtype=np.float64)
         return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
                           (exponentials / exponentials.sum())[classes].tolist(), logits,
-                          features if self._features else None)
+                          features if self.features else None)
 
 
 def _unreadable(name, error):

@@ -79,6 +79,30 @@ def grad_cam(model, images, classes, stage):
     return paddle.stack(maps, axis=1)
 
 
+def class_overlays(network, config, image, classes, stage=None):
+    """The maps of classes over an image.
+
+    Args:
+        network: as for `class_maps`.
+        config: its settings.
+        image: RGB image.
+        classes: numbers of K classes.
+        stage: number of the stage for Grad-CAM, from 0; None for the exact maps of the last one.
+    Returns:
+        (the image as it is shown, list of K images like it under a map): cropped as the network sees it with the
+        protocol 'crop', whole with 'warp'.
+    """
+    data, protocol = config.DATA, eval_protocol(config)
+    seen = eval_geometry(image, data.IMAGE_SIZE, crop_pct=data.CROP_PCT, protocol=protocol,
+                         interpolation=data.INTERPOLATION)
+    pixels = paddle.to_tensor(normalize(seen, data.IMAGENET_MEAN, data.IMAGENET_STD)[None])
+    maps = (class_maps(network, pixels, classes) if stage is None else
+            grad_cam(network, pixels, classes, stage))[0].numpy()
+    shown = _resized(image if protocol == 'warp' else seen, max(SIDE, data.IMAGE_SIZE))
+    stride = FIRST_STRIDE * 2 ** (len(network.stages) - 1 if stage is None else stage)
+    return shown, [overlay(shown, heat, data.IMAGE_SIZE, stride) for heat in maps]
+
+
 class ActivationMaps:
     """Writes a PNG file for each image: the image, with the map of the predicted class and of another label over it.
 
@@ -102,7 +126,7 @@ class ActivationMaps:
         stages = len(network.stages)
         if stage is not None and not 0 <= stage < stages:
             raise UserError(f'-cam_stage={stage}: the model has the stages 0 to {stages - 1}')
-        self._stage, self._stride = stage, FIRST_STRIDE * 2 ** (stages - 1 if stage is None else stage)
+        self._stage = stage
         network = fuse(network)
         self._network = pack(network) if operator_in_use() and stage is None else network
         self._folder, self._taken, self._font = folder, set(), None
@@ -120,23 +144,17 @@ class ActivationMaps:
             return
         if self._font is None:
             self._font = font_for(names) or ImageFont.load_default()
-        guess, data = prediction.classes[0], self._config.DATA
+        guess = prediction.classes[0]
         classes = [guess] if label in (None, guess) else [guess, label]
-        image = decode_image(prediction.picture, data.EXIF)
-        protocol = eval_protocol(self._config)
-        seen = eval_geometry(image, data.IMAGE_SIZE, crop_pct=data.CROP_PCT, protocol=protocol,
-                             interpolation=data.INTERPOLATION)
-        pixels = paddle.to_tensor(normalize(seen, data.IMAGENET_MEAN, data.IMAGENET_STD)[None])
-        maps = (class_maps(self._network, pixels, classes) if self._stage is None else
-                grad_cam(self._network, pixels, classes, self._stage))[0].numpy()
-        shown = _resized(image if protocol == 'warp' else seen, max(SIDE, data.IMAGE_SIZE))
+        shown, overlays = class_overlays(self._network, self._config, decode_image(
+            prediction.picture, self._config.DATA.EXIF), classes, self._stage)
         frame = UNKNOWN if label is None else RIGHT if label == guess else WRONG
         scores = np.exp(prediction.logits - prediction.logits.max(), dtype='float64')
         scores /= scores.sum()
         panels = [(shown, os.path.basename(prediction.picture), UNKNOWN)]
-        for number, heat, colour in zip(classes, maps, (frame, UNKNOWN)):
+        for number, image, colour in zip(classes, overlays, (frame, UNKNOWN)):
             title = f'{"predicted" if number == guess else "label"}: {names[number]}, {scores[number]:.1%}'
-            panels.append((overlay(shown, heat, data.IMAGE_SIZE, self._stride), title, colour))
+            panels.append((image, title, colour))
         with atomic_file(os.path.join(self._folder, self._free_name(prediction.picture))) as file:
             self._side_by_side(panels).save(file, format='PNG')
 

@@ -1,0 +1,114 @@
+"""The server: uvicorn, with limits of time for slow clients, and a graceful stop."""
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from errors import UserError
+
+HEADERS = 16 * 1024  # bytes of the headers of a request
+GRACE = 5  # seconds to stop, beyond those for the last body, its answer and its transfer
+
+
+def protocol_class(limits):
+    """uvicorn's protocol, which itself waits for headers, and for clients that take no answer, without an end."""
+
+    class Protocol(H11Protocol):
+        _timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.abort()
+            self._within()
+
+        def data_received(self, data):
+            super().data_received(data)
+            if self._busy():
+                self._cancel()
+            elif self._timer is None:
+                self._within()
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            if not self._busy() and (self.transport.is_closing() or self.transport.get_write_buffer_size()):
+                self._within()
+
+        def connection_lost(self, exc):
+            self._cancel()
+            super().connection_lost(exc)
+
+        def _busy(self):
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _within(self):
+            self._cancel()
+            self._timer = self.loop.call_later(limits.slow, self._late)
+
+        def _cancel(self):
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _late(self):
+            self._timer = None
+            if not self._busy():
+                self.transport.abort()
+
+        def pause_writing(self):
+            super().pause_writing()
+            self._stuck = self.loop.call_later(limits.slow, self.transport.abort)
+
+        def resume_writing(self):
+            super().resume_writing()
+            self._stuck.cancel()
+
+    return Protocol
+
+
+def listen(host, port):
+    """A socket that has the address and does not listen yet.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'-host={host} -port={port}: {reason}; choose others') from None
+
+
+async def serve(application, listener, limits, stopping):
+    """Serves until SIGINT or SIGTERM; then answers what it has accepted. A second signal stops at once.
+
+    Args:
+        application: ASGI application.
+        listener: result of `listen`.
+        limits: `Limits`.
+        stopping: function that is called at the first signal.
+    """
+    logging.getLogger('uvicorn').setLevel(logging.CRITICAL)  # its warnings of malformed requests are the senders'
+    server = uvicorn.Server(uvicorn.Config(
+        application, http=protocol_class(limits), ws='none', lifespan='off', log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADERS, timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(limits.timeout + 2 * limits.slow + GRACE)))
+
+    def stop():
+        server.force_exit = server.should_exit
+        server.should_exit = True
+        stopping()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    server.capture_signals = contextlib.nullcontext
+    await server.serve([listener])
