@@ -38,9 +38,10 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         train: bool, whether the transform takes a random generator.
         seed: int >= 0, seed of the augmentation.
         exif: bool, whether to turn images as their EXIF orientation says.
+        multi_label: bool, whether an image may have several labels or none.
 
     Attributes:
-        labels: int64 array [len(dataset)].
+        labels: int64 array [len(dataset)]; with `multi_label` uint8 [len(dataset), num_classes], 1 for each label.
 
     Raises:
         FileNotFoundError: the list does not exist.
@@ -48,9 +49,11 @@ class ImageNet2012Dataset(paddle.io.Dataset):
             lines) its image is missing.
     """
 
-    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0, exif=False):
+    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0, exif=False,
+                 multi_label=False):
         super().__init__()
         self.root, self.transform, self.train, self.seed, self.exif = root, transform, train, seed, exif
+        self.multi_label = multi_label
         self.list_file = os.path.join(root, list_file)
         # arrays, not lists of objects, whose reference counts would make workers copy the shared memory
         self._paths, self.labels = self._read(list_file, num_classes)
@@ -62,7 +65,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
                     raise DataError(f'{self._where(index)}{self.path(index)}: {problem}')
 
     def _read(self, _, num_classes):
-        return read_list(self.list_file, num_classes)
+        return read_list(self.list_file, num_classes, multi_label=self.multi_label)
 
     def _where(self, index):
         """Where an image is named, for messages about it."""
@@ -78,8 +81,16 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def stand_ins(self, key):
-        """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key."""
+        """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key.
+
+        With several labels per image, those that differ in the fewest labels.
+        """
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
+        if self.multi_label:
+            rng = random_generator(self.seed, STREAM_REPLACE, epoch, index, *copy)
+            others = rng.permutation(np.delete(np.arange(len(self)), index))
+            differing = (self.labels[others] != self.labels[index]).sum(1)
+            return [(epoch, int(other), *copy) for other in others[np.argsort(differing, kind='stable')[:10]]]
         same_class = np.flatnonzero(self.labels == self.labels[index])
         rng = random_generator(self.seed, STREAM_REPLACE, epoch, index, *copy)
         return [(epoch, int(other), *copy) for other in rng.permutation(same_class[same_class != index])[:10]]
@@ -88,7 +99,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         return len(self.labels)
 
     def __getitem__(self, key):
-        """Returns the transformed image and its int64 label.
+        """Returns the transformed image and its label, int64, or with `multi_label` its labels, uint8 [num_classes].
 
         Args:
             key: (epoch, index), (epoch, index, copy), or index alone for epoch 0; the transform's random draws depend
@@ -163,7 +174,8 @@ def get_dataset(config, mode='train'):
     _check_mode(mode)
     kind = ImageFolderDataset if config.DATA.DATASET == 'image_folder' else ImageNet2012Dataset
     return kind(config.DATA.DATA_PATH, source_name(config, mode), get_transform(config, mode),
-                num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED, exif=config.DATA.EXIF)
+                num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED, exif=config.DATA.EXIF,
+                multi_label=config.DATA.MULTI_LABEL)
 
 
 def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):

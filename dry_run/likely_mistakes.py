@@ -44,6 +44,11 @@ def _classes(plan):
         yield 'MODEL.NUM_CLASSES is 1: a head with one output cannot tell classes apart; give the number of classes'
     for mode, labels in plan.labels.items():
         source = source_name(plan.config, mode)
+        if plan.config.DATA.MULTI_LABEL:
+            if (labels.sum(1) == 1).all():
+                yield (f'DATA.MULTI_LABEL is True, but each image of {source} has one label: without it, the scores '
+                       'are a softmax, which suits such lists better')
+            labels = np.flatnonzero(labels.any(0))
         beyond = labels[labels >= head]
         if len(beyond):
             yield (f'{source} has {len(np.unique(beyond)):,} classes for which the head of {head:,} classes has '
@@ -61,7 +66,9 @@ def _images(plan):
     labels_of = {}  # {mode: {path: its first label}}
     for mode, paths in plan.paths.items():
         first = labels_of[mode] = {}
-        conflicting = {path for path, label in zip(paths.tolist(), plan.labels[mode].tolist())
+        labels = plan.labels[mode]
+        labels = labels.tolist() if labels.ndim == 1 else map(bytes, labels)
+        conflicting = {path for path, label in zip(paths.tolist(), labels)
                        if first.setdefault(path, label) != label}
         if conflicting:
             example = min(conflicting).decode(errors='backslashreplace')

@@ -25,7 +25,7 @@ class Plan:
         config: settings, with the batch size and accumulation that fit a planned cluster.
         device: kind of device, such as 'gpu'.
         nodes, processes: numbers of machines, and of processes on all of them.
-        labels: {'train' or 'val': labels int64 [images]} of the lists that could be read.
+        labels: {'train' or 'val': labels} of the datasets that could be read.
         paths: {'train' or 'val': paths in them, bytes [images]}.
         problems: {'data', 'train', 'val', 'classes' or 'batch': one line about what is wrong with it}.
         images: number of training images; that of ImageNet if the list could not be read, None if it is unknown too.
@@ -115,7 +115,8 @@ def _read_lists(config):
     """{mode: dataset} of the lists, including labels beyond the classes of the head, and problems with them."""
     any_label = config.clone()
     any_label.defrost()
-    any_label.MODEL.NUM_CLASSES = 2**31
+    if not config.DATA.MULTI_LABEL:  # otherwise, the labels take a byte for each class of each image
+        any_label.MODEL.NUM_CLASSES = 2**31
     folder, datasets, problems = config.DATA.DATA_PATH, {}, {}
     if not os.path.isdir(folder):
         missing = f'{folder}: no such data folder' if folder else 'no data folder is given (-data_path)'

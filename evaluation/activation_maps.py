@@ -15,7 +15,7 @@ from datasets import eval_protocol
 from deploy.contact_sheets import LINE, MARGIN, RIGHT, UNKNOWN, WRONG, shortened
 from deploy.equivalence import layer_groups
 from deploy.layout import is_export
-from deploy.predictor import load_model
+from deploy.predictor import class_scores, load_model
 from errors import UserError
 from fuse import fuse, pack
 from image_files.decode import decode_image
@@ -113,15 +113,17 @@ class ActivationMaps:
 
         Args:
             prediction: a `Prediction`, of the path of an image.
-            label: number of its class, or None.
+            label: number of its class, or None; a tuple for a model with several labels per image.
             names: names of all classes.
         """
         if prediction.error:
             return
         if self._font is None:
             self._font = font_for(names) or ImageFont.load_default()
-        guess, data = prediction.classes[0], self._config.DATA
-        classes = [guess] if label in (None, guess) else [guess, label]
+        guess, data = int(np.argmax(prediction.logits)), self._config.DATA
+        labels = label if isinstance(label, tuple) else (label,)
+        others = [other for other in labels if other not in (None, guess)]
+        classes = [guess, *others[:1]]
         image = decode_image(prediction.picture, data.EXIF)
         protocol = eval_protocol(self._config)
         seen = eval_geometry(image, data.IMAGE_SIZE, crop_pct=data.CROP_PCT, protocol=protocol,
@@ -130,9 +132,8 @@ class ActivationMaps:
         maps = (class_maps(self._network, pixels, classes) if self._stage is None else
                 grad_cam(self._network, pixels, classes, self._stage))[0].numpy()
         shown = _resized(image if protocol == 'warp' else seen, max(SIDE, data.IMAGE_SIZE))
-        frame = UNKNOWN if label is None else RIGHT if label == guess else WRONG
-        scores = np.exp(prediction.logits - prediction.logits.max(), dtype='float64')
-        scores /= scores.sum()
+        frame = UNKNOWN if label is None else RIGHT if guess in labels else WRONG
+        scores = class_scores(prediction.logits, data.MULTI_LABEL)
         panels = [(shown, os.path.basename(prediction.picture), UNKNOWN)]
         for number, heat, colour in zip(classes, maps, (frame, UNKNOWN)):
             title = f'{"predicted" if number == guess else "label"}: {names[number]}, {scores[number]:.1%}'

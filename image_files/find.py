@@ -7,7 +7,7 @@ from PIL import Image
 
 from errors import UserError
 from image_files.decode import HEIF, enable_heif
-from image_files.lists import read_list
+from image_files.lists import is_multi_label, read_entries
 
 logger = logging.getLogger('replknet')
 # Formats that Pillow recognises but cannot decode by itself.
@@ -21,7 +21,8 @@ def find_images(sources):
     Args:
         sources: paths of images, folders and lists (.txt).
     Returns:
-        (list of paths, list of their labels); a label is -1 where it is unknown.
+        (list of paths, list of their labels); a label is -1 where it is unknown, and a tuple in a list in which images
+        have several.
     Raises:
         UserError: a folder without images, or a list that cannot be used.
     """
@@ -31,12 +32,13 @@ def find_images(sources):
             found = images_in(source)
             found_labels = [-1] * len(found)
         elif source.lower().endswith('.txt'):
-            names, found_labels = read_list(source, unlabelled=True)
+            entries = read_entries(source, unlabelled=True, multi_label=is_multi_label(source))
+            names, found_labels = zip(*entries)
             found = [os.path.join(os.path.dirname(source), os.fsdecode(name)) for name in names]
         else:
             found, found_labels = [source], [-1]
         paths += found
-        labels += map(int, found_labels)
+        labels += found_labels
     return paths, labels
 
 

@@ -16,21 +16,87 @@ _SYNSETS = {0: b'n01440764', 999: b'n15075141'}  # the first and the last of Ima
 _UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
-def read_list(path, num_classes=None, unlabelled=False):
+def read_list(path, num_classes=None, unlabelled=False, multi_label=False):
     """Reads a list file of 'relative/path label' lines. Blank lines at its end are ignored.
 
     Args:
         path: path of the list file.
         num_classes: labels must be in [0, num_classes); None for no limit.
-        unlabelled: whether lines may have no label.
+        unlabelled: whether lines may have no label; not with `multi_label`.
+        multi_label: whether an image may have several labels, '1,4,7', or none, '-'.
 
     Returns:
-        paths (bytes array) and labels (int64 array, -1 where there is none), one element per line.
+        paths (bytes array [n]) and labels: int64 array [n], -1 where there is none; with `multi_label` uint8 array
+        [n, num_classes], 1 for each label of an image (without `num_classes` as wide as the highest label needs).
 
     Raises:
         FileNotFoundError: the list does not exist.
-        DataError: a line is blank or malformed, or its label is out of range.
+        DataError: a line is blank or malformed, or a label of it is out of range or repeated.
     """
+    paths, found = [], []
+    for name, labels in read_entries(path, num_classes, unlabelled, multi_label):
+        paths.append(name)
+        found.append(labels)
+    if not multi_label:
+        return np.array(paths), np.array(found, dtype=np.int64)
+    width = num_classes or 1 + max((label for labels in found for label in labels), default=0)
+    targets = np.zeros([len(paths), width], np.uint8)
+    for row, labels in zip(targets, found):
+        row[list(labels)] = 1
+    return np.array(paths), targets
+
+
+def is_multi_label(path):
+    """Whether a line of a list has several labels, or '-' for none; raises like `read_list`."""
+    return any(re.search(rb'\s(-|\d+(,\d+)+)$', line.strip()) for line in _lines(path))
+
+
+def read_entries(path, num_classes=None, unlabelled=False, multi_label=False):
+    """Yields (path, label) of each line, or (path, tuple of labels) with `multi_label`; see `read_list`.
+
+    With both `multi_label` and `unlabelled`, a label is -1 where a line has none.
+    """
+    parse = _labels if multi_label else _label
+    for number, line in enumerate(_lines(path), 1):
+        name = line.strip()
+        fields = name.rsplit(None, 1)
+        labels = parse(f'{path}:{number}', *fields) if len(fields) == 2 else None
+        if labels is not None:
+            name = fields[0]
+            for label in labels if multi_label else [labels]:
+                if label < 0 or (num_classes is not None and label >= num_classes):
+                    limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
+                    raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
+        elif not (unlabelled and name):
+            text = line.decode(errors='replace').strip()[:80]
+            expected = "'relative/path 1,4,7', or '-' for no label" if multi_label else "'relative/path label'"
+            raise DataError(f'{path}:{number}: expected {expected}, got {text!r}')
+        yield name, -1 if labels is None else labels
+
+
+def _label(where, _, text):
+    """The label of a line, or None if its last field is none."""
+    if re.fullmatch(rb'\d+(,\d+)+', text):
+        raise DataError(f'{where}: labels {text.decode()}: several labels for an image need DATA.MULTI_LABEL True')
+    return int(text) if re.fullmatch(rb'-?\d+', text) else None
+
+
+def _labels(where, name, text):
+    """The labels of a line as a tuple, or None if its last field is not the labels."""
+    if text == b'-':
+        return ()
+    if not re.fullmatch(rb'-?\d+(,-?\d+)*', text):
+        return None
+    labels = tuple(map(int, text.split(b',')))
+    if name.endswith(b','):
+        raise DataError(f'{where}: write the labels without spaces between them, such as 1,4,7')
+    if len(set(labels)) < len(labels):
+        raise DataError(f'{where}: labels {text.decode()}: a label is repeated')
+    return labels
+
+
+def _lines(path):
+    """The lines of a list file, bytes; raises if there are none, see `read_list`."""
     try:
         with open(path, 'rb') as file:
             content = file.read()
@@ -41,23 +107,10 @@ def read_list(path, num_classes=None, unlabelled=False):
         raise DataError(f'{path}: cannot be read: {error.strerror}') from None
     _refuse_utf16(path, content)
     start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-    paths, labels = [], []
-    for number, line in enumerate(content[start:].rstrip().splitlines(), 1):
-        name, label = line.strip(), -1
-        fields = name.rsplit(None, 1)
-        if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
-            name, label = fields[0], int(fields[1])
-            if label < 0 or (num_classes is not None and label >= num_classes):
-                limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
-                raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
-        elif not (unlabelled and name):
-            text = line.decode(errors='replace').strip()[:80]
-            raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
-        paths.append(name)
-        labels.append(label)
-    if not paths:
+    lines = content[start:].rstrip().splitlines()
+    if not lines:
         raise DataError(f'{path}: the list is empty')
-    return np.array(paths), np.array(labels, dtype=np.int64)
+    return lines
 
 
 def read_class_names(path, num_classes=None):
@@ -103,7 +156,7 @@ def list_identity(paths, labels):
         {'digest': SHA-256 of the entries in their order, in hexadecimal, 'length': number of entries}.
     """
     digest = hashlib.sha256(b'\n'.join(paths.tolist()))
-    digest.update(labels.astype('<i8').tobytes())
+    digest.update((labels.astype('<i8') if labels.ndim == 1 else labels).tobytes())
     return {'digest': digest.hexdigest(), 'length': len(labels)}
 
 
@@ -172,13 +225,20 @@ def write_list(path, images, labels):
     Args:
         path: the list file.
         images: paths of the images.
-        labels: their labels; below 0 for none.
+        labels: their labels, below 0 for none; or tuples of labels.
     Raises:
         DataError: see `list_entry`.
         OSError: the file cannot be written.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    lines = [list_entry(image, folder) + (b' %d' % label if label >= 0 else b'') + b'\n'
+    lines = [list_entry(image, folder) + (b' ' + label_text(label).encode()).rstrip() + b'\n'
              for image, label in zip(images, labels)]
     with atomic_file(path) as file:
         file.writelines(lines)
+
+
+def label_text(label):
+    """A label, or a tuple of them, as in a list; '' for an unknown one."""
+    if isinstance(label, tuple):
+        return ','.join(map(str, label)) or '-'
+    return str(label) if label >= 0 else ''
