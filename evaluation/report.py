@@ -138,7 +138,8 @@ def _write_files(folder, outcome, paths, names, accuracy, facts):
         for index, label, guess in zip(wrong, outcome.labels[wrong], outcome.predicted[wrong])))
     table('calibration.csv', ['above', 'up_to', 'images', 'confidence', 'accuracy'], (
         [digits(low), digits(high), images, digits(confidence), digits(share)]
-        for low, high, images, confidence, share in zip(curve.edges, curve.edges[1:], curve.images, curve.confidence, curve.accuracy)))
+        for low, high, images, confidence, share in zip(curve.edges, curve.edges[1:], curve.images, curve.confidence,
+                                                        curve.accuracy)))
     draw_confusion(outcome, names, os.path.join(folder, 'confusion.png'))
     draw_calibration(curve, os.path.join(folder, 'calibration.png'))
     shown = wrong[:SHOWN_MISTAKES]
