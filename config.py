@@ -68,6 +68,8 @@ KEYS = {
     'DATA.DATA_PATH': Key('', 'folder with train_list.txt and val_list.txt ("relative/path label" per line), or of '
                           'DATASET image_folder', flag='data_path', path=True, resume=MAY_DIFFER),
     'DATA.EXIF': Key(False, 'turn photos as their EXIF orientation says; off in the published protocol'),
+    'DATA.MULTI_LABEL': Key(False, 'images may have several labels in the lists, "path 1,4,7", or none, "path -"; for '
+                            'TRAIN.LOSS bce or asymmetric'),
     'DATA.ALLOW_CHANGES': Key(False, 'resume a run although its lists or its classes.txt have changed',
                               resume=PER_CALL),
     'DATA.BATCH_SIZE': Key(64, 'images per process and micro-batch', low=1, flag='batch_size', resume=MAY_DIFFER),
@@ -144,7 +146,7 @@ KEYS = {
     'TRAIN.SYNC_BN': Key(True, 'synchronised batch norm on several GPUs'),
 
     # ---- training: loss and augmentation, see docs/augmentation.md
-    'TRAIN.LOSS': Key('auto', "loss; 'auto' is cross-entropy", (
+    'TRAIN.LOSS': Key('auto', "loss; 'auto' is cross-entropy, with DATA.MULTI_LABEL 'bce'", (
         'auto', 'soft_target', 'label_smoothing', 'bce', 'jsd', 'asymmetric', 'asymmetric_single')),
     'TRAIN.CLASS_WEIGHTS': Key('', "weights of the classes in the cross-entropy: 'balanced' (inverse to their number "
                                "of images), 'sqrt' (to its square root) or '' for none", ('', 'balanced', 'sqrt')),

@@ -15,7 +15,7 @@ import paddle
 from errors import UserError, why_unreadable
 from image_files.decode import DataError, decode_image, to_rgb  # noqa: F401 - also imported from here
 from image_files.folders import read_folder
-from image_files.lists import list_identity, read_class_names, read_list  # noqa: F401 - also imported from here
+from image_files.lists import read_class_names, read_list  # noqa: F401 - also imported from here
 from image_files.shards import open_shards
 from loading.loader import PREFETCH_FACTOR, DataLoader, clear_shared_memory, free_shared_memory
 from loading.samplers import EvalBatchSampler, TrainBatchSampler
@@ -39,9 +39,10 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         train: bool, whether the transform takes a random generator.
         seed: int >= 0, seed of the augmentation.
         exif: bool, whether to turn images as their EXIF orientation says.
+        multi_label: bool, whether an image may have several labels or none.
 
     Attributes:
-        labels: int64 array [len(dataset)].
+        labels: int64 array [len(dataset)]; with `multi_label` uint8 [len(dataset), num_classes], 1 for each label.
 
     Raises:
         FileNotFoundError: the list does not exist.
@@ -49,13 +50,15 @@ class ImageNet2012Dataset(paddle.io.Dataset):
             lines) its image is missing; ShardError, if its shards are.
     """
 
-    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0, exif=False):
+    def __init__(self, root, list_file, transform, num_classes=None, train=False, seed=0, exif=False,
+                 multi_label=False):
         super().__init__()
         self.root, self.transform, self.train, self.seed, self.exif = root, transform, train, seed, exif
+        self.multi_label = multi_label
         self.list_file = os.path.join(root, list_file)
         # arrays, not lists of objects, whose reference counts would make workers copy the shared memory
         self._paths, self.labels = self._read(list_file, num_classes)
-        self._shards = open_shards(self.list_file, lambda: list_identity(self._paths, self.labels))
+        self._shards = open_shards(self.list_file, self._paths)
         if len(self) <= CHECK_FILES_UP_TO and self._shards is None:
             for index in range(len(self)):
                 if not os.path.isfile(self.path(index)):
@@ -64,7 +67,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
                     raise DataError(f'{self.name(index)}: {problem}')
 
     def _read(self, _, num_classes):
-        return read_list(self.list_file, num_classes)
+        return read_list(self.list_file, num_classes, multi_label=self.multi_label)
 
     def _where(self, index):
         """Where an image is named, for messages about it."""
@@ -86,8 +89,16 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         return self._where(index) + self.path(index)
 
     def stand_ins(self, key):
-        """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key."""
+        """Keys of up to ten other images of the same class, drawn from a generator of the seed and the key.
+
+        With several labels per image, those that differ in the fewest labels.
+        """
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
+        if self.multi_label:
+            rng = random_generator(self.seed, STREAM_REPLACE, epoch, index, *copy)
+            others = rng.permutation(np.delete(np.arange(len(self)), index))
+            differing = (self.labels[others] != self.labels[index]).sum(1)
+            return [(epoch, int(other), *copy) for other in others[np.argsort(differing, kind='stable')[:10]]]
         same_class = np.flatnonzero(self.labels == self.labels[index])
         rng = random_generator(self.seed, STREAM_REPLACE, epoch, index, *copy)
         return [(epoch, int(other), *copy) for other in rng.permutation(same_class[same_class != index])[:10]]
@@ -96,7 +107,7 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         return len(self.labels)
 
     def __getitem__(self, key):
-        """Returns the transformed image and its int64 label.
+        """Returns the transformed image and its label, int64, or with `multi_label` its labels, uint8 [num_classes].
 
         Args:
             key: (epoch, index), (epoch, index, copy), or index alone for epoch 0; the transform's random draws depend
@@ -172,7 +183,8 @@ def get_dataset(config, mode='train'):
     _check_mode(mode)
     kind = ImageFolderDataset if config.DATA.DATASET == 'image_folder' else ImageNet2012Dataset
     return kind(config.DATA.DATA_PATH, source_name(config, mode), get_transform(config, mode),
-                num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED, exif=config.DATA.EXIF)
+                num_classes=config.MODEL.NUM_CLASSES, train=mode == 'train', seed=config.SEED, exif=config.DATA.EXIF,
+                multi_label=config.DATA.MULTI_LABEL)
 
 
 def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):

@@ -211,7 +211,8 @@ def _write_programs(folder, config, options, model, twin, images):
         del run  # before the next program is loaded
     return {
         'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'form': options.form,
-        'features': options.features, 'image_size': list(sides) if sides else 'dynamic',
+        'features': options.features, 'scores': 'sigmoid' if config.DATA.MULTI_LABEL else 'softmax',
+        'image_size': list(sides) if sides else 'dynamic',
         'tolerance': options.tolerance, 'compared_on': images.description, 'groups': groups, 'programs': programs,
         'before': before, 'after': after, 'operators': OPERATORS,
         'environment': {'paddle': paddle.__version__, 'threads': threads,

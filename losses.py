@@ -6,6 +6,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+MULTI_LABEL_LOSSES = ('bce', 'asymmetric')  # those that compare each class with the others by itself
+
 
 def _log_softmax(logits):
     # F.log_softmax clips its result at -64
@@ -175,7 +177,7 @@ class JsdCrossEntropyLoss(nn.Layer):
 
 
 class AsymmetricLoss(nn.Layer):
-    """Asymmetric loss for several labels per image (arXiv 2009.14119).
+    """Asymmetric loss for several labels per image (ICCV 2021, arXiv 2009.14119).
 
     It has separate focusing parameters for positive and negative classes, and a probability margin below which
     negatives do not count. Gradients flow through the focusing weights, as in the publication.
@@ -241,11 +243,30 @@ class AsymmetricSingleLabelLoss(nn.Layer):
             return -(targets * focus * log_probs).sum(axis=-1).mean()
 
 
+class SmoothedTargets(nn.Layer):
+    """A loss of several labels per image with label smoothing as in `mixup.Mixup`: t becomes (1 - s) t + s / K.
+
+    Args:
+        loss: of targets [N, K].
+        smoothing: float s in [0, 1).
+    """
+
+    def __init__(self, loss, smoothing):
+        super().__init__()
+        _check_smoothing(smoothing)
+        self.loss, self.smoothing = loss, smoothing
+
+    def forward(self, logits, targets):
+        """logits [N, K], targets [N, K] of 0 and 1 -> float32 scalar."""
+        return self.loss(logits, targets.astype('float32') * (1 - self.smoothing) + self.smoothing / logits.shape[1])
+
+
 def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_threshold=0.0, jsd_alpha=12.0,
-               gamma_neg=4.0, gamma_pos=0.0, clip=0.05, weights=None):
+               gamma_neg=4.0, gamma_pos=0.0, clip=0.05, weights=None, multi_label=False):
     """The loss with a name of TRAIN.LOSS.
 
-    'auto' is cross-entropy: with the targets of mixup (which smooths them itself) or else with smoothed labels.
+    'auto' is cross-entropy: with the targets of mixup (which smooths them itself) or else with smoothed labels. With
+    several labels per image it is 'bce'.
 
     Args:
         name: name of the loss.
@@ -256,10 +277,16 @@ def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_thr
         jsd_alpha: see `JsdCrossEntropyLoss`.
         gamma_neg, gamma_pos, clip: see `AsymmetricLoss`.
         weights: of the classes, see `ClassWeightedCrossEntropyLoss`; None for none.
+        multi_label: whether an image may have several labels: targets are then [N, K], of 0 and 1 without mixup.
 
     Raises:
-        ValueError: the name is unknown, it has no weights, or an argument is out of range.
+        ValueError: the name is unknown, it has no weights, it is for one label per image, or an argument is out of
+            range.
     """
+    if multi_label:
+        name = 'bce' if name == 'auto' else name
+        if name not in MULTI_LABEL_LOSSES:
+            raise ValueError(f'the loss {name!r} is for one label per image')
     if weights is not None:
         if name not in ('auto', 'soft_target', 'label_smoothing'):
             raise ValueError(f'class weights are for cross-entropy, not for the loss {name!r}')
@@ -271,11 +298,13 @@ def build_loss(name='auto', *, mixup=False, smoothing=0.1, aug_splits=0, bce_thr
     if name == 'label_smoothing':
         return LabelSmoothingCrossEntropyLoss(smoothing) if smoothing else CrossEntropyLoss()
     if name == 'bce':
-        return BinaryCrossEntropyLoss(smoothing, bce_threshold)
+        loss = BinaryCrossEntropyLoss(smoothing, bce_threshold)
+        return SmoothedTargets(loss, smoothing) if multi_label and smoothing and not mixup else loss
     if name == 'jsd':
         return JsdCrossEntropyLoss(aug_splits, jsd_alpha, smoothing)
     if name == 'asymmetric':
-        return AsymmetricLoss(gamma_neg, gamma_pos, clip, smoothing)
+        loss = AsymmetricLoss(gamma_neg, gamma_pos, clip, smoothing)
+        return SmoothedTargets(loss, smoothing) if multi_label and smoothing and not mixup else loss
     if name == 'asymmetric_single':
         return AsymmetricSingleLabelLoss(gamma_neg, gamma_pos, smoothing)
     raise ValueError(f'unknown loss {name!r}')

@@ -55,7 +55,7 @@ class Mixup:
 
         Args:
             images: float32 tensor [N, C, H, W].
-            labels: int64 tensor [N].
+            labels: int64 tensor [N], or [N, num_classes] with 1 for each of several labels of an image.
             rng: np.random.Generator.
 
         Returns:
@@ -69,7 +69,7 @@ class Mixup:
         weight = rows * columns  # the partner's weight at each pixel, [1 or N, 1, H, W]
         images = images * (1 - weight) + paddle.flip(images, axis=0) * weight
 
-        targets = F.one_hot(labels, self.num_classes)
+        targets = labels.astype('float32') if labels.ndim == 2 else F.one_hot(labels, self.num_classes)
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         return images, targets * lam + paddle.flip(targets, axis=0) * (1 - lam)
 

@@ -33,6 +33,7 @@ from deploy.predictor import BACKENDS, NOT_FINITE, Prediction, Predictor
 from errors import ArgumentParser, Interrupted, UserError, exit_status
 from image_files.decode import DataError
 from image_files.find import find_images
+from image_files.lists import label_text
 from utils import accuracy_line, accuracy_metrics, accuracy_sums, logger
 
 __all__ = ['Prediction', 'Predictor']
@@ -98,13 +99,12 @@ def _writer(file, path, topk):
 
 def _csv_row(prediction, label):
     top = zip(prediction.classes, prediction.names, (f'{score:.6f}' for score in prediction.scores))
-    return [prediction.picture, '' if label < 0 else label, prediction.error or '',
-            *(cell for entry in top for cell in entry)]
+    return [prediction.picture, label_text(label), prediction.error or '', *(cell for entry in top for cell in entry)]
 
 
 def _json_line(prediction, label):
     record = {'picture': prediction.picture}
-    if label >= 0:
+    if label != -1:
         record['label'] = label
     if prediction.error:
         record['error'] = prediction.error
@@ -118,6 +118,7 @@ def _json_line(prediction, label):
 
 class Accuracy:
     """The metrics of an evaluation (`-eval`), over the images whose label is known."""
+    scores = None
 
     def __init__(self):
         self.images, self.sums = 0, np.zeros(3)
@@ -129,6 +130,46 @@ class Accuracy:
 
     def metrics(self):
         return accuracy_metrics(*self.sums.tolist(), self.images)
+
+
+class MultiLabelAccuracy:
+    """The same where images have several labels.
+
+    Attributes:
+        scores: `evaluation.multi_label.Scores` of these images.
+    """
+
+    def __init__(self):
+        from evaluation.multi_label import Scores  # imported only where used
+        self.images, self.loss, self.scores = 0, 0.0, Scores()
+
+    def add(self, logits, label):
+        targets = np.zeros([1, len(logits)], np.float32)
+        targets[0, list(label)] = 1
+        loss, _ = self.scores.add(paddle.to_tensor(logits[None]), paddle.to_tensor(targets))
+        self.loss += float(loss)
+        self.images += 1
+
+    def metrics(self):
+        return self.scores.metrics(self.loss, self.images)
+
+
+def fitting_labels(predictor, paths, labels):
+    """The labels of images for a model: numbers, or tuples for one with several labels per image; -1 for unknown.
+
+    Raises:
+        DataError: an image has several labels, but the model has one per image; or a class that the model lacks.
+    """
+    for path, label in zip(paths, labels):
+        several = isinstance(label, tuple)
+        if several and not predictor.multi_label:
+            raise DataError(f'{path}: has the labels {label_text(label)}, but the model has one label per image '
+                            '(DATA.MULTI_LABEL False)')
+        for number in label if several else (label,):
+            if number >= len(predictor.names):
+                raise DataError(f'{path}: label {number}, but the model has {len(predictor.names)} classes')
+    return [(label,) if predictor.multi_label and not isinstance(label, tuple) and label >= 0 else label
+            for label in labels]
 
 
 def read_arguments(argv=None):
@@ -144,12 +185,15 @@ def read_arguments(argv=None):
             ('cam', None, 'new folder for class activation maps, a PNG file for each image'),
             ('cam_stage', None, 'with -cam: Grad-CAM of this stage, from 0, instead of the exact maps of the last one'),
             ('tta', '', "'flip' averages the probabilities of each image and its mirror image"),
-            ('topk', 5, 'number of classes in each prediction'),
+            ('threshold', None, 'least score of a class to be predicted, for models with several labels per image '
+             '(default: 0.5)'),
+            ('topk', 5, 'number of classes in each prediction, at most'),
             ('batch_size', 16, 'images per forward pass'),
             ('num_workers', None, 'number of decoding threads'),
             ('device', 'auto', 'auto, gpu, cpu, npu or xpu'),
             ('backend', 'auto', f'one of {", ".join(BACKENDS)}; auto chooses the faster one')):
-        kind = int if flag in ('topk', 'batch_size', 'num_workers', 'cam_stage') else str
+        kind = (float if flag == 'threshold' else
+                int if flag in ('topk', 'batch_size', 'num_workers', 'cam_stage') else str)
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=kind, help=text)
     parser.add_argument('-features', '--features', action='store_true', help='also write the pooled features')
     args = parser.parse_args(argv)
@@ -173,19 +217,21 @@ class Report:
     def __init__(self, folder, labels):
         from evaluation.predictions import Predictions  # imported only where used
         from evaluation.report import check_report
-        if max(labels) < 0:
+        if all(label == -1 for label in labels):
             raise UserError(f'-report={folder}: no image has a label; give a list with a label on each line')
         check_report(folder)
         self._folder, self._predictions, self._paths = folder, Predictions(), []
 
     def add(self, prediction, label):
-        self._predictions.add(paddle.to_tensor(prediction.logits[None]), paddle.to_tensor([label]))
         self._paths.append(prediction.picture)
+        if not isinstance(label, tuple):  # the scores of those with several labels are in `MultiLabelAccuracy`
+            self._predictions.add(paddle.to_tensor(prediction.logits[None]), paddle.to_tensor([label]))
 
     def write(self, predictor, accuracy, sources, errors):
         from evaluation.report import report_of_predictions
         facts = {'images': ', '.join(sources), **({'unreadable images, left out': errors} if errors else {})}
-        report_of_predictions(self._folder, self._predictions, self._paths, accuracy, predictor, facts)
+        report_of_predictions(self._folder, accuracy.scores or self._predictions, self._paths, accuracy.metrics(),
+                              predictor, facts)
 
 
 def main():
@@ -194,17 +240,15 @@ def main():
     logger.setLevel('WARNING')
     report = Report(args.report, labels) if args.report else None
     predictor = Predictor(args.model, args.cfg, device=args.device, batch_size=args.batch_size, topk=args.topk,
-                          features=args.features, backend=args.backend, workers=args.num_workers, tta=args.tta)
+                          features=args.features, backend=args.backend, workers=args.num_workers, tta=args.tta,
+                          threshold=args.threshold)
     maps = None
     if args.cam:
         from evaluation.activation_maps import ActivationMaps  # imported only where used
         maps = ActivationMaps(args.cam, args.model, args.cfg, args.cam_stage)
     print(f'weights of {predictor.origin}, {predictor.backend}', file=sys.stderr)
-    for path, label in zip(paths, labels):
-        if label >= len(predictor.names):
-            raise DataError(f'{path}: label {label}, but the model has {len(predictor.names)} classes')
-    errors, accuracy = [], Accuracy()
-    done = 0
+    labels = fitting_labels(predictor, paths, labels)
+    errors, accuracy, done = [], MultiLabelAccuracy() if predictor.multi_label else Accuracy(), 0
     try:
         with contextlib.ExitStack() as stack:
             sheets = stack.enter_context(ContactSheets(
@@ -219,12 +263,12 @@ def main():
                 write(prediction, label)
                 done += 1
                 if sheets is not None:
-                    sheets.add(prediction, *((label, predictor.names[label]) if label >= 0 else ()))
+                    sheets.add(prediction, *_named(label, predictor.names), multi_label=predictor.multi_label)
                 if maps is not None:
-                    maps.add(prediction, label if label >= 0 else None, predictor.names)
+                    maps.add(prediction, None if label == -1 else label, predictor.names)
                 if prediction.error:
                     errors.append(prediction.error)
-                elif label >= 0:
+                elif label != -1:
                     accuracy.add(prediction.logits, label)
                     if report is not None:
                         report.add(prediction, label)
@@ -234,7 +278,7 @@ def main():
     if accuracy.images:
         print(accuracy_line(accuracy.metrics()))
         if report is not None:
-            report.write(predictor, accuracy.metrics(), args.images, len(errors))
+            report.write(predictor, accuracy, args.images, len(errors))
     for error in errors:
         print(error, file=sys.stderr)
     broken = sum(error.endswith(NOT_FINITE) for error in errors)
@@ -245,9 +289,16 @@ def main():
     return 1 if errors else 0
 
 
+def _named(label, names):
+    """(label, its name), or nothing for an unknown one."""
+    if isinstance(label, tuple):
+        return label, ', '.join(names[number] for number in label) or 'no label'
+    return (label, names[label]) if label >= 0 else ()
+
+
 def _print(prediction, label):
     if not prediction.error:
-        top = ', '.join(f'{name} {score:.1%}' for name, score in zip(prediction.names, prediction.scores))
+        top = ', '.join(f'{name} {score:.1%}' for name, score in zip(prediction.names, prediction.scores)) or 'no label'
         tqdm.write(f'{prediction.picture}: {top}', file=sys.stdout)
 
 

@@ -124,6 +124,15 @@ def all_reduce_sum(values):
     return tensor.tolist()
 
 
+def all_reduce_array(array, largest=False):
+    """Sums an array of the same shape over all processes, or takes the largest of each element; in its own dtype."""
+    if world_size() == 1:
+        return array
+    tensor = paddle.to_tensor(array)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return tensor.numpy()
+
+
 def all_gather_values(value):
     """The numbers passed by all processes, in the order of their ranks."""
     mine = [0.0] * world_size()
@@ -191,10 +200,21 @@ def accuracy_metrics(correct1, correct5, loss, images):
 def accuracy_line(metrics, name=''):
     """The line that every evaluation prints last, from a dict with acc1 and acc5 (percent), loss and images.
 
-    `name` tells models apart whose lines follow one another; it comes last.
+    With several labels per image, it is from one with mAP (percent), classes, loss and images. `name` tells models
+    apart whose lines follow one another; it comes last.
     """
+    if 'mAP' in metrics:
+        return (f"mAP {metrics['mAP']:.3f} classes {metrics['classes']} loss {metrics['loss']:.4f} "
+                f"images {metrics['images']}{name and ' ' + name}")
     return (f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
             f"images {metrics['images']}{name and ' ' + name}")
+
+
+def sigmoid(logits):
+    """Sigmoid of an array of logits, in float64 and without overflow."""
+    logits = np.asarray(logits, np.float64)
+    small = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1, small) / (1 + small)
 
 
 # ---- logs

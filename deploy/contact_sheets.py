@@ -51,15 +51,22 @@ class ContactSheets:
         if self._tiles:
             self._write()
 
-    def add(self, prediction, truth=None, truth_name=None):
+    def add(self, prediction, truth=None, truth_name=None, multi_label=False):
         """Adds the image of a `Prediction` with its predicted class and, if that is wrong, the true one in red.
 
         Args:
             truth: number of the true class, or None if it is unknown.
             truth_name: its name.
+            multi_label: whether `truth` is a tuple of classes, and `truth_name` the names of all of them.
         """
         if prediction.error:
             lines, frame = ['no prediction'], UNKNOWN
+        elif multi_label:
+            names = prediction.names if self._names else prediction.classes
+            lines = [', '.join(f'{name} {score:.0%}' for name, score in zip(names, prediction.scores)) or 'no label']
+            frame = UNKNOWN if truth is None else RIGHT if set(prediction.classes) == set(truth) else WRONG
+            if frame == WRONG:
+                lines.append('is ' + (truth_name if self._names else ', '.join(map(str, truth)) or 'no label'))
         else:
             name = prediction.names[0] if self._names else f'class {prediction.classes[0]}'
             lines = [f'{name} {prediction.scores[0]:.1%}']

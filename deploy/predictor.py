@@ -46,6 +46,9 @@ NOT_FINITE = "the model's logits are not finite"
 class Prediction:
     """The classes of an image, most probable first. If there is an `error`, the other fields are empty.
 
+    Probabilities are a softmax over the classes, or for a model with several labels per image (DATA.MULTI_LABEL) the
+    sigmoid of each class by itself; there may then be no class that reaches the threshold.
+
     Attributes:
         picture: the image as it was passed in: a path, a Pillow image or an array.
         classes, names, scores: numbers, names and probabilities of the `topk` most probable classes.
@@ -79,7 +82,9 @@ class Predictor:
         workers: number of decoding threads; None for one per core, at most 16.
         tta: 'flip' averages the probabilities of each image and its mirror image, see deploy/flip.py; the `logits` are
             then log-probabilities, and the features those of the image itself.
+        threshold: for a model with several labels per image: leave out classes with a score below; None for 0.5.
     Attributes:
+        multi_label: whether the model has several labels per image: its scores are then sigmoids, otherwise a softmax.
         origin: path or zoo name of the weights, or path of the exported program.
         settings: those of the model.
         names: names of all classes.
@@ -93,13 +98,15 @@ class Predictor:
     """
 
     def __init__(self, model, cfg=None, device='auto', batch_size=16, topk=5, features=False, backend='auto',
-                 workers=None, tta=''):
+                 workers=None, tta='', threshold=None):
         if backend not in BACKENDS:
             raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
         if min(batch_size, topk, 1 if workers is None else workers) < 1:
             raise UserError('-batch_size, -topk and -num_workers must be at least 1')
         if tta not in ('', 'flip'):
             raise UserError(f'-tta={tta}: choose flip, or leave it out')
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise UserError(f'-threshold={threshold}: a score is from 0 to 1')
         self.batch_size, self.topk, self.tta, self.features, self.network = batch_size, topk, tta, features, None
         self._workers = workers or min(16, os.cpu_count() or 1)
         exported = is_export(model)
@@ -117,8 +124,12 @@ class Predictor:
             self._load_export(model, cfg)
         else:
             self._load_weights(model, cfg)
+        if threshold is not None and not self.multi_label:
+            raise UserError(f'-threshold={threshold}: {model} has one label per image, so its scores add up to 1; '
+                            'leave it out')
+        self.threshold = 0.5 if threshold is None else threshold
         if tta:
-            self._compute = flip_averaged(self._compute, len(self.names))
+            self._compute = flip_averaged(self._compute, len(self.names), self.multi_label)
 
     def _fastest_backend(self, exported):
         # With the operator, Paddle Inference is a few per cent faster than dygraph (docs/benchmarks.md), but tracing
@@ -152,6 +163,7 @@ class Predictor:
     def _configure(self, config, folder, cfg):
         """Sets the transform and the class names, see `zoo.class_names_file`."""
         self.settings, self.transform, self.exif = config, get_transform(config, 'val'), config.DATA.EXIF
+        self.multi_label = config.DATA.MULTI_LABEL
         count, path = config.MODEL.NUM_CLASSES, class_names_file(config, folder, cfg)
         self.names = read_class_names(path, count) if path else [str(number) for number in range(count)]
 
@@ -241,10 +253,19 @@ class Predictor:
         if not np.isfinite(output).all():
             return Prediction(picture, error=f'{described(picture)}: {NOT_FINITE}')
         classes = np.argsort(-logits, kind='stable')[:self.topk]
-        exponentials = np.exp(logits - logits.max(), dtype=np.float64)
-        return Prediction(picture, classes.tolist(), [self.names[c] for c in classes],
-                          (exponentials / exponentials.sum())[classes].tolist(), logits,
+        scores = class_scores(logits, self.multi_label)
+        if self.multi_label:
+            classes = classes[scores[classes] >= self.threshold]
+        return Prediction(picture, classes.tolist(), [self.names[c] for c in classes], scores[classes].tolist(), logits,
                           features if self.features else None)
+
+
+def class_scores(logits, multi_label=False):
+    """The softmax of logits [K], or with `multi_label` their sigmoids; float64."""
+    if multi_label:
+        return utils.sigmoid(logits)
+    exponentials = np.exp(logits - logits.max(), dtype=np.float64)
+    return exponentials / exponentials.sum()
 
 
 def _unreadable(name, error):

@@ -46,6 +46,11 @@ def _classes(plan):
         yield 'MODEL.NUM_CLASSES is 1: a head with one output cannot tell classes apart; give the number of classes'
     for mode, labels in plan.labels.items():
         source = source_name(plan.config, mode)
+        if plan.config.DATA.MULTI_LABEL:
+            if (labels.sum(1) == 1).all():
+                yield (f'DATA.MULTI_LABEL is True, but each image of {source} has one label: without it, the scores '
+                       'are a softmax, which suits such lists better')
+            labels = np.flatnonzero(labels.any(0))
         beyond = labels[labels >= head]
         if len(beyond):
             yield (f'{source} has {len(np.unique(beyond)):,} classes for which the head of {head:,} classes has '
@@ -70,8 +75,8 @@ def _images(plan):
             continue
         rows = np.flatnonzero(np.isin(hashes, ordered[1:][again]))  # of all images that are listed more than once
         rows = rows[np.argsort(hashes[rows], kind='stable')]
-        named, labels = hashes[rows], plan.labels[mode][rows]
-        conflicting = np.flatnonzero((named[1:] == named[:-1]) & (labels[1:] != labels[:-1]))
+        named, labels = hashes[rows], plan.labels[mode][rows].reshape(len(rows), -1)
+        conflicting = np.flatnonzero((named[1:] == named[:-1]) & (labels[1:] != labels[:-1]).any(1))
         if len(conflicting):
             example = min(paths[rows[position]] for position in conflicting).decode(errors='backslashreplace')
             yield (f'{mode}_list.txt has {len(np.unique(named[conflicting])):,} images under more than one label, '

@@ -26,7 +26,7 @@ class Plan:
         config: settings, with the batch size and accumulation that fit a planned cluster.
         device: kind of device, such as 'gpu'.
         nodes, processes: numbers of machines, and of processes on all of them.
-        labels: {'train' or 'val': labels int64 [images]} of the lists that could be read.
+        labels: {'train' or 'val': labels} of the datasets that could be read.
         train: dataset of the training images, or None.
         paths: {'train' or 'val': paths in them, `image_files.entries.Paths`}.
         problems: {'data', 'train', 'val', 'classes' or 'batch': one line about what is wrong with it}.
@@ -118,7 +118,8 @@ def _read_lists(config):
     """{mode: dataset} of the lists, including labels beyond the classes of the head, and problems with them."""
     any_label = config.clone()
     any_label.defrost()
-    any_label.MODEL.NUM_CLASSES = 2**31
+    if not config.DATA.MULTI_LABEL:  # otherwise, the labels take a byte for each class of each image
+        any_label.MODEL.NUM_CLASSES = 2**31
     folder, datasets, problems = config.DATA.DATA_PATH, {}, {}
     if not os.path.isdir(folder):
         missing = f'{folder}: no such data folder' if folder else 'no data folder is given (-data_path)'

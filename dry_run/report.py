@@ -137,6 +137,9 @@ def _data(plan):
     rows = [('folder', config.DATA.DATA_PATH or 'none')]
     if 'train' not in plan.labels and plan.images and not config.EVAL:
         rows.append(('train', f'not read; {plan.images:,} images assumed, as in ImageNet'))
+    if config.DATA.MULTI_LABEL:
+        loss = 'bce' if config.TRAIN.LOSS == 'auto' else config.TRAIN.LOSS
+        rows.append(('labels', f'several per image: loss {loss}, sigmoid scores, the best checkpoint by mAP'))
     for mode, labels in plan.labels.items():
         rows += class_rows(mode, labels, config.MODEL.NUM_CLASSES, bars=mode != 'val')
     if os.path.isdir(config.DATA.DATA_PATH):

@@ -15,7 +15,7 @@ from datasets import eval_protocol
 from deploy.contact_sheets import LINE, MARGIN, RIGHT, UNKNOWN, WRONG, shortened
 from deploy.equivalence import layer_groups
 from deploy.layout import is_export
-from deploy.predictor import load_model
+from deploy.predictor import class_scores, load_model
 from errors import UserError
 from fuse import fuse, pack
 from image_files.decode import decode_image
@@ -137,20 +137,21 @@ class ActivationMaps:
 
         Args:
             prediction: a `Prediction`, of the path of an image.
-            label: number of its class, or None.
+            label: number of its class, or None; a tuple for a model with several labels per image.
             names: names of all classes.
         """
         if prediction.error:
             return
         if self._font is None:
             self._font = font_for(names) or ImageFont.load_default()
-        guess = prediction.classes[0]
-        classes = [guess] if label in (None, guess) else [guess, label]
-        shown, overlays = class_overlays(self._network, self._config, decode_image(
-            prediction.picture, self._config.DATA.EXIF), classes, self._stage)
-        frame = UNKNOWN if label is None else RIGHT if label == guess else WRONG
-        scores = np.exp(prediction.logits - prediction.logits.max(), dtype='float64')
-        scores /= scores.sum()
+        guess, data = int(np.argmax(prediction.logits)), self._config.DATA
+        labels = label if isinstance(label, tuple) else (label,)
+        others = [other for other in labels if other not in (None, guess)]
+        classes = [guess, *others[:1]]
+        image = decode_image(prediction.picture, data.EXIF)
+        shown, overlays = class_overlays(self._network, self._config, image, classes, self._stage)
+        frame = UNKNOWN if label is None else RIGHT if guess in labels else WRONG
+        scores = class_scores(prediction.logits, data.MULTI_LABEL)
         panels = [(shown, os.path.basename(prediction.picture), UNKNOWN)]
         for number, image, colour in zip(classes, overlays, (frame, UNKNOWN)):
             title = f'{"predicted" if number == guess else "label"}: {names[number]}, {scores[number]:.1%}'

@@ -77,8 +77,12 @@ def write_page(folder, content):
         folder: the folder.
         content: `Content`.
     """
-    body = '\n'.join((_head(content), _mistakes(folder, content), _confusion(folder, content), _classes(content),
-                      _calibration(folder, content)))
+    write_body(folder, '\n'.join((_head(content), _mistakes(folder, content), _confusion(folder, content),
+                                  _classes(content), _calibration(folder, content))))
+
+
+def write_body(folder, body):
+    """Writes report.html with this content of its body, HTML."""
     page = (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Evaluation</title>\n'
             f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n'
             f'<script>{_SCRIPT}</script>\n</head>\n<body>\n{body}\n</body>\n</html>\n')
@@ -91,15 +95,20 @@ def _head(content):
     figures = [('top-1 accuracy', f"{accuracy['acc1']:.3f} %")]
     if len(content.names) > 5:
         figures.append(('top-5 accuracy', f"{accuracy['acc5']:.3f} %"))
-    figures += [('mean accuracy of the classes', _percent(_mean(classes.recall))),
-                ('mean F1', _percent(_mean(classes.f1))), ('cross-entropy', f"{accuracy['loss']:.4f}"),
-                ('ECE', _percent(content.curve.ece)), ('images', f'{len(content.paths):,}'),
+    figures += [('mean accuracy of the classes', percent(mean(classes.recall))),
+                ('mean F1', percent(mean(classes.f1))), ('cross-entropy', f"{accuracy['loss']:.4f}"),
+                ('ECE', percent(content.curve.ece)), ('images', f'{len(content.paths):,}'),
                 ('classes', f'{len(content.names):,}')]
     without = np.count_nonzero(classes.support == 0)
     if without:
         figures.append(('classes without images', f'{without:,}'))
+    return headed(figures, content.facts)
+
+
+def headed(figures, facts):
+    """The head of the page: tiles of (name, text), and a list of the facts {name: text}."""
     tiles = ''.join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in figures)
-    facts = ''.join(f'<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>' for name, value in content.facts.items())
+    facts = ''.join(f'<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>' for name, value in facts.items())
     return f'<h1>Evaluation</h1>\n<div class="tiles">{tiles}</div>\n<dl>{facts}</dl>'
 
 
@@ -107,55 +116,60 @@ def _mistakes(folder, content):
     outcome, names = content.outcome, content.names
     if not len(content.mistakes):
         return '<h2>Most confident mistakes</h2>\n<p>No image is predicted wrongly.</p>'
-    sheets = ''.join(_image(path, 'contact sheet of mistakes')
-                     for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'mistakes', '*.png'))))
-    rows = ([(content.paths[index],), (_named(outcome.labels[index], names),),
-             (_named(outcome.predicted[index], names),), _percent(outcome.confidence[index]),
-             _percent(outcome.label_probability[index])] for index in content.mistakes)
+    sheets = mistake_sheets(folder)
+    rows = ([(content.paths[index],), (named(outcome.labels[index], names),),
+             (named(outcome.predicted[index], names),), percent(outcome.confidence[index]),
+             percent(outcome.label_probability[index])] for index in content.mistakes)
     wrong = np.count_nonzero(outcome.labels != outcome.predicted)
     return (f'<h2>Most confident mistakes</h2>\n<p>The {len(content.mistakes)} of {wrong:,} mistakes with the highest '
             'probability of the wrong class. Wrong labels are often among them. mistakes.csv has all.</p>\n' + sheets
-            + _table(['image', 'label', 'predicted', '#probability', '#of the label'], rows))
+            + table(['image', 'label', 'predicted', '#probability', '#of the label'], rows))
+
+
+def mistake_sheets(folder):
+    """The contact sheets of mistakes of a report."""
+    return ''.join(_image(path, 'contact sheet of mistakes')
+                   for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'mistakes', '*.png'))))
 
 
 def _confusion(folder, content):
     names, support = content.names, content.classes.support
-    rows = ([(_named(label, names),), (_named(guess, names),), f'{images}', _percent(images / support[label])]
+    rows = ([(named(label, names),), (named(guess, names),), f'{images}', percent(images / support[label])]
             for label, guess, images in zip(*(values[:SHOWN_PAIRS] for values in content.pairs)))
     what = 'Confusion matrix' if len(names) <= MATRIX_UP_TO else 'Most confused pairs of classes'
-    table = _table(['label', 'predicted', '#images', "#share of the label's images"], rows) if len(
+    pairs = table(['label', 'predicted', '#images', "#share of the label's images"], rows) if len(
         content.pairs[0]) else ''
-    return f"<h2>Confusion</h2>\n{_image(os.path.join(folder, 'confusion.png'), what)}\n{table}"
+    return f"<h2>Confusion</h2>\n{_image(os.path.join(folder, 'confusion.png'), what)}\n{pairs}"
 
 
 def _classes(content):
     classes, names = content.classes, content.names
     often = {}
     for label, guess, images in zip(*content.pairs):  # most images first
-        often.setdefault(label, f'{_named(guess, names)} ({images})')
-    rows = ([str(number), (name,), *map(_percent, (classes.recall[number], classes.precision[number],
+        often.setdefault(label, f'{named(guess, names)} ({images})')
+    rows = ([str(number), (name,), *map(percent, (classes.recall[number], classes.precision[number],
                                                    classes.f1[number])),
              str(classes.support[number]), str(classes.predictions[number]), (often.get(number, ''),)]
             for number, name in enumerate(names))
     return ('<h2>Classes</h2>\n<p>Accuracy is the share of the images of a class that are predicted to be of it '
             '(recall); precision is the share of the images predicted to be of a class that are. A dash means that '
             'there are no such images. Click a heading to sort.</p>\n'
-            + _table(['#class', 'name', '#accuracy', '#precision', '#F1', '#images', '#predictions',
+            + table(['#class', 'name', '#accuracy', '#precision', '#F1', '#images', '#predictions',
                       'most often taken for'], rows))
 
 
 def _calibration(folder, content):
     curve = content.curve
-    rows = ([f'{low:.3f} to {high:.3f}', str(images), _percent(confidence), _percent(share)]
+    rows = ([f'{low:.3f} to {high:.3f}', str(images), percent(confidence), percent(share)]
             for low, high, images, confidence, share in
             zip(curve.edges, curve.edges[1:], curve.images, curve.confidence, curve.accuracy))
     return ('<h2>Calibration</h2>\n<p>Of the images predicted with a probability near 80 %, 80 % should be right. The '
             'expected calibration error (ECE) is the mean distance between the two, over 15 bins of equal width.</p>\n'
             + _image(os.path.join(folder, 'calibration.png'), 'calibration curve')
-            + _table(['#confidence', '#images', '#mean confidence', '#accuracy'], rows))
+            + table(['#confidence', '#images', '#mean confidence', '#accuracy'], rows))
 
 
-def _table(columns, rows):
+def table(columns, rows):
     """A sortable table. A column whose heading starts with # has numbers; cells of text are tuples of one string."""
     head = ''.join(f'<th onclick="sortBy(this)"{_KIND[column[0] == "#"]}>{escape(column.lstrip("#"))}</th>'
                    for column in columns)
@@ -173,14 +187,14 @@ def _image(path, description):
     return f'<img src="data:image/png;base64,{data}" alt="{description}">'
 
 
-def _named(number, names):
+def named(number, names):
     return names[number] if names[number] == str(number) else f'{number} {names[number]}'
 
 
-def _mean(values):
+def mean(values):
     """Mean over the classes for which the value is defined."""
     return np.nanmean(values) if np.isfinite(values).any() else np.nan
 
 
-def _percent(share):
+def percent(share):
     return '–' if np.isnan(share) else f'{100 * share:.2f} %'

@@ -9,8 +9,8 @@
     confusion.png, calibration.png
     mistakes/sheet_0001.png   the 60 most confident mistakes
 """
-import csv
 import os
+from functools import partial
 
 import numpy as np
 import paddle
@@ -23,7 +23,10 @@ from deploy.predictor import Prediction
 from errors import UserError
 from evaluation import metrics
 from evaluation.figures import draw_calibration, draw_confusion, require_matplotlib
+from evaluation.multi_label import Scores
+from evaluation.multi_label_report import write_multi_label_files
 from evaluation.page import Content, write_page
+from evaluation.tables import digits, write_table
 
 SHOWN_MISTAKES = 60  # two contact sheets
 WHOLE_MATRIX_UP_TO = 2000  # classes
@@ -44,14 +47,17 @@ def report_of_run(config, predictions, accuracy, origin, data):
 
     Args:
         config: settings of the run; EVAL_REPORT is the folder.
-        predictions: `Predictions` of this rank's share of the validation set.
+        predictions: `Predictions` of this rank's share of the validation set; with DATA.MULTI_LABEL the
+            `multi_label.Scores` of all of it.
         accuracy: result of `engine.evaluate`.
         origin: where the weights come from.
         data: `training.data.RunData`.
     """
     size = len(data.val)
-    sampler = EvalBatchSampler(size, config.DATA.BATCH_SIZE_EVAL, utils.rank(), utils.world_size())
-    outcome = predictions.gather([index for batch in sampler for index in batch], size)
+    outcome = predictions
+    if not config.DATA.MULTI_LABEL:
+        sampler = EvalBatchSampler(size, config.DATA.BATCH_SIZE_EVAL, utils.rank(), utils.world_size())
+        outcome = predictions.gather([index for batch in sampler for index in batch], size)
     if utils.is_main():
         names = data.names or [str(number) for number in range(config.MODEL.NUM_CLASSES)]
         facts = {'weights': origin, 'images': data.val.list_file, **_protocol(config, config.EVAL_TTA),
@@ -65,14 +71,15 @@ def report_of_predictions(folder, predictions, paths, accuracy, predictor, facts
 
     Args:
         folder: see `write_report`.
-        predictions: `Predictions` of the images whose label is known.
+        predictions: `Predictions` or `multi_label.Scores` of the images whose label is known.
         paths: their paths.
-        accuracy: result of `utils.accuracy_metrics`.
+        accuracy: result of `utils.accuracy_metrics` or `multi_label.Scores.metrics`.
         predictor: the `Predictor`.
         facts: {name: text}, also shown.
     """
     facts = {'weights': predictor.origin, **facts, **_protocol(predictor.settings, predictor.tta)}
-    write_report(folder, predictions.outcome(), paths, predictor.names, accuracy, facts)
+    outcome = predictions if predictor.multi_label else predictions.outcome()
+    write_report(folder, outcome, paths, predictor.names, accuracy, facts)
 
 
 def _protocol(config, tta):
@@ -88,21 +95,24 @@ def write_report(folder, outcome, paths, names, accuracy, facts):
 
     Args:
         folder: a folder that is empty or does not exist.
-        outcome: `metrics.Outcome` of n images.
+        outcome: `metrics.Outcome` of n images, or `multi_label.Scores` after its `metrics`.
         paths: paths of the n images.
         names: names of all classes.
-        accuracy: dict of acc1, acc5 and loss.
+        accuracy: dict of acc1, acc5 and loss; for `Scores` the result of its `metrics`.
         facts: {name: text}, shown at the head of the page.
     Raises:
         UserError: the folder cannot be written, or logits are not finite.
     """
-    broken = np.flatnonzero(~np.isfinite(outcome.confidence))
+    several = isinstance(outcome, Scores)
+    finite = np.isfinite(outcome.logits).all(1) if several else np.isfinite(outcome.confidence)
+    broken = np.flatnonzero(~finite)
     if len(broken):
         raise UserError(f'-report={folder}: the logits of {len(broken)} of {len(paths)} images are not finite, first '
                         f'those of {paths[broken[0]]}; evaluate without -amp, or check the weights')
     try:
         with atomic_folder(folder) as scratch:
-            _write_files(scratch, outcome, paths, names, accuracy, facts)
+            write = write_multi_label_files if several else _write_files
+            write(scratch, outcome, paths, names, accuracy, facts)
     except OSError as error:
         raise UserError(f'-report={folder}: cannot be written: {error.strerror or error}') from None
 
@@ -112,14 +122,9 @@ def _write_files(folder, outcome, paths, names, accuracy, facts):
     wrong = metrics.mistakes(outcome)
     pairs = metrics.confused_pairs(outcome, len(names))
 
-    def table(name, header, rows):
-        with open(os.path.join(folder, name), 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(header)
-            writer.writerows(rows)
-
+    table = partial(write_table, folder)
     table('classes.csv', ['class', 'name', 'accuracy', 'precision', 'f1', 'images', 'predictions', 'correct'], (
-        [number, names[number], *map(_text, (classes.recall[number], classes.precision[number], classes.f1[number])),
+        [number, names[number], *map(digits, (classes.recall[number], classes.precision[number], classes.f1[number])),
          classes.support[number], classes.predictions[number], classes.correct[number]]
         for number in range(len(names))))
     table('confused_pairs.csv', ['label', 'label_name', 'predicted', 'predicted_name', 'images'], (
@@ -128,12 +133,13 @@ def _write_files(folder, outcome, paths, names, accuracy, facts):
         table('confusion.csv', ['label', 'name', *range(len(names))], _matrix_rows(outcome, names))
     table('mistakes.csv', ['picture', 'label', 'label_name', 'predicted', 'predicted_name', 'probability',
                            'label_probability'], (
-        [paths[index], label, names[label], guess, names[guess], _text(outcome.confidence[index]),
-         _text(outcome.label_probability[index])]
+        [paths[index], label, names[label], guess, names[guess], digits(outcome.confidence[index]),
+         digits(outcome.label_probability[index])]
         for index, label, guess in zip(wrong, outcome.labels[wrong], outcome.predicted[wrong])))
     table('calibration.csv', ['above', 'up_to', 'images', 'confidence', 'accuracy'], (
-        [_text(low), _text(high), images, _text(confidence), _text(share)] for low, high, images, confidence, share in
-        zip(curve.edges, curve.edges[1:], curve.images, curve.confidence, curve.accuracy)))
+        [digits(low), digits(high), images, digits(confidence), digits(share)]
+        for low, high, images, confidence, share in zip(curve.edges, curve.edges[1:], curve.images, curve.confidence,
+                                                        curve.accuracy)))
     draw_confusion(outcome, names, os.path.join(folder, 'confusion.png'))
     draw_calibration(curve, os.path.join(folder, 'calibration.png'))
     shown = wrong[:SHOWN_MISTAKES]
@@ -153,8 +159,3 @@ def _matrix_rows(outcome, names):
         row, cells = np.zeros(len(names), int), slice(starts[number], starts[number + 1])
         row[predicted[cells]] = counts[cells]
         yield [number, name, *row]
-
-
-def _text(value):
-    """A share with six decimals; empty where it is undefined."""
-    return '' if np.isnan(value) else f'{value:.6f}'

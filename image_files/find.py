@@ -7,7 +7,7 @@ from PIL import Image
 
 from errors import UserError
 from image_files.decode import HEIF, enable_heif
-from image_files.lists import list_identity, read_list
+from image_files.lists import read_any_list
 from image_files.shards import open_shards
 
 logger = logging.getLogger('replknet')
@@ -22,7 +22,8 @@ def find_images(sources):
     Args:
         sources: paths of images, folders and lists (.txt).
     Returns:
-        (list of paths, list of their labels); a label is -1 where it is unknown.
+        (list of paths, list of their labels); a label is -1 where it is unknown, and a tuple in a list in which images
+        have several.
     Raises:
         UserError: a folder without images, or a list that cannot be used.
     """
@@ -32,14 +33,14 @@ def find_images(sources):
             found = images_in(source)
             found_labels = [-1] * len(found)
         elif source.lower().endswith('.txt'):
-            names, found_labels = read_list(source, unlabelled=True)
-            shards, folder = open_shards(source, lambda: list_identity(names, found_labels)), os.path.dirname(source)  # noqa: B023
+            names, found_labels = read_any_list(source)
+            shards, folder = open_shards(source, names), os.path.dirname(source)
             found = [shards.image(index, os.fsdecode(name)) if shards else os.path.join(folder, os.fsdecode(name))
                      for index, name in enumerate(names)]
         else:
             found, found_labels = [source], [-1]
         paths += found
-        labels += map(int, found_labels)
+        labels += (label if isinstance(label, tuple) else int(label) for label in found_labels)
     return paths, labels
 
 

@@ -11,7 +11,7 @@ def class_rows(title, labels, classes, bars=True, names=None, known="the head's 
 
     Args:
         title: of the first row.
-        labels: int array [N], not empty.
+        labels: int array [N], not empty; or uint8 [N, K] where images have several, 1 for each label.
         classes: number of outputs of the model.
         bars: whether to add a bar for each class, or with many classes for each range of counts.
         names: names of the classes, or None.
@@ -19,10 +19,18 @@ def class_rows(title, labels, classes, bars=True, names=None, known="the head's 
     Returns:
         list of (label, text).
     """
-    found, counts = np.unique(labels, return_counts=True)
+    if labels.ndim == 1:
+        (found, counts), several = np.unique(labels, return_counts=True), ''
+    else:
+        counts, sizes = labels.sum(0, dtype=int), labels.sum(1, dtype=int)
+        found = np.flatnonzero(counts)
+        counts = counts[found]
+        several = f'; labels per image: mean {sizes.mean():.2f}, max {sizes.max():,}, {(sizes == 0).sum():,} without'
+        if not len(found):
+            return [(title, f'{len(labels):,} images, all without labels')]
     rows = [(title, f'{len(labels):,} images, {len(found):,} classes, {classes - (found < classes).sum():,} of '
                    f'{known} without images; images per class: min {counts.min():,}, median '
-                   f'{np.median(counts):,.0f}, max {counts.max():,}')]
+                   f'{np.median(counts):,.0f}, max {counts.max():,}{several}')]
     low, high = counts.min(), counts.max() + 1
     if not bars or classes > 12 and high - low == 1:
         return rows

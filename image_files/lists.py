@@ -17,60 +17,131 @@ _SYNSETS = {0: b'n01440764', 999: b'n15075141'}  # the first and the last of Ima
 _UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
-def read_list(path, num_classes=None, unlabelled=False):
+def read_list(path, num_classes=None, unlabelled=False, multi_label=False):
     """Reads a list file of 'relative/path label' lines. Blank lines at its end are ignored.
 
     Args:
         path: path of the list file.
         num_classes: labels must be in [0, num_classes); None for no limit.
-        unlabelled: whether lines may have no label.
+        unlabelled: whether lines may have no label; not with `multi_label`.
+        multi_label: whether an image may have several labels, '1,4,7', or none, '-'.
 
     Returns:
-        paths (`entries.Paths`) and labels (int64 array, -1 where there is none), one element per line.
+        paths (`entries.Paths` [n]) and labels: int64 array [n], -1 where there is none; with `multi_label` uint8 array
+        [n, num_classes], 1 for each label of an image (without `num_classes` as wide as the highest label needs).
 
     Raises:
         FileNotFoundError: the list does not exist.
-        DataError: a line is blank or malformed, or its label is out of range.
+        DataError: a line is blank or malformed, or a label of it is out of range or repeated.
     """
+    if multi_label:
+        entries = list(_multi_label_entries(path, num_classes))
+        width = num_classes or 1 + max((label for _, labels in entries for label in labels), default=0)
+        targets = np.zeros([len(entries), width], np.uint8)
+        for row, (_, labels) in zip(targets, entries):
+            row[list(labels)] = 1
+        return Paths.of([name for name, _ in entries]), targets
 
     def read_line(line, number):
-        name, label = line.strip(), -1
-        fields = name.rsplit(None, 1)
-        if len(fields) == 2 and re.fullmatch(rb'-?\d+', fields[1]):
-            name, label = fields[0], int(fields[1])
-            if label < 0 or label >= (2**63 if num_classes is None else num_classes):
-                limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
-                raise DataError(f'{path}:{number}: label {label} is out of range{limit}')
-        elif not (unlabelled and name):
-            text = line.decode(errors='replace').strip()[:80]
-            raise DataError(f"{path}:{number}: expected 'relative/path label', got {text!r}")
-        return name, label
+        return _entry(f'{path}:{number}', line, _label, num_classes, unlabelled, "'relative/path label'")
 
-    try:
-        content = _content(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
-                                'and val_list.txt') from None
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
-    beginning = content[:3].tobytes()
-    _refuse_utf16(path, beginning)
-    start = len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
+    content, start = _content(path)
     paths, labels = parse_entries(content, start, read_line, num_classes)
     if not len(paths):
         raise DataError(f'{path}: the list is empty')
     return paths, labels
 
 
+def read_any_list(path):
+    """Reads a list of which it is not known whether images may have several labels, or whether all have one.
+
+    Returns:
+        paths (`entries.Paths`) and a sequence of labels: -1 where there is none; with several labels per image,
+        tuples of them.
+    Raises:
+        see `read_list`.
+    """
+    if not is_multi_label(path):
+        return read_list(path, unlabelled=True)
+    names, labels = zip(*_multi_label_entries(path, None, unlabelled=True))
+    return Paths.of(names), labels
+
+
+def is_multi_label(path):
+    """Whether a line of a list has several labels, or '-' for none; raises like `read_list`."""
+    content, start = _content(path)
+    return re.search(rb'[^\s][^\S\n]+(-|\d+(,\d+)+)[^\S\n]*(\n|\Z)', content[start:]) is not None
+
+
+def _multi_label_entries(path, num_classes, unlabelled=False):
+    """Yields (path, tuple of labels) of each line; -1 where it has none, if it may be `unlabelled`."""
+    content, start = _content(path)
+    lines = content[start:].tobytes().rstrip().splitlines()
+    if not lines:
+        raise DataError(f'{path}: the list is empty')
+    for number, line in enumerate(lines, 1):
+        yield _entry(f'{path}:{number}', line, _labels, num_classes, unlabelled,
+                     "'relative/path 1,4,7', or '-' for no label")
+
+
+def _entry(where, line, parse, num_classes, unlabelled, expected):
+    """(path, label or labels) of a line, -1 where it has none."""
+    name = line.strip()
+    fields = name.rsplit(None, 1)
+    found = parse(where, *fields) if len(fields) == 2 else None
+    if found is None:
+        if unlabelled and name:
+            return name, -1
+        raise DataError(f'{where}: expected {expected}, got {line.decode(errors="replace").strip()[:80]!r}')
+    for label in found if isinstance(found, tuple) else (found,):
+        if label < 0 or label >= (2**63 if num_classes is None else num_classes):
+            limit = '' if num_classes is None else f', must be 0 to {num_classes - 1} for {num_classes} classes'
+            raise DataError(f'{where}: label {label} is out of range{limit}')
+    return fields[0], found
+
+
+def _label(where, _, text):
+    """The label of a line, or None if its last field is none."""
+    if re.fullmatch(rb'\d+(,\d+)+', text):
+        raise DataError(f'{where}: labels {text.decode()}: several labels for an image need DATA.MULTI_LABEL True')
+    return int(text) if re.fullmatch(rb'-?\d+', text) else None
+
+
+def _labels(where, name, text):
+    """The labels of a line as a tuple, or None if its last field is not the labels."""
+    if text == b'-':
+        return ()
+    if not re.fullmatch(rb'-?\d+(,-?\d+)*', text):
+        return None
+    labels = tuple(map(int, text.split(b',')))
+    if name.endswith(b','):
+        raise DataError(f'{where}: write the labels without spaces between them, such as 1,4,7')
+    if len(set(labels)) < len(labels):
+        raise DataError(f'{where}: labels {text.decode()}: a label is repeated')
+    return labels
+
+
 def _content(path):
-    """The contents of a file, uint8 [bytes], in memory that can be made smaller."""
-    with open(path, 'rb') as file:
-        content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-        count = file.readinto(content)
-        rest = file.read()  # of a pipe, which has no size, or of a file that has grown
-    if count == len(content) and not rest:
-        return content
-    return np.concatenate([content[:count], np.frombuffer(rest, np.uint8)])
+    """The contents of a list, uint8 [bytes] in memory that can be made smaller, and the position of its first line.
+
+    Raises:
+        see `read_list`.
+    """
+    try:
+        with open(path, 'rb') as file:
+            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            count = file.readinto(content)
+            rest = file.read()  # of a pipe, which has no size, or of a file that has grown
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such list file; the data folder (-data_path) must contain train_list.txt '
+                                'and val_list.txt') from None
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
+    if count != len(content) or rest:
+        content = np.concatenate([content[:count], np.frombuffer(rest, np.uint8)])
+    beginning = content[:3].tobytes()
+    _refuse_utf16(path, beginning)
+    return content, len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
 
 
 def read_class_names(path, num_classes=None):
@@ -116,8 +187,14 @@ def list_identity(paths, labels):
         {'digest': SHA-256 of the entries in their order, in hexadecimal, 'length': number of entries}.
     """
     digest = hashlib.sha256(Paths.of(paths).joined())
-    digest.update(labels.astype('<i8').tobytes())
+    digest.update((labels.astype('<i8') if labels.ndim == 1 else labels).tobytes())
     return {'digest': digest.hexdigest(), 'length': len(labels)}
+
+
+def paths_identity(paths):
+    """The same as `list_identity` for the paths alone."""
+    paths = Paths.of(paths)
+    return {'digest': hashlib.sha256(paths.joined()).hexdigest(), 'length': len(paths)}
 
 
 def names_identity(names):
@@ -185,13 +262,20 @@ def write_list(path, images, labels):
     Args:
         path: the list file.
         images: paths of the images.
-        labels: their labels; below 0 for none.
+        labels: their labels, below 0 for none; or tuples of labels.
     Raises:
         DataError: see `list_entry`.
         OSError: the file cannot be written.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    lines = [list_entry(image, folder) + (b' %d' % label if label >= 0 else b'') + b'\n'
+    lines = [list_entry(image, folder) + (b' ' + label_text(label).encode()).rstrip() + b'\n'
              for image, label in zip(images, labels)]
     with atomic_file(path) as file:
         file.writelines(lines)
+
+
+def label_text(label):
+    """A label, or a tuple of them, as in a list; '' for an unknown one."""
+    if isinstance(label, tuple):
+        return ','.join(map(str, label)) or '-'
+    return str(label) if label >= 0 else ''

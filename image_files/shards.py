@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from image_files.decode import ImageInside, ShardError
+from image_files.lists import paths_identity
 
 INDEX, ENTRIES = 'index.json', 'index.npy'
 ENTRY = np.dtype([('offset', '<u8'), ('size', '<u4'), ('crc32', '<u4')])  # of an image file in its shard
@@ -37,16 +38,16 @@ class Shards:
 
     Args:
         list_file: the list.
-        identity: `lists.list_identity` of it.
+        paths: the paths in it.
     Raises:
-        ShardError: a file is missing, cut or changed, or the list has changed since the shards were written.
+        ShardError: a file is missing, cut or changed, or the list has other paths than when the shards were written.
     """
 
-    def __init__(self, list_file, identity):
+    def __init__(self, list_file, paths):
         self.folder = shards_folder(list_file)
         written, self._sizes, images, crc32 = self._read_index()
-        if written != identity:
-            raise ShardError(f'{list_file}: has changed since its shards were written, when it had '
+        if written != paths_identity(paths):
+            raise ShardError(f'{list_file}: its paths have changed since its shards were written, when it had '
                              f'{written["length"]:,} entries; restore the list, or write the shards anew with '
                              'tools/make_shards.py')
         self._first = np.cumsum([0, *images])
@@ -176,11 +177,11 @@ class ShardImage(ImageInside):
         return self.shards.read(self.index)
 
 
-def open_shards(list_file, identity):
+def open_shards(list_file, paths):
     """The `Shards` of a list (.txt), or None if it has none.
 
     Args:
-        identity: function that computes `lists.list_identity` of the list.
+        paths: the paths in it.
     """
     is_list = os.fspath(list_file).endswith('.txt')
-    return Shards(list_file, identity()) if is_list and os.path.isdir(shards_folder(list_file)) else None
+    return Shards(list_file, paths) if is_list and os.path.isdir(shards_folder(list_file)) else None

@@ -89,7 +89,8 @@ def _collate(samples):
     images = np.stack(images)
     if images.ndim == 5:
         images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
-    return [images, np.array(labels, dtype=np.int64), '\n'.join(filter(None, replaced)), '']
+    labels = np.array(labels)  # uint8 [n, classes] where an image has several
+    return [images, labels.astype(np.int64 if labels.ndim == 1 else np.float32), '\n'.join(filter(None, replaced)), '']
 
 
 def _exit_with_parent(_):
@@ -177,7 +178,7 @@ class DataLoader(paddle.io.DataLoader):
     """Paddle's DataLoader for the datasets of this module; a worker's DataError is raised in the main process.
 
     Yields images, float32 [n, 3, H, W], or [views x n, 3, H, W] with the first view of all images before the second,
-    and labels, int64 [n].
+    and labels, int64 [n], or float32 [n, classes] where an image has several.
     Workers are started for each iteration, in about 0.1 s: Paddle's persistent workers take longer to resume and fail
     after an iteration that was not finished.
 

@@ -46,7 +46,8 @@ SCHEMA = {
     'step': Entry(int, True, 'completed optimizer steps of all epochs'),
     'sums': Entry(dict, False, 'steps and running sums of the current epoch: see training.progress.epoch_sums'),
     'best': Entry(dict, True, "{'model', 'model_ema': metrics of the best evaluation, and its epoch}"),
-    'numbered': Entry(dict, False, "{file: {'epoch', 'acc1' in percent or None, 'weights'}} of numbered checkpoints"),
+    'numbered': Entry(dict, False, "{file: {'epoch', 'acc1' (or mAP) in percent or None, 'weights'}} of numbered "
+                                   'checkpoints'),
     'config': Entry(str, True, 'settings as YAML: see config.config_text'),
     'data': Entry(dict, False, "{'train', 'val', 'classes': {'digest', 'length'}} of the lists and of classes.txt: see "
                                'image_files.lists.list_identity'),

@@ -21,6 +21,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel('training loss', 'loss', ('step', 'train')),
     Panel('top-1 accuracy, %', 'acc1', ('eval',)),
+    Panel('mAP, %', 'mAP', ('eval',)),
     Panel('validation loss', 'loss', ('eval',)),
     Panel('learning rate', 'lr', ('step',)),
     Panel('gradient norm', 'grad_norm', ('step',), logarithmic=True),

@@ -5,8 +5,8 @@ steps done so far). The other keys depend on the event:
 
     step    every REPORT_FREQ steps, `epoch` being a fraction: loss, lr, grad_norm, images_per_s, loss_scale (with AMP)
     train   after each epoch: processes, and what `training.engine.train_one_epoch` returns
-    eval    after each evaluation: weights ('model' or 'model_ema'), acc1, acc5, loss, images;
-            after -eval without weights, epoch and step
+    eval    after each evaluation: weights ('model' or 'model_ema'), acc1, acc5, loss, images (with DATA.MULTI_LABEL
+            mAP, classes, loss, images); after -eval without weights, epoch and step
     data    when a run is resumed with other data (DATA.ALLOW_CHANGES): changed, a list of 'train', 'val', 'classes'
 """
 import json
@@ -40,8 +40,13 @@ def read_metrics(folder):
     return records
 
 
+def main_metric(metrics):
+    """(name, value in percent) of what decides which of several evaluations is best."""
+    return ('mAP', metrics['mAP']) if 'mAP' in metrics else ('Acc@1', metrics['acc1'])
+
+
 def best_checkpoint(folder):
-    """The checkpoint of a run folder with the best evaluated accuracy, or its last one if nothing was evaluated.
+    """The checkpoint of a run folder with the best evaluated accuracy or mAP, or its last one if nothing was evaluated.
 
     Raises:
         UserError: the folder has no checkpoint.
@@ -53,7 +58,7 @@ def best_checkpoint(folder):
                 accuracy.clear()  # measured on other images
             elif record['event'] == 'eval' and record.get('weights') in BEST:
                 name = BEST[record['weights']]
-                accuracy[name] = max(record['acc1'], accuracy.get(name, 0))
+                accuracy[name] = max(main_metric(record)[1], accuracy.get(name, 0))
     for name in (*sorted(accuracy, key=accuracy.get, reverse=True), *BEST.values(), LAST):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)

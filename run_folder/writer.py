@@ -161,7 +161,8 @@ class RunFolder:
 
         Args:
             state: as in `checkpoint.SCHEMA`; its entry 'numbered' is updated in place.
-            accuracies: {'model' or 'model_ema': top-1 accuracy in percent} after this epoch, {} if not evaluated.
+            accuracies: {'model' or 'model_ema': top-1 accuracy or mAP in percent} after this epoch, {} if not
+                evaluated.
             improved: keys of `accuracies` that are the best so far.
         """
         for key in improved:
@@ -222,12 +223,14 @@ class RunFolder:
             where = f'in {path}' if os.path.exists(path) else 'in the folder of the run it was resumed from'
             if BEST[key] in self._pending:
                 where = f'(not saved: {path} has an earlier epoch)' if os.path.exists(path) else '(not saved)'
-            logger.info(f"best {'EMA' if key == 'model_ema' else 'model'}: epoch {metrics['epoch']} "
-                        f"Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} {where}")
+            accuracy = ' '.join(f'{label} {metrics[name]:.3f}' for label, name in (
+                ('Acc@1', 'acc1'), ('Acc@5', 'acc5'), ('mAP', 'mAP')) if name in metrics)
+            logger.info(f"best {'EMA' if key == 'model_ema' else 'model'}: epoch {metrics['epoch']} {accuracy} {where}")
         for name in numbered_to_keep(numbered, every=1):
             entry = numbered[name]
+            metric = 'mAP' if self.config.DATA.MULTI_LABEL else 'Acc@1'
             accuracy = 'not evaluated' if entry['acc1'] is None else (
-                f"Acc@1 {entry['acc1']:.3f} ({'EMA' if entry['weights'] == 'model_ema' else 'model'})")
+                f"{metric} {entry['acc1']:.3f} ({'EMA' if entry['weights'] == 'model_ema' else 'model'})")
             state = 'not saved' if name in self._pending else 'kept'
             logger.info(f'{state}: {os.path.join(self.path, name)} {accuracy}')
         logger.info(f'run folder {self.path}')

@@ -71,6 +71,7 @@ class Worker:
 
     def _decode(self, request, data):
         try:
+            guess = int(np.argmax(prediction.logits))  # with several labels per image, none may reach the threshold
             image = decode(data, self._formats, self._pixels, request['upright'])
             self._decoded.put((request, data, self._predictor.transform(image)))
         except Refusal as error:
@@ -113,12 +114,12 @@ class Worker:
         if request['features']:
             result['features'] = prediction.features.tolist()
         if request['cam']:
+            guess = int(np.argmax(prediction.logits))  # with several labels per image, none may reach the threshold
             image = decode(data, self._formats, self._pixels, request['upright'])
-            _, (overlay,) = class_overlays(self._predictor.network, self._predictor.settings, image,
-                                           prediction.classes[:1])
+            _, (overlay,) = class_overlays(self._predictor.network, self._predictor.settings, image, [guess])
             file = io.BytesIO()
             overlay.save(file, format='PNG')
-            result['cam'] = {'class': prediction.classes[0], 'png': base64.b64encode(file.getvalue()).decode()}
+            result['cam'] = {'class': guess, 'png': base64.b64encode(file.getvalue()).decode()}
         return result
 
     def _fail(self, request, error):

@@ -50,6 +50,9 @@ def check_model(config):
 
 
 def check_data(config):
+    if config.DATA.MULTI_LABEL and config.DATA.DATASET == 'image_folder':
+        yield ('DATA.MULTI_LABEL', 'needs lists, but DATA.DATASET is image_folder, in which an image has one label, '
+               'its folder', 'DATA.DATASET')
     for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
         values = setting(config, key)
         if max(values) > 1:
@@ -91,6 +94,8 @@ def check_mixup(config):
 
 def check_loss(config):
     train = config.TRAIN
+    if config.DATA.MULTI_LABEL:
+        yield from _check_multi_label(train)
     if train.LOSS == 'soft_target' and train.MIXUP_PROB == 0:
         yield ('TRAIN.LOSS', 'is soft_target, for the targets of mixup, but TRAIN.MIXUP_PROB is 0; use label_smoothing',
                'TRAIN.MIXUP_PROB')
@@ -111,6 +116,18 @@ def check_loss(config):
     if train.AUG_SPLITS and not (train.AUTO_AUGMENT or train.COLOR_JITTER or train.RANDOM_ERASE_PROB):
         yield ('TRAIN.AUG_SPLITS', f'is {train.AUG_SPLITS}, for augmented views, but TRAIN.AUTO_AUGMENT, '
                'TRAIN.COLOR_JITTER and TRAIN.RANDOM_ERASE_PROB are all off', 'TRAIN.AUTO_AUGMENT')
+
+
+def _check_multi_label(train):
+    if train.LOSS not in ('auto', 'bce', 'asymmetric'):
+        yield ('TRAIN.LOSS', f'is {train.LOSS}, a softmax over the classes for one label per image; with '
+               'DATA.MULTI_LABEL use bce or asymmetric', 'DATA.MULTI_LABEL')
+    if train.CLASS_WEIGHTS:
+        yield ('TRAIN.CLASS_WEIGHTS', f'is {train.CLASS_WEIGHTS}, for one label per image; with DATA.MULTI_LABEL leave '
+               'it out, TRAIN.LOSS asymmetric is made for rare labels', 'DATA.MULTI_LABEL')
+    if train.SAMPLER == 'balanced':
+        yield ('TRAIN.SAMPLER', 'is balanced, for one label per image; with DATA.MULTI_LABEL set it to shuffle',
+               'DATA.MULTI_LABEL')
 
 
 def check_optimizer(config):

@@ -14,7 +14,7 @@ from datasets import get_dataloader, get_dataset
 from errors import UserError
 from image_files.decode import DataError, ShardError, decode_image
 from image_files.find import find_images
-from image_files.lists import list_identity, read_list
+from image_files.lists import read_list
 from image_files.shards import Shards
 from port_weights.safe_load import read_checkpoint
 
@@ -102,7 +102,7 @@ DAMAGES = {
     'cut index': (lambda path: overwrite(path.with_name('index.npy'), 0, size=150), 'index.npy: is cut or changed'),
     'changed index': (lambda path: overwrite(path.with_name('index.npy'), 130, b'!'), 'index.npy: is cut or changed'),
     'other list': (lambda path: path.parents[1].joinpath('train_list.txt').write_text('a.jpg 0\n'),
-                   'train_list.txt: has changed since its shards were written, when it had 13 entries')}
+                   'train_list.txt: its paths have changed since its shards were written, when it had 13 entries')}
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
@@ -115,9 +115,16 @@ def test_a_damaged_shard_is_named_at_the_start(copy, damage):
     assert '\n' not in str(error.value)
 
 
+def test_other_labels_for_the_same_images_need_no_new_shards(copy):
+    path = copy / 'train_list.txt'
+    path.write_text(''.join(line.rsplit(' ', 1)[0] + ' 2\n' for line in path.read_text().splitlines()))
+    dataset = get_dataset(settings(copy), 'train')
+    assert dataset.labels.tolist() == [2] * 13 and dataset[12][0].shape == (3, 32, 32)
+
+
 def damage_in_the_middle(folder):
     """Changes an image that is neither the first nor the last one of its shard; returns its number."""
-    shards = Shards(folder / 'train_list.txt', list_identity(*read_list(folder / 'train_list.txt')))
+    shards = Shards(folder / 'train_list.txt', read_list(folder / 'train_list.txt')[0])
     index = next(i for i in range(1, 12) if shards.shard_of(i - 1) == shards.shard_of(i) == shards.shard_of(i + 1))
     overwrite(shards.path_of(shards.shard_of(index)), int(shards._entries[index]['offset']), b'changed')
     return index

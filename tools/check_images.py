@@ -30,7 +30,7 @@ from image_files.find import find_images  # noqa: E402
 from image_files.folders import class_folders, images_by_class, subfolders  # noqa: E402
 from image_files.histogram import class_rows  # noqa: E402
 from image_files.inspection import HUGE, THIN, TINY, groups_of, inspect_images  # noqa: E402
-from image_files.lists import CLASSES, read_class_names, write_list  # noqa: E402
+from image_files.lists import CLASSES, label_text, read_class_names, write_list  # noqa: E402
 
 LISTS = ('train_list.txt', 'val_list.txt')
 EXAMPLES = 10  # printed of each kind
@@ -54,7 +54,7 @@ class Source:
     Attributes:
         name: what the user calls it.
         list_name: file name of a list with the same images.
-        paths, labels: of the images; a label is -1 where it is unknown.
+        paths, labels: of the images; a label is -1 where it is unknown, and a tuple where an image may have several.
         names: names of the classes, or None.
         classes_file: the file that they are from, or None.
     """
@@ -90,15 +90,31 @@ def _list(path):
     file = os.path.join(os.path.dirname(path), CLASSES)
     paths, labels = find_images([path])
     names = read_class_names(file) if os.path.isfile(file) else None
-    if names and max(labels) >= len(names):
-        raise UserError(f'{path}: has the label {max(labels)}, but {file} names {len(names)} classes')
+    if names and highest(labels) >= len(names):
+        raise UserError(f'{path}: has the label {highest(labels)}, but {file} names {len(names)} classes')
     return Source(path, os.path.basename(path), paths, labels, names, file if names else None)
+
+
+def highest(labels):
+    """The highest of labels that may be tuples; -1 for none."""
+    return max(max(label, default=-1) if isinstance(label, tuple) else label for label in labels)
+
+
+def multi_hot(labels, classes):
+    """Tuples of labels as uint8 [images, classes]; images with an unknown label are left out."""
+    known = [label for label in labels if isinstance(label, tuple)]
+    targets = np.zeros([len(known), classes], np.uint8)
+    for row, label in zip(targets, known):
+        row[list(label)] = 1
+    return targets
 
 
 class Check:
     """The findings about the images of several sources, which are numbered through.
 
     Attributes:
+        labels: of the images, as in their sources.
+        label_ids: int array, equal for equal labels, -1 where it is unknown.
         findings: {kind: {index of an image: detail}}.
         bad: bool array, which images a clean list leaves out.
     """
@@ -106,7 +122,10 @@ class Check:
     def __init__(self, sources, workers):
         self.sources = sources
         self.paths = [path for source in sources for path in source.paths]
-        self.labels = np.array([label for source in sources for label in source.labels])
+        self.labels = [label for source in sources for label in source.labels]
+        ids = {-1: -1}
+        self.label_ids = np.array([ids.setdefault(tuple(sorted(label)) if isinstance(label, tuple) else label, len(ids))
+                                   for label in self.labels])
         self.source = np.repeat(np.arange(len(sources)), [len(source.paths) for source in sources])
         self.findings, self.bad = {}, np.zeros(len(self.paths), bool)
         inspections = list(tqdm(inspect_images(self.paths, workers), total=len(self.paths), unit='image',
@@ -138,7 +157,7 @@ class Check:
                 self._compare_near_copies(np.array([index for images in group.values() for index in images]))
 
     def _compare_copies(self, images):
-        if self._differ(self.labels[images]):
+        if self._differ(self.label_ids[images]):
             self._name('two labels', images)
             self.bad[images] = True
         if self._differ(self.source[images]):
@@ -154,7 +173,7 @@ class Check:
     def _compare_near_copies(self, images):
         across = self._differ(self.source[images])
         self._name('near copy in two lists' if across else 'near copy', images)
-        if self._differ(self.labels[images]):
+        if self._differ(self.label_ids[images]):
             self._name('near copy, two labels', images)
         best = min(map(self._rank, images))
         self.bad[[index for index in images if self._rank(index) > best]] = True
@@ -172,22 +191,24 @@ class Check:
         """Adds a finding about each of the images, which names another one of them."""
         for index in images:
             other = next((o for o in images if self.source[o] != self.source[index]),
-                         next((o for o in images if self.labels[o] != self.labels[index]),
+                         next((o for o in images if self.label_ids[o] != self.label_ids[index]),
                               next(o for o in images if o != index)))
             facts = [self.sources[self.source[other]].name] if self.source[other] != self.source[index] else []
-            facts += [f'label {self.labels[other]}'] if self.labels[other] != self.labels[index] else []
+            if self.label_ids[other] != self.label_ids[index]:
+                facts.append(f'label {label_text(self.labels[other])}')
             self._add(kind, index, f'as {self.paths[other]}' + (f' ({", ".join(facts)})' if facts else ''))
 
     def lines(self):
         """The report, as lines of text."""
         for source in self.sources:
-            labels = np.array(source.labels)
-            if labels.max() < 0:
-                yield f'{source.name}: {len(labels):,} images without labels'
+            several = any(isinstance(label, tuple) for label in source.labels)
+            if not several and highest(source.labels) < 0:
+                yield f'{source.name}: {len(source.labels):,} images without labels'
                 continue
-            classes = len(source.names) if source.names else labels.max() + 1
-            for label, text in class_rows(f'{source.name}:', labels[labels >= 0], classes, names=source.names,
-                                          known='all classes'):
+            classes = len(source.names) if source.names else highest(source.labels) + 1
+            labels = (multi_hot(source.labels, classes) if several else
+                      np.array([label for label in source.labels if label >= 0]))
+            for label, text in class_rows(f'{source.name}:', labels, classes, names=source.names, known='all classes'):
                 yield f'{label} {text}' if label.endswith(':') else f'{label:<22}{text}'
         for title, kinds in (('serious', SERIOUS), ('unusual', UNUSUAL)):
             found = [kind for kind in kinds if kind in self.findings]
@@ -209,9 +230,8 @@ class Check:
             rows.writerow(['image', 'list', 'label', 'kind', 'serious', 'detail'])
             for kind, entries in self.findings.items():
                 for index, detail in sorted(entries.items()):
-                    label = self.labels[index]
                     rows.writerow([self.paths[index], self.sources[self.source[index]].name,
-                                   label if label >= 0 else '', kind, int(kind in SERIOUS), detail])
+                                   label_text(self.labels[index]), kind, int(kind in SERIOUS), detail])
             text.flush()
             text.detach()
 
@@ -223,7 +243,7 @@ class Check:
                 raise UserError(f'{source.name}: no image would be left in the clean list')
         for source, indices in zip(self.sources, kept):
             path = os.path.join(folder, source.list_name)
-            write_list(path, [self.paths[index] for index in indices], self.labels[indices].tolist())
+            write_list(path, [self.paths[index] for index in indices], [self.labels[index] for index in indices])
             yield f'{path}: {len(indices):,} of {len(source.paths):,} images'
         names, file = self.sources[0].names, self.sources[0].classes_file
         if file:

@@ -26,7 +26,7 @@ from datasets import ImageNet2012Dataset, get_dataloader, get_transform  # noqa:
 from deploy.equivalence import dygraph_program  # noqa: E402
 from errors import ArgumentParser, UserError, exit_status  # noqa: E402
 from fuse import WithFeatures, fuse, pack  # noqa: E402
-from image_files.lists import CLASSES, names_file, read_class_names  # noqa: E402
+from image_files.lists import CLASSES, is_multi_label, names_file, read_class_names  # noqa: E402
 from large_kernel import operator_in_use  # noqa: E402
 from run_folder.checkpoint import model_arrays, save_checkpoint  # noqa: E402
 from run_folder.layout import BEST, CONFIG  # noqa: E402
@@ -64,7 +64,13 @@ def read_arguments(argv=None):
 
 
 def read_datasets(config):
-    """(training, validation) datasets, both with the transform of evaluations."""
+    """(training, validation) datasets, both with the transform of evaluations; the labels are one per image."""
+    for mode in ('train', 'val'):
+        path = os.path.join(config.DATA.DATA_PATH, f'{mode}_list.txt')
+        if os.path.isfile(path) and is_multi_label(path):
+            raise UserError(f'{path}: has images with several labels, which a linear probe does not support; train '
+                            'with DATA.MULTI_LABEL True and TRAIN.FREEZE instead')
+    config.DATA.MULTI_LABEL = False  # of the run that the weights come from
     return [ImageNet2012Dataset(config.DATA.DATA_PATH, f'{mode}_list.txt', get_transform(config, 'val'))
             for mode in ('train', 'val')]
 

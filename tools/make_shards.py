@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from atomic_file import atomic_file, lock_file, remove_leftovers  # noqa: E402
 from errors import ArgumentParser, UserError, exit_status  # noqa: E402
 from image_files.decode import DataError, ShardError  # noqa: E402
-from image_files.lists import CLASSES, list_identity, read_list  # noqa: E402
+from image_files.lists import CLASSES, paths_identity, read_any_list  # noqa: E402
 from image_files.shards import (  # noqa: E402
     ENTRIES,
     ENTRY,
@@ -165,8 +165,8 @@ def write_shards(list_file, output, limit, workers):
         raise UserError(f'{target}: exists; name another folder with -output')
     if os.path.isdir(shards_folder(list_file)):
         raise UserError(f'{list_file}: is in shards already')
-    paths, labels = read_list(list_file, unlabelled=True)
-    identity = list_identity(paths, labels)
+    paths, _ = read_any_list(list_file)
+    identity = paths_identity(paths)
     lock, parts = unfinished_shards(folder, {'list': identity, 'limit': limit})
     with lock, tqdm(total=len(paths), unit='image', disable=not os.isatty(2)) as progress:
         done = sum(map(len, parts))
@@ -206,8 +206,8 @@ def finish(folder, target, list_file, identity, parts):
 
 def check_shards(list_file, workers):
     """Reads all images of the shards of a list; returns lines about the damaged shards."""
-    paths, labels = read_list(list_file, unlabelled=True)
-    shards = open_shards(list_file, lambda: list_identity(paths, labels))
+    paths, _ = read_any_list(list_file)
+    shards = open_shards(list_file, paths)
     if shards is None:
         raise UserError(f'{list_file}: has no shards: there is no folder {shards_folder(list_file)}')
 

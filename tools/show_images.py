@@ -44,7 +44,7 @@ def train_tiles(config, names, epoch):
     paths = [dataset.path(key[1]) for key in next(iter(loader.batch_sampler))]
     images, labels = next(iter(loader))
     mixup = build_mixup(config)
-    weights = np.eye(config.MODEL.NUM_CLASSES)[labels.numpy()]
+    weights = labels.numpy() if labels.ndim == 2 else np.eye(config.MODEL.NUM_CLASSES)[labels.numpy()]
     if mixup is not None:
         mixup.label_smoothing = 0.0  # so that the weights are the shares of the images
         images, weights = mixup(images, labels, utils.random_generator(config.SEED, utils.STREAM_MIXUP, epoch, 0, 0))
@@ -52,10 +52,10 @@ def train_tiles(config, names, epoch):
     tiles = []
     for index in range(min(len(images), COUNT)):  # with TRAIN.AUG_SPLITS, first all images, then their other views
         number = index % len(paths)
-        lines = [os.path.basename(paths[number])] + [
-            f'{names[label]} {weights[number, label]:.0%}' if mixup is not None else names[label]
-            for label in np.argsort(-weights[number], kind='stable')[:2] if weights[number, label] > 0]
-        tiles.append((to_image(images[index].numpy(), config), lines, UNKNOWN))
+        shown = [f'{names[label]} {weights[number, label]:.0%}' if mixup is not None else names[label]
+                 for label in np.argsort(-weights[number], kind='stable') if weights[number, label] > 0]
+        shown = [', '.join(shown) or 'no label'] if config.DATA.MULTI_LABEL else shown[:2]
+        tiles.append((to_image(images[index].numpy(), config), [os.path.basename(paths[number]), *shown], UNKNOWN))
     return tiles
 
 
@@ -64,8 +64,13 @@ def val_tiles(config, names):
     dataset = get_dataset(config, 'val')
     chosen = np.linspace(0, len(dataset) - 1, min(COUNT, len(dataset))).astype(int).tolist()
     samples = ((index, *dataset[index]) for index in chosen)
-    return [(to_image(pixels, config), [os.path.basename(dataset.path(index)), names[label]], UNKNOWN)
+    return [(to_image(pixels, config), [os.path.basename(dataset.path(index)), _named(label, names)], UNKNOWN)
             for index, pixels, label in samples]
+
+
+def _named(label, names):
+    """The name of a label, or of all labels [K] of an image."""
+    return names[label] if label.ndim == 0 else ', '.join(names[k] for k in np.flatnonzero(label)) or 'no label'
 
 
 def read_arguments(argv=None):

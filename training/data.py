@@ -35,6 +35,8 @@ def read_data(config):
     """
     val = get_dataset(config, 'val') if config.EVAL or config.VALIDATE_FREQ else None
     train = None if config.EVAL else get_dataset(config, 'train')
+    if config.DATA.MULTI_LABEL and val and not val.labels.any():
+        raise UserError(f'{val.list_file}: no image has a label, so the mAP is not defined')
     names = read_class_names_of(config)
     identity = {mode: list_identity(data.paths, data.labels) for mode, data in (('train', train), ('val', val)) if data}
     if names:

@@ -166,7 +166,7 @@ def _count_step(sums, applied, loss_sum, images, lr):
 
 
 @paddle.no_grad()
-def evaluate(model, loader, dataset_size, amp, name='eval', on_batch=None):
+def evaluate(model, loader, dataset_size, amp, name='eval', on_batch=None, scores=None):
     """Accuracy and loss over a whole dataset; every image counts once, over all ranks.
 
     Args:
@@ -176,19 +176,22 @@ def evaluate(model, loader, dataset_size, amp, name='eval', on_batch=None):
         amp: see `Amp`.
         name: label of the progress lines.
         on_batch: callable(logits [N, K], labels [N]), called after each batch.
+        scores: `evaluation.multi_label.Scores` where images have several labels, which are then [N, K].
     Returns:
-        dict of acc1 and acc5 (percent; with fewer than five classes acc5 is 100), loss (mean cross-entropy) and images.
+        dict of acc1 and acc5 (percent; with fewer than five classes acc5 is 100), loss (mean cross-entropy) and images;
+        with `scores`, see `Scores.metrics`.
     Raises:
         TrainingStopped: on every rank, when logits are not finite.
         RuntimeError: the ranks together have not seen `dataset_size` images.
     """
     model.eval()
-    sums, images_seen = [0, 0, 0.0, 0], 0
+    batch_sums = utils.accuracy_sums if scores is None else scores.add
+    sums, images_seen = [0, 0, 0.0, 0] if scores is None else [0.0, 0], 0
     progress = Progress(name, len(loader))
     for images, labels in progress.timed(loader):
         with amp.autocast():
             logits = model(images)
-        sums = [total + batch for total, batch in zip(sums, utils.accuracy_sums(logits, labels))]
+        sums = [total + batch for total, batch in zip(sums, batch_sums(logits, labels))]
         images_seen += images.shape[0]
         if on_batch is not None:
             on_batch(logits, labels)
@@ -202,4 +205,6 @@ def evaluate(model, loader, dataset_size, amp, name='eval', on_batch=None):
                               f'check the weights{hint}')
     if images_seen != dataset_size:
         raise RuntimeError(f'evaluated {images_seen:.0f} images of a dataset of {dataset_size}')
+    if scores is not None:
+        return scores.metrics(*sums, dataset_size, [index for batch in loader.batch_sampler for index in batch])
     return utils.accuracy_metrics(*sums, images_seen)

@@ -12,6 +12,7 @@ from fuse import pack
 from large_kernel import autotune, operator_in_use
 from replknet import RepLKNet
 from run_folder.curves import curves_line
+from run_folder.metrics import main_metric
 from run_folder.resume import out_of_patience, read_resumed
 from run_folder.writer import RunFolder
 from training.agreement import agree, agree_on_settings, data_facts, first_measures, model_facts
@@ -152,26 +153,35 @@ def _evaluate_only(config, amp, folder, start, data):
     amp.cast_weights(start.model)
     model = pack(start.model) if operator_in_use() else start.model
     if config.EVAL_TTA:
-        model = FlipAveraged(model)
-    predictions = None
-    if config.EVAL_REPORT:
+        model = FlipAveraged(model, config.DATA.MULTI_LABEL)
+    predictions, scores = None, _scores(config)
+    if config.EVAL_REPORT and scores is None:
         from evaluation.predictions import Predictions  # imported only where used
-        from evaluation.report import report_of_run
         predictions = Predictions()
-    metrics = _evaluate(config, model, data.val, amp, 'eval', None if predictions is None else predictions.add)
+    metrics = _evaluate(config, model, data.val, amp, 'eval', None if predictions is None else predictions.add, scores)
     if folder is not None:
         folder.record(event='eval', **metrics, **({'tta': config.EVAL_TTA} if config.EVAL_TTA else {}))
     if config.EVAL_REPORT:
-        report_of_run(config, predictions, metrics, start.origin, data)
+        from evaluation.report import report_of_run  # imported only where used
+        report_of_run(config, scores or predictions, metrics, start.origin, data)
     return metrics
 
 
-def _evaluate(config, model, val_set, amp, name, on_batch=None):
+def _scores(config):
+    """What collects the scores of an evaluation where images have several labels; else None."""
+    if not config.DATA.MULTI_LABEL:
+        return None
+    from evaluation.multi_label import Scores  # imported only where used
+    return Scores()
+
+
+def _evaluate(config, model, val_set, amp, name, on_batch=None, scores=None):
     """Evaluates a model on the validation set and prints its accuracy; `name` is 'eval', 'model' or 'model_ema'."""
-    metrics = evaluate(model, _loader(config, val_set, 'val'), len(val_set), amp, name, on_batch)
+    metrics = evaluate(model, _loader(config, val_set, 'val'), len(val_set), amp, name, on_batch,
+                       scores or _scores(config))
     if name != 'eval':
-        logger.info(f"evaluated {'the model' if name == 'model' else 'its moving average (EMA)'}: "
-                    f"Acc@1 {metrics['acc1']:.3f}")
+        label, value = main_metric(metrics)
+        logger.info(f"evaluated {'the model' if name == 'model' else 'its moving average (EMA)'}: {label} {value:.3f}")
     if utils.is_main():
         try:
             print(accuracy_line(metrics, {'eval': '', 'model': 'model', 'model_ema': 'EMA'}[name]), flush=True)
@@ -292,12 +302,13 @@ class _Training:
     def _end_epoch(self, epoch, metrics):
         """Updates the best metrics, counts the epoch as done and saves what it changed."""
         best = self.state.best
-        improved = [name for name in metrics if name not in best or metrics[name]['acc1'] > best[name]['acc1']]
+        accuracies = {name: main_metric(metrics[name])[1] for name in metrics}
+        improved = [name for name in metrics if name not in best or accuracies[name] > main_metric(best[name])[1]]
         best.update({name: {'epoch': epoch, **metrics[name]} for name in improved})
         self.state.end_epoch()
         captured = self.state.capture()
         if self.folder is not None:
-            self.folder.save_evaluated(captured, {name: metrics[name]['acc1'] for name in metrics}, improved)
+            self.folder.save_evaluated(captured, accuracies, improved)
         utils.barrier()
 
     def _finish(self):

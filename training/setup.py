@@ -148,7 +148,7 @@ def _build_criterion(config, data):
     return build_loss(train.LOSS, mixup=train.MIXUP_PROB > 0, smoothing=train.SMOOTHING, aug_splits=train.AUG_SPLITS,
                       bce_threshold=train.BCE_THRESHOLD, jsd_alpha=train.JSD_ALPHA,
                       gamma_neg=train.ASYMMETRIC.GAMMA_NEG, gamma_pos=train.ASYMMETRIC.GAMMA_POS,
-                      clip=train.ASYMMETRIC.CLIP, weights=weights)
+                      clip=train.ASYMMETRIC.CLIP, weights=weights, multi_label=config.DATA.MULTI_LABEL)
 
 
 def build_mixup(config):
