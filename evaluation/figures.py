@@ -140,7 +140,7 @@ def draw_receptive_fields(fields, file):
     for axes, name, scaled in zip(rows, ('log10(x + 1), as published', 'x, the map itself'),
                                   (log_scaled, lambda field: field / (field.max() or 1))):
         axes[0].set_ylabel(name, fontsize=9)
-        for panel, (title, field) in zip(axes, fields):
+        for panel, (_, field) in zip(axes, fields):
             values = scaled(field)
             panel.imshow(values, cmap='YlGn', vmin=0, vmax=1)  # dark where pixels contribute much, as in the paper
             panel.set_xticks([])
