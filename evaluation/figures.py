@@ -149,5 +149,5 @@ def draw_receptive_fields(fields, file):
             panel.set_xlabel(f'{", ".join(areas[:2])}\n{", ".join(areas[2:])}', fontsize=8)
     for panel, (title, _) in zip(rows[0], fields):
         panel.set_title(title, fontsize=9)
-    figure.supxlabel('below each map: area in % of the image that holds 20, 30, 50 and 99 % of its sum', fontsize=8)
+    figure.supxlabel('share of the sum: area of the image, %', fontsize=8)
     _save(figure, file)

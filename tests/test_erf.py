@@ -171,6 +171,8 @@ def test_only_the_log_scaled_map_depends_on_the_scale_of_the_gradients():
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs erf.py in this process at 32 pixels; returns its exit status, and what it prints to each stream."""
+    pytest.importorskip('matplotlib')
+
     def run(*arguments):
         monkeypatch.setattr('sys.argv', ['erf.py', '-size=32', '-num_images=2', '-device=cpu', *map(str, arguments)])
         try:
