@@ -61,11 +61,8 @@ def errors_name(path):
         yield
     except ShardError:
         raise
-    except UnidentifiedImageError:
-        empty = not isinstance(path, ImageInside) and os.path.getsize(path) == 0
-        raise DataError(f'{path}: cannot read the image: '
-                        + ('the file is empty' if empty else 'it is damaged, or not of a kind that Pillow can read')
-                        ) from None
+    except UnidentifiedImageError:  # whose text is the representation of a file object
+        raise DataError(f'{path}: cannot read the image: it is damaged, or of a kind that Pillow cannot read') from None
     except FileNotFoundError:
         raise DataError(f'{path}: no such image') from None
     except Image.DecompressionBombError as error:
@@ -79,15 +76,19 @@ def read_file(path):
     """The bytes of an image file. (From an open file, Pillow asks for as many as a damaged header promises.)
 
     Raises:
-        DataError: Pillow needs another package for it.
+        DataError: the file is empty, or Pillow needs another package for it.
         OSError: the file cannot be read.
     """
     if os.path.splitext(path)[1].lower() in HEIF and not enable_heif():
         raise DataError('needs the package pillow-heif: pip install pillow-heif')
     if isinstance(path, ImageInside):
-        return path.read()
-    with open(path, 'rb') as file:
-        return file.read()
+        data = path.read()
+    else:
+        with open(path, 'rb') as file:
+            data = file.read()
+    if not data:
+        raise DataError('the file is empty')
+    return data
 
 
 def decode_bytes(data, exif=False):

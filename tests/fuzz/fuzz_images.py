@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from odd_images import odd_images, ordinary_images  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from errors import UserError  # noqa: E402
 from image_files.decode import DataError, decode_image  # noqa: E402
 from transforms import eval_geometry, train_transform  # noqa: E402
 
@@ -44,6 +45,12 @@ SPARE, PER_PIXEL = 64 << 20, 16  # and for a smaller image, these bytes and byte
 _MARKERS = [0xc0, 0xc1, 0xc2, 0xc4, 0xc9, 0xd0, 0xd8, 0xd9, 0xda, 0xdb, 0xdd, 0xe1, 0xee, 0xff]
 _NUMBERS = [0, 1, 2, 127, 128, 255, 256, 4095, 16384, 32767, 32768, 65535, 1 << 16, (1 << 31) - 1, 1 << 31,
             (1 << 32) - 1]
+
+
+try:
+    OPENCV = train_transform(32, backend='cv2')
+except UserError:
+    OPENCV = None
 
 
 def mutate(data, rng, others):
@@ -120,18 +127,29 @@ def read_image(path, whole=None):
     """Decodes a file and transforms the image as for evaluation and training. Returns 'read' or 'refused'.
 
     Raises:
-        AssertionError: the message is not as it should be, or the image is not the one of hash `whole`.
+        AssertionError: the message is not as it should be, the image is not the one of hash `whole`, or OpenCV's
+            transform (where that is installed) reads what Pillow refuses, or the reverse.
     """
     try:
         image = decode_image(path)
     except DataError as error:
         assert str(error).startswith(f'{path}: ') and '\n' not in str(error), f'message {error!r}'
         assert 'MemoryError' not in str(error), str(error)
+        assert OPENCV is None or not _read_by_opencv(path), 'OpenCV reads it'
         return 'refused'
+    assert OPENCV is None or _read_by_opencv(path), 'OpenCV refuses it'
     assert whole in (None, pixel_hash(image)), 'a cut file is read as another image'
     assert eval_geometry(image, 32).size == (32, 32)
     assert np.isfinite(train_transform(32)(image, np.random.default_rng(0))).all()
     return 'read'
+
+
+def _read_by_opencv(path):
+    try:
+        OPENCV(OPENCV.open(path), np.random.default_rng(0))
+    except DataError:
+        return False
+    return True
 
 
 def _peak_memory():

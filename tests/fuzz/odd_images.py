@@ -131,7 +131,7 @@ def _files():
     jpeg = encoded(image, 'JPEG', quality=90)
     return {
         '0-bytes.jpg': (b'', 'the file is empty'),
-        'text.jpg': (b'<html>404 not found</html>', 'damaged, or not of a kind'),
+        'text.jpg': (b'<html>404 not found</html>', 'damaged, or of a kind'),
         'zeros.png': (bytes(1000), 'cannot read'),
         'is-a-png.jpg': (encoded(image, 'PNG'), size),
         'is-a-jpeg.webp': (jpeg, size),
@@ -141,7 +141,7 @@ def _files():
         'pages.tif': (_frames('TIFF'), size),
         'progressive.jpg': (encoded(image, 'JPEG', progressive=True), size),
         'arithmetic.jpg': (ARITHMETIC, (8, 8)),
-        '12-bit.jpg': (_replaced(jpeg, b'\xff\xc0\0\x11\x08', b'\xff\xc1\0\x11\x0c'), 'not of a kind'),
+        '12-bit.jpg': (_replaced(jpeg, b'\xff\xc0\0\x11\x08', b'\xff\xc1\0\x11\x0c'), 'of a kind that'),
         'trailing-bytes.jpg': (jpeg + b'\0' * 500 + b'PK\3\4', size),
         'two-images.jpg': (jpeg + encoded(photo(9, 9), 'JPEG'), size),
         'thumbnail-only.jpg': (jpeg[:2] + b'\xff\xe1\xff\xff' + jpeg[2:], 'cannot read'),
