@@ -87,7 +87,7 @@ def test_a_full_queue_is_answered_with_retry_after(crowd):
         assert sorted({status for status, _, _ in results}) == [200, 503]
         assert sum(status == 200 for status, _, _ in results) >= 4
         assert all(1 <= int(headers['Retry-After']) <= 60 for status, headers, _ in results if status == 503)
-        busy = crowd.submit(service.post, [b'sleep 0.3'])
+        busy = crowd.submit(service.post, [b'sleep 1.5'])
         service.until(lambda: service.metric('queue_images') == 1)
         status, headers, answer = service.post([b'x'] * 4, '/batch')  # all or none
         assert status == 503 and 'queue is full' in answer['error'] and name_of(busy.result())
@@ -123,7 +123,7 @@ def test_connections_that_are_cut_leave_nothing_behind():
 def test_a_signal_stops_after_the_accepted_requests_are_answered(crowd, number):
     with Service() as service:
         answers = [crowd.submit(service.post, [b'sleep 0.1 %d' % index]) for index in range(8)]
-        service.until(lambda: service.metric('queue_images') == 8)
+        service.until(lambda: service.metric('images_total{outcome="ok"}') + service.metric('queue_images') == 8)
         workers = service.workers()
         os.kill(service.process.pid, number)
         assert [name_of(answer.result()) for answer in answers] == [f'sleep 0.1 {index}' for index in range(8)]
