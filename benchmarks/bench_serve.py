@@ -6,6 +6,7 @@
 Both get the same JPEG files of 500 x 375 pixels and the same largest batch. Predictor reads them from paths. The
 service gets them over loopback from this script, which keeps a number of connections busy with one image per request.
 The two take turns, round after round; the share is the median over the rounds of service / Predictor in the same round.
+The processor time of all their processes, per image, depends less on what else the machine does.
 With more connections than -queue, the rest is refused with 503, and this script tries again after 0.1 s.
 """
 import asyncio
@@ -68,7 +69,7 @@ def child():
 
 @contextlib.contextmanager
 def service(model, batch_size):
-    """A running service: yields its port."""
+    """A running service: yields its port and the numbers of its processes."""
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'serve.py'), f'-model={model}', '-device=cpu', '-port=0',
          f'-batch_size={batch_size}', f'-queue={QUEUE}', '-max_requests=1000', '-timeout=600'],
@@ -77,10 +78,21 @@ def service(model, batch_size):
         line = process.stdout.readline()
         if not line:
             raise UserError('serve.py did not start, see above')
-        yield int(re.search(r':(\d+)$', line).group(1))
+        with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
+            numbers = [process.pid, *map(int, file.read().split())]
+        yield int(re.search(r':(\d+)$', line).group(1)), numbers
     finally:
         process.terminate()
         process.wait()
+
+
+def processor_seconds(numbers):
+    """Processor time that processes have used so far."""
+    ticks = 0
+    for number in numbers:
+        with open(f'/proc/{number}/stat') as file:
+            ticks += sum(map(int, file.read().rpartition(')')[2].split()[11:13]))
+    return ticks / os.sysconf('SC_CLK_TCK')
 
 
 def as_request(path):
@@ -129,29 +141,34 @@ def measure(arguments, model, folder):
     requests = [as_request(path) for path in paths]
     case = {'model': model, 'batch_size': arguments.batch_size, 'paths': paths}
     bare = harness.System('predictor', [os.path.abspath(__file__), '-child'], os.cpu_count(), {})
-    with contextlib.closing(bare), service(model, arguments.batch_size) as port:
-        version = bare.ask(setup=case)['version']
-        rates, found = [], {int(count): ([], [], []) for count in arguments.connections.split(',')}
+    with contextlib.closing(bare), service(model, arguments.batch_size) as (port, numbers):
+        version, own = bare.ask(setup=case)['version'], [bare.number]
         asyncio.run(load(port, requests[:2 * arguments.batch_size], arguments.batch_size))
+        rates, used, found = [], [], {int(count): ([], [], [], []) for count in arguments.connections.split(',')}
         for _ in range(arguments.rounds):
+            before = processor_seconds(own)
             rates.append(len(paths) / (bare.ask(calls=1, warm_up=False)['ms'][0] / 1000))
-            for count, (shares, times, refusals) in found.items():
+            used.append(processor_seconds(own) - before)
+            for count, (shares, times, refusals, seconds_used) in found.items():
+                before = processor_seconds(numbers)
                 seconds, answered, refused = asyncio.run(load(port, requests, count))
+                seconds_used.append(processor_seconds(numbers) - before)
                 shares.append(len(paths) / seconds / rates[-1])
                 times += answered
                 refusals.append(refused)
-    rate = statistics.median(rates)
-    yield row('Predictor', '', rate, 1, [arguments.batch_size / rate], 0), version
-    for count, (shares, times, refusals) in found.items():
-        share = statistics.median(shares)
-        yield row('serve.py', count, share * rate, share, times, sum(refusals)), version
+    rate, images = statistics.median(rates), len(paths)
+    yield row('Predictor', '', [1], rate, [arguments.batch_size / rate], used, images), version
+    for count, (shares, times, refusals, used) in found.items():
+        values = row('serve.py', count, shares, rate, times, used, images)
+        yield {**values, 'answers': len(times), 'refused': sum(refusals)}, version
 
 
-def row(system, connections, rate, share, times, refused):
-    milliseconds = [1000 * value for value in times]
-    return {'system': system, 'connections': connections, 'images_per_s': round(rate, 2), 'share': round(share, 3),
+def row(system, connections, shares, rate, times, used, images):
+    milliseconds, share = [1000 * value for value in times], statistics.median(shares)
+    return {'system': system, 'connections': connections, 'images_per_s': round(share * rate, 2),
+            'share': round(share, 3), 'cpu_ms': round(1000 * statistics.median(used) / images, 1),
             'median_ms': round(statistics.median(milliseconds), 1), 'p99_ms': round(np.percentile(milliseconds, 99), 1),
-            'max_ms': round(max(milliseconds), 1), 'answers': len(times) if connections else '', 'refused': refused}
+            'max_ms': round(max(milliseconds), 1), 'answers': '', 'refused': ''}
 
 
 def main():

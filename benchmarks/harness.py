@@ -60,6 +60,7 @@ class System:
         # In its own process group: if the parent dies, the kernel resumes and ends stopped members of orphaned groups.
         self._process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._errors, text=True, preexec_fn=os.setpgrp, env=env)
+        self.number = self._process.pid
 
     def ask(self, **request):
         """Sends a request and returns the answer.

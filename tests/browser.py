@@ -87,7 +87,7 @@ class Browser:
             raise RuntimeError(result['exceptionDetails']['exception'].get('description'))
         return result['result'].get('value')
 
-    def until(self, script, seconds=30):
+    def until(self, script, seconds=90):
         """Waits for an expression to be true."""
         deadline = time.monotonic() + seconds
         while not self.value(f'!!({script})'):

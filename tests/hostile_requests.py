@@ -132,7 +132,7 @@ async def send(port, data, rng, how):
     reader, writer = await asyncio.open_connection('127.0.0.1', port)
     try:
         if how == 'cut':
-            writer.write(data[:rng.randrange(len(data))])
+            writer.write(data[:rng.randrange(len(data) + 1)])
             await writer.drain()
             if rng.random() < 0.5:
                 writer.transport.abort()

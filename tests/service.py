@@ -108,7 +108,7 @@ class Service:
     def kill_worker(self):
         os.kill(self.workers()[0], signal.SIGKILL)
 
-    def until(self, condition, seconds=30):
+    def until(self, condition, seconds=90):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.errors()

@@ -22,7 +22,7 @@ def name_of(result):
     return answer['top'][0]['name']
 
 
-def connect(service, sent, timeout=20):
+def connect(service, sent, timeout=60):
     connection = socket.create_connection(('127.0.0.1', service.port), timeout=timeout)
     connection.sendall(sent)
     return connection
@@ -71,10 +71,10 @@ def test_an_image_that_ends_workers_is_refused_and_those_beside_it_are_answered(
 
 
 def test_a_worker_that_hangs_is_replaced_and_its_request_ends_in_time():
-    with Service('-timeout=0.6') as service:
+    with Service('-timeout=2') as service:
         start = time.monotonic()
         status, _, answer = service.post([b'hang'])
-        assert status == 504 and 'within 0.6 seconds' in answer['error'] and time.monotonic() - start < 2
+        assert status == 504 and 'within 2 seconds' in answer['error'] and time.monotonic() - start < 20
         service.until(lambda: service.metric('worker_restarts_total') >= 1)
         service.until(lambda: service.request('GET', '/ready')[0] == 200)
         assert name_of(service.post([b'next'])) == 'next'
@@ -87,7 +87,7 @@ def test_a_full_queue_is_answered_with_retry_after(crowd):
         assert sorted({status for status, _, _ in results}) == [200, 503]
         assert sum(status == 200 for status, _, _ in results) >= 4
         assert all(1 <= int(headers['Retry-After']) <= 60 for status, headers, _ in results if status == 503)
-        busy = crowd.submit(service.post, [b'sleep 0.3'])
+        busy = crowd.submit(service.post, [b'sleep 1.5'])
         service.until(lambda: service.metric('queue_images') == 1)
         status, headers, answer = service.post([b'x'] * 4, '/batch')  # all or none
         assert status == 503 and 'queue is full' in answer['error'] and name_of(busy.result())
@@ -95,16 +95,16 @@ def test_a_full_queue_is_answered_with_retry_after(crowd):
 
 
 def test_slow_clients_are_cut_off_and_others_are_served_meanwhile():
-    with Service('-slow=0.5') as service:
+    with Service('-slow=1') as service:
         upload = raw_request([b'x' * 100000])
         start = time.monotonic()
         connections = [connect(service, sent) for sent in (b'', upload[:40], upload[:5000])]
         reader = connect(service, raw_request([b'long']))  # for an answer of 16 MB
         assert name_of(service.post([b'quick'])) == 'quick'
         assert [received(connection)[:12] for connection in connections] == [b'', b'', b'HTTP/1.1 408']
-        assert 0.4 < time.monotonic() - start < 4
+        assert 0.9 < time.monotonic() - start < 20
         service.until(lambda: service.metric('requests_in_progress') == 0)
-        time.sleep(0.8)
+        time.sleep(1.5)
         assert len(received(reader)) < 15e6
         assert service.metric('held_bytes') == 0
 
@@ -123,11 +123,11 @@ def test_connections_that_are_cut_leave_nothing_behind():
 def test_a_signal_stops_after_the_accepted_requests_are_answered(crowd, number):
     with Service() as service:
         answers = [crowd.submit(service.post, [b'sleep 0.1 %d' % index]) for index in range(8)]
-        service.until(lambda: service.metric('queue_images') == 8)
+        service.until(lambda: service.metric('images_total{outcome="ok"}') + service.metric('queue_images') == 8)
         workers = service.workers()
         os.kill(service.process.pid, number)
         assert [name_of(answer.result()) for answer in answers] == [f'sleep 0.1 {index}' for index in range(8)]
-        assert service.process.wait(10) == 0 and service.errors() == ''
+        assert service.process.wait(60) == 0 and service.errors() == ''
         assert not any(os.path.exists(f'/proc/{worker}') for worker in workers)
 
 
