@@ -1,0 +1,139 @@
+"""The configurations in configs/dense, and one training step of each with PaddleSeg and PaddleDetection themselves.
+
+The steps run with --long, where the packages are installed: `pip install --no-deps paddleseg==2.8.0 paddledet==2.6.0`,
+and what they import.
+"""
+import inspect
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+import yaml
+
+import dense
+from replknet import VARIANTS
+from zoo import ZOO
+
+FOLDER = Path(__file__).parents[1] / 'configs' / 'dense'
+SEGMENTATION, DETECTION = (sorted((FOLDER / name).glob('*.yml')) for name in ('paddleseg', 'paddledetection'))
+TINY = {'layers': [1, 1, 1, 1], 'channels': [8, 12, 16, 20], 'large_kernel_sizes': [9, 7, 5, 5]}
+
+
+def merged(path):
+    """A configuration with those it is based on; both packages merge dicts and replace lists."""
+    def merge(old, new):
+        return {**old, **{key: merge(old[key], value) if isinstance(value, dict) and key in old else value
+                          for key, value in new.items()}}
+
+    own = yaml.safe_load(path.read_text())
+    bases = own.pop('_base_', None) or own.pop('_BASE_', None)
+    for base in [bases] if isinstance(bases, str) else bases or []:
+        own = merge(merged(path.parent / base), own)
+    return own
+
+
+def backbone_of(path):
+    config = merged(path)
+    settings = dict(config['model']['backbone'] if 'model' in config else config['RepLKNetDet'])
+    settings.pop('type', None)
+    return settings
+
+
+@pytest.mark.parametrize('path', [*SEGMENTATION, *DETECTION], ids=lambda path: path.stem)
+def test_each_file_names_a_published_backbone_and_says_that_it_is_not_trained(path):
+    assert path.read_text().startswith('# Not trained here.')
+    settings = backbone_of(path)
+    assert set(settings) <= set(inspect.signature(dense.RepLKNetSeg.__init__).parameters)
+    assert settings['variant'] in VARIANTS
+    assert ZOO[settings['pretrained']].variant == settings['variant']
+    assert settings.get('norm_inter_features', False) == (settings['variant'] == 'replknet_xl')
+    assert '0.5, 0.5, 0.5' in path.read_text() or settings['variant'] != 'replknet_xl'  # mean of the pretraining
+
+
+def test_the_schedules_are_the_official_ones():
+    segmentation = {path.stem: merged(path) for path in SEGMENTATION}
+    assert {name: (c['batch_size'], c['iters'], c['lr_scheduler']['warmup_iters'], c['model']['backbone']['drop_path'])
+            for name, c in segmentation.items()} == {
+        'upernet_replknet_31b_1k_ade20k_512': (2, 40000, 400, 0.5),
+        'upernet_replknet_31b_1k_cityscapes_769': (2, 20000, 400, 0.5),
+        'upernet_replknet_31b_22k_ade20k_640': (2, 40000, 400, 0.3),
+        'upernet_replknet_31l_22k_ade20k_640': (1, 80000, 800, 0.3),
+        'upernet_replknet_xl_73m_ade20k_640': (2, 160000, 1500, 0.5)}
+    assert {c['lr_scheduler']['learning_rate'] for c in segmentation.values()} == {2e-4}
+    detection = {path.stem: merged(path) for path in DETECTION}
+    assert {name.split('replknet_')[1]: c['RepLKNetDet']['drop_path'] for name, c in detection.items()} == {
+        '31b_1k_3x_coco': 0.6, '31b_22k_3x_coco': 0.4, '31l_22k_3x_coco': 0.7, 'xl_73m_3x_coco': 0.5}
+    assert {(c['epoch'], c['LearningRate']['base_lr']) for c in detection.values()} == {(36, 4e-4)}
+
+
+def changed(before, model):
+    """Names of the parameters that a step has changed."""
+    return {name for name, p in model.named_parameters() if not np.array_equal(before[name], p.numpy())}
+
+
+def values(model):
+    return {name: p.numpy().copy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('path', SEGMENTATION, ids=lambda path: path.stem)
+def test_paddleseg_takes_a_training_step(path):
+    cvlibs = pytest.importorskip('paddleseg.cvlibs')
+    from paddleseg.core.train import loss_computation
+    from paddleseg.cvlibs.builder import SegBuilder
+    assert 'paddleseg' in dense.register()
+    config = cvlibs.Config(str(path))
+    config.dic['model']['backbone'].update(pretrained=None, variant_args=TINY)
+    config.dic['model']['channels'] = 16
+    config.dic['lr_scheduler']['warmup_iters'] = 0
+    builder = SegBuilder(config)
+    paddle.seed(0)
+    model, optimizer = builder.model, builder.optimizer
+    rng, before = np.random.default_rng(0), values(model)
+    images = paddle.to_tensor(rng.standard_normal((2, 3, 96, 96)).astype('float32'))
+    labels = paddle.to_tensor(rng.integers(0, config.dic['model']['num_classes'], (2, 96, 96)))
+    model.train()
+    logits = model(images)
+    assert len(logits) == 2 and logits[0].shape == [2, config.dic['model']['num_classes'], 96, 96]
+    loss = sum(loss_computation(logits_list=logits, labels=labels, losses=builder.loss, edges=None))
+    loss.backward()
+    optimizer.step()
+    assert np.isfinite(float(loss))
+    assert any('stem.0' in name for name in changed(before, model))
+    without_decay = {p.name for group in optimizer._param_groups[:2] for p in group['params']}
+    norms = {p.name for name, p in model.named_parameters() if p.ndim == 1 and not p.stop_gradient
+             and ('norm' in name or '_bn' in name)}
+    assert without_decay == norms and norms
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('path', DETECTION, ids=lambda path: path.stem)
+def test_paddledetection_takes_a_training_step(path):
+    workspace = pytest.importorskip('ppdet.core.workspace')
+    pytest.importorskip('ppdet.modeling')
+    import ppdet.optimizer  # noqa: F401 - registers the optimizers
+    assert 'ppdet' in dense.register()
+    workspace.global_config['RepLKNetDet'].update({'norm_inter_features': False})
+    config = workspace.load_config(str(path))
+    config['RepLKNetDet'].update({'pretrained': None, 'variant_args': TINY})
+    config['CascadeXConvNormHead']['norm_type'] = 'bn'  # there is no sync_bn on a CPU
+    paddle.seed(0)
+    model = workspace.create(config.architecture)
+    optimizer = workspace.create('OptimizerBuilder')(config['LearningRate']['base_lr'], model)
+    before = values(model)
+    rng = np.random.default_rng(0)
+    box = [8.0, 8.0, 60.0, 60.0]
+    inputs = {
+        'image': paddle.to_tensor(rng.standard_normal((1, 3, 96, 96)).astype('float32')),
+        'im_id': paddle.to_tensor([[0]]), 'epoch_id': 0,
+        'im_shape': paddle.to_tensor([[96.0, 96.0]]), 'scale_factor': paddle.to_tensor([[1.0, 1.0]]),
+        'gt_bbox': [paddle.to_tensor([box])], 'gt_class': [paddle.to_tensor([[1]], dtype='int32')],
+        'is_crowd': [paddle.to_tensor([[0]], dtype='int32')],
+        'gt_poly': [[[np.array([8, 8, 60, 8, 60, 60, 8, 60], 'float64')]]]}
+    model.train()
+    losses = model(inputs)
+    losses['loss'].backward()
+    optimizer.step()
+    assert np.isfinite(float(losses['loss'])) and {'loss_mask', 'loss_bbox_reg_stage2'} <= set(losses)
+    assert any('stem.0' in name for name in changed(before, model))
