@@ -109,7 +109,7 @@ class Scores:
         self.targets = all_reduce_array(self.targets.astype(np.int32)).astype(np.uint8)
         found = average_precisions(self.logits, self.targets)
         if np.isnan(found).all():
-            raise UserError('no image of the validation list has a label: mAP is not defined')
+            raise UserError('no image has a label, so the mAP is not defined')
         return {'mAP': 100 * float(np.nanmean(found)), 'loss': loss / size, 'images': int(size),
                 'classes': int(np.isfinite(found).sum())}
 

@@ -19,8 +19,8 @@ def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=No
 
     Args:
         parts: the model, its loss, its optimizer and so on, see `setup.TrainingParts`.
-        loader: batches of images [N, 3, H, W] (or [views x N, 3, H, W]) and labels [N]: those not yet trained on in
-            this pass, equally many on every rank. Its length is that of the whole pass.
+        loader: batches of images [N, 3, H, W] (or [views x N, 3, H, W]) and labels [N] (several per image: [N, K]):
+            those not yet trained on in this pass, equally many on every rank. Its length is that of the whole pass.
         epoch: number of the pass, from 1.
         first_step: optimizer steps done before this pass.
         sums: totals over the steps of this pass so far, see `progress.epoch_sums`; updated after every step.

@@ -46,7 +46,8 @@ class TrainingParts:
 
     Args:
         model: a RepLKNet, or paddle.DataParallel around one.
-        criterion: callable(logits [N, K], targets) -> mean loss; targets are labels [N], or [N, K] with `mixup`.
+        criterion: callable(logits [N, K], targets) -> mean loss; targets are labels [N], or [N, K] with `mixup` or
+            several labels per image.
         optimizer: Paddle optimizer over the groups of `optim.parameter_groups`.
         lr_at: learning rate as a function of the optimizer step, from 0.
         amp: mixed precision of the forward passes.
