@@ -6,11 +6,15 @@
 The images of the list do not exist; one small image stands for all of them. Memory is the proportional set size (PSS)
 of the process and its workers: what they share counts once. The peak is that of the process itself.
 """
+import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
+import zlib
 
+import numpy as np
 from harness import ArgumentParser, UserError, exit_status
 from PIL import Image
 
@@ -19,7 +23,8 @@ from config import get_config
 from datasets import ImageNet2012Dataset, get_dataloader, get_transform
 from dry_run.likely_mistakes import warnings_of_a_run
 from dry_run.plan import make_plan
-from image_files.lists import list_identity
+from image_files.lists import list_identity, read_list
+from image_files.shards import ENTRIES, ENTRY, INDEX, VERSION, shard_name, shards_folder
 
 PER_CLASS = 650  # about as many images as a class of ImageNet-22K has
 
@@ -42,6 +47,22 @@ def write_data(folder, count, classes):
                                for number in range(start, min(start + PER_CLASS, count))))
     with open(os.path.join(folder, 'val_list.txt'), 'w') as file:
         file.write('image.jpg 0\n')
+
+
+def write_shard(folder):
+    """Writes an index whose entries are all the same image, the only one in the only shard of the list."""
+    paths, labels = read_list(os.path.join(folder, 'train_list.txt'))
+    shards = shards_folder(os.path.join(folder, 'train_list.txt'))
+    os.mkdir(shards)
+    with open(os.path.join(folder, 'image.jpg'), 'rb') as source, open(
+            os.path.join(shards, shard_name(0)), 'wb') as shard:
+        data = source.read()
+        shard.write(data)
+    entries = np.full(len(paths), np.array((0, len(data), zlib.crc32(data)), ENTRY))
+    np.save(os.path.join(shards, ENTRIES), entries)
+    with open(os.path.join(shards, INDEX), 'w') as file:
+        json.dump({'version': VERSION, 'list': list_identity(paths, labels), 'crc32': zlib.crc32(entries),
+                   'shards': [{'size': len(data), 'images': len(paths)}]}, file)
 
 
 def memory(processes):
@@ -80,7 +101,8 @@ def bench(folder, args):
     if args.warnings:  # as rank 0 of a run does before it reads the data
         list(warnings_of_a_run(make_plan(config, 'cpu', 1)))
         row('likely mistakes are looked for')
-    dataset = OneImage(folder, 'train_list.txt', get_transform(config, 'train'), args.classes, train=True)
+    kind = ImageNet2012Dataset if args.shards else OneImage
+    dataset = kind(folder, 'train_list.txt', get_transform(config, 'train'), args.classes, train=True)
     row('the list is read')
     loader = get_dataloader(config, dataset)
     loader.set_epoch(1)
@@ -101,11 +123,16 @@ def main():
                                 ('num_workers', 8, 'DataLoader workers')):
         parser.add_argument(f'-{flag}', f'--{flag}', type=int, default=default, help=f'{text} (default: {default})')
     parser.add_argument('-warnings', '--warnings', action='store_true', help='look for likely mistakes first')
+    parser.add_argument('-shards', '--shards', action='store_true', help='read the image from shards')
     args = parser.parse_args()
     if args.count < 64 or args.classes < 1 or args.num_workers < 0:
         raise UserError('-count must be at least 64, -classes at least 1 and -num_workers at least 0')
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder, args.count, args.classes)
+        if args.shards:
+            process = multiprocessing.get_context('fork').Process(target=write_shard, args=(folder,))
+            process.start()
+            process.join()
         bench(folder, args)
 
 

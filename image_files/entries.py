@@ -6,7 +6,8 @@ _ROWS = 1 << 18  # paths that are hashed at a time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no pattern: 2^64 divided by the golden ratio
 _BREAK = 2
 _KIND = np.zeros(256, np.uint8)
-_KIND[[9, 32]], _KIND[10], _KIND[[11, 12, 13]] = 1, _BREAK, 3  # blanks, line breaks, and other white space
+_KIND[:33] = 3  # other white space, and control characters
+_KIND[[9, 32]], _KIND[10] = 1, _BREAK  # blanks, line breaks
 
 
 class Paths:
@@ -122,7 +123,7 @@ def _any(block, read_line, number):
 def _regular(block, num_classes):
     """The same if each line is a path, a space or tab and a valid label of up to nine digits; None otherwise."""
     text = np.frombuffer(block.replace(b'\r\n', b'\n'), np.uint8)
-    spaces = np.flatnonzero(_KIND[text])
+    spaces = np.flatnonzero(text <= 32)
     kinds = _KIND[text[spaces]]
     is_break = kinds == _BREAK
     breaks, separators = spaces[is_break], spaces[:-1][is_break[1:]]
