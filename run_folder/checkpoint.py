@@ -93,7 +93,7 @@ def model_arrays(model):
     return {name: _as_array(tensor) for name, tensor in model.state_dict().items()}
 
 
-def optimizer_arrays(optimizer, model, masters=None):
+def optimizer_arrays(optimizer, model, masters=None, flat=()):
     """The optimizer's state under the structured names of the model's parameters.
 
     Paddle's own names, such as `conv2d_316.w_0_moment1_0`, contain a count of all layers built in the process, so they
@@ -102,14 +102,17 @@ def optimizer_arrays(optimizer, model, masters=None):
     Args:
         masters: {structured name: float32 parameter} that the optimizer updates in place of the model's parameters of
             these names (AMP level O2).
+        flat: the `training.flat.FlatParameters` that it updates as a whole.
     Returns:
         dict: name (class of the optimizer), accumulators {parameter: {kind: array}}, and master_weights
         {parameter: float32 array}.
     """
     masters = masters or {}
     structured = {masters.get(name, parameter).name: name for name, parameter in model.named_parameters()}
-    accumulators = {}
-    for key, tensor in optimizer.state_dict().items():
+    accumulators, entries = {}, optimizer.state_dict()
+    for group in flat:
+        entries = group.unpacked(entries)
+    for key, tensor in entries.items():
         if isinstance(tensor, paddle.Tensor):
             # the longest match, because one parameter's name may be a prefix of another's
             name = max((n for n in structured if key.startswith(n + '_')), key=len)
@@ -119,13 +122,13 @@ def optimizer_arrays(optimizer, model, masters=None):
             'master_weights': {name: _as_array(tensor) for name, tensor in masters.items()}}
 
 
-def load_optimizer_arrays(optimizer, model, state, origin, masters=None):
+def load_optimizer_arrays(optimizer, model, state, origin, masters=None, flat=()):
     """Loads the result of `optimizer_arrays` into a new optimizer.
 
     Args:
         state: result of `optimizer_arrays`.
         origin: where it comes from, for messages.
-        masters: as for `optimizer_arrays`.
+        masters, flat: as for `optimizer_arrays`.
     Raises:
         UserError: it belongs to another model or another kind of optimizer, or is not finite.
     """
@@ -145,9 +148,13 @@ def load_optimizer_arrays(optimizer, model, state, origin, masters=None):
                         'checkpoint')
     for name in state['master_weights'].keys() & masters.keys():
         masters[name].set_value(paddle.to_tensor(state['master_weights'][name]))
-    optimizer.set_state_dict({f'{masters.get(name, parameter).name}_{kind}_0': paddle.to_tensor(array)
-                              for name, parameter in parameters.items()
-                              for kind, array in state['accumulators'].get(name, {}).items()})
+    entries = {masters.get(name, parameter).name: {
+        f'{kind}_0': paddle.to_tensor(array) for kind, array in state['accumulators'].get(name, {}).items()}
+        for name, parameter in parameters.items()}
+    for group in flat:
+        entries = group.packed(entries)
+    optimizer.set_state_dict({f'{name}_{kind}': tensor for name, kinds in entries.items()
+                              for kind, tensor in kinds.items()})
 
 
 def _as_array(tensor):

@@ -140,8 +140,13 @@ def losses(parts, loader):
     return found
 
 
+def optimized_by(name):
+    betas = ['TRAIN.OPTIMIZER.BETAS', [0.98, 0.92, 0.99]] if name == 'adan' else []
+    return ['TRAIN.OPTIMIZER.NAME', name, *betas, 'REPORT_FREQ', 1]
+
+
 def mixed(level, dtype, optimizer='adamw'):
-    return ['AMP', 'True', 'AMP_LEVEL', level, 'AMP_DTYPE', dtype, 'TRAIN.OPTIMIZER.NAME', optimizer, 'REPORT_FREQ', 1]
+    return ['AMP', 'True', 'AMP_LEVEL', level, 'AMP_DTYPE', dtype, *optimized_by(optimizer)]
 
 
 @pytest.mark.parametrize('level, dtype, optimizer', [
@@ -150,7 +155,7 @@ def mixed(level, dtype, optimizer='adamw'):
         ('O2', 'bfloat16', 'momentum'), ('O2', 'float16', 'lamb'), ('O2', 'float16', 'nadam'),
         ('O2', 'float16', 'lion'), ('O2', 'float16', 'adan')))])
 def test_mixed_precision_trains_as_float32_does(device, level, dtype, optimizer, record_property):
-    right = losses(*training(device, ['TRAIN.OPTIMIZER.NAME', optimizer, 'REPORT_FREQ', 1]))
+    right = losses(*training(device, optimized_by(optimizer)))
     parts, loader = training(device, mixed(level, dtype, optimizer))
     dtypes = []
     parts.model.stages[0].blocks[0].register_forward_post_hook(lambda layer, x, y: dtypes.append(str(y.dtype)))

@@ -132,6 +132,8 @@ def _optimizer_step(parts, measure):
     """
     settings, scaler, parameters = parts.settings, parts.scaler, parts.trained_parameters
     parts.masters.take_gradients()
+    for group in parts.flat:
+        group.collect()
     if scaler is not None:
         scaler.unscale(parameters)
     norm = None
@@ -147,7 +149,7 @@ def _optimizer_step(parts, measure):
         parts.optimizer.step()
         parts.masters.update_model()
         if parts.ema is not None:
-            parts.ema.update(parts.bare_model, parts.masters.by_name)
+            parts.ema.update(parts.bare_model, parts.masters.by_name, parts.flat)
     parts.optimizer.clear_grad()
     parts.masters.clear_gradients()
     return finite, norm

@@ -4,9 +4,13 @@ import re
 import paddle
 
 from errors import UserError
+from training.flat import FlatParameters
 from training.optimizers import Adan, Lamb, Lion, NAdam
 
 MAX_LAYER_ID = 13
+# LAMB scales each parameter's step by its norm. The others' roots and quotients are rounded differently at the end of a
+# tensor than within it (on CPUs), so that runs would not continue bit for bit as before.
+PER_PARAMETER = ('lamb', 'nadam', 'adan')
 
 
 def layer_id(name, num_stages=4):
@@ -42,7 +46,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, masters=None):
     the parameters of these names.
 
     Returns:
-        list of {'params', 'weight_decay', 'learning_rate'}; 'learning_rate' is the scale, as Paddle expects.
+        list of {'params', 'weight_decay', 'learning_rate', 'decays'}; 'learning_rate' is the scale, as Paddle expects.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -53,9 +57,25 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, masters=None):
         if layer_decay < 1:
             scale = layer_decay ** (MAX_LAYER_ID - layer_id(name, len(model.stages)))
         group = groups.setdefault((decays, scale), {'params': [], 'weight_decay': weight_decay if decays else 0.0,
-                                                    'learning_rate': scale})
+                                                    'learning_rate': scale, 'decays': decays})
         group['params'].append((masters or {}).get(name, parameter))
     return list(groups.values())
+
+
+def flatten(name, groups, model, masters=None):
+    """Makes the parameters of each group of `parameter_groups` views of a long one.
+
+    Args:
+        name: of the optimizer; those in PER_PARAMETER get the single parameters all the same.
+        groups, masters: see `parameter_groups`.
+    Returns:
+        list of FlatParameters, and the groups for `build_optimizer`.
+    """
+    names = {id((masters or {}).get(name, parameter)): name for name, parameter in model.named_parameters()}
+    flat = [FlatParameters({names[id(parameter)]: parameter for parameter in group['params']}) for group in groups]
+    if name in PER_PARAMETER:
+        return flat, groups
+    return flat, [{**group, 'params': [one.whole]} for one, group in zip(flat, groups)]
 
 
 def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
@@ -84,7 +104,7 @@ def build_optimizer(name, groups, *, betas=(0.9, 0.999), eps=1e-8):
 def set_weight_decay(optimizer, weight_decay):
     """Sets the weight decay of an optimizer's parameters, except the 1-D ones, which have none."""
     for group in optimizer._param_groups:
-        if group['params'][0].ndim == 1:
+        if not group['decays']:
             continue
         if isinstance(optimizer, (paddle.optimizer.SGD, paddle.optimizer.Momentum)):
             for parameter in group['params']:

@@ -26,6 +26,7 @@ class RunState:
         own_statistics: whether the running statistics of the ranks differ within an epoch (no SyncBatchNorm).
         data: the `identity` of `data.RunData`.
         masters: {structured name: float32 parameter}, see `MasterWeights`.
+        flat: the `FlatParameters` that the optimizer updates.
     Attributes:
         epochs: finished epochs, including their evaluation.
         sums: totals over the steps of the current epoch, see `progress.epoch_sums`.
@@ -34,10 +35,10 @@ class RunState:
     """
 
     def __init__(self, config, model, ema, optimizer, scaler, steps_per_epoch, own_statistics, data=None,
-                 masters=None):
+                 masters=None, flat=()):
         self.config, self.model, self.ema, self.optimizer, self.scaler = config, model, ema, optimizer, scaler
         self.steps_per_epoch, self.own_statistics, self.data = steps_per_epoch, own_statistics, data or {}
-        self.masters = masters or {}
+        self.masters, self.flat = masters or {}, flat
         self.epochs, self.sums, self.best, self.numbered = config.TRAIN.LAST_EPOCH, epoch_sums(), {}, {}
 
     @property
@@ -84,7 +85,7 @@ class RunState:
             state[key].update({name: array.mean(axis=0) for name, array in rows.items()})
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
-        return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model, self.masters),
+        return {**state, 'optimizer': checkpoint.optimizer_arrays(self.optimizer, self.model, self.masters, self.flat),
                 'statistics': statistics, 'epoch': self.epochs, 'step': self.step, 'sums': dict(self.sums),
                 'best': dict(self.best), 'numbered': self.numbered, 'config': config_text(self.config),
                 'data': self.data, 'global_batch': self.global_batch, 'processes': utils.world_size(),
@@ -104,7 +105,7 @@ class RunState:
                             'for a new run, choose another folder')
         if self.ema is not None:
             load_weights(self.ema.module, state['model_ema'], f'{path}: model_ema')
-        checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path, self.masters)
+        checkpoint.load_optimizer_arrays(self.optimizer, self.model, state['optimizer'], path, self.masters, self.flat)
         if self.scaler is not None and 'scaler' in state:  # absent when it was trained without loss scaling
             self.scaler.load_state_dict(state['scaler'])
         self.epochs, self.sums, self.best = state['epoch'], dict(state['sums']), dict(state['best'])

@@ -11,9 +11,10 @@ from losses import build_loss, class_weights
 from mixup import Mixup
 from training.amp import Amp, LossScaler
 from training.ema import ModelEMA
+from training.flat import FlatParameters
 from training.freezing import freeze
 from training.masters import MasterWeights
-from training.optim import build_optimizer, parameter_groups
+from training.optim import build_optimizer, flatten, parameter_groups
 from training.run_state import RunState
 from training.running_statistics import sync_batch_norm_works
 from training.schedules import build_schedule, build_weight_decay
@@ -52,6 +53,7 @@ class TrainingParts:
         lr_at: learning rate as a function of the optimizer step, from 0.
         amp: mixed precision of the forward passes.
         masters: what the optimizer updates in place of weights in half precision.
+        flat: the trained parameters as views of long ones; empty for those that are not.
         weight_decay_at: weight decay as a function of the optimizer step; None leaves that of the optimizer.
         scaler: loss scaling for float16, or None.
         ema: moving average of the model, or None.
@@ -65,6 +67,7 @@ class TrainingParts:
     lr_at: Callable[[int], float]
     amp: Amp
     masters: MasterWeights = MasterWeights()
+    flat: Tuple[FlatParameters, ...] = ()
     weight_decay_at: Optional[Callable[[int], float]] = None
     scaler: Optional[LossScaler] = None
     ema: Optional[ModelEMA] = None
@@ -86,6 +89,8 @@ class TrainingParts:
     @cached_property
     def trained_parameters(self):
         """Parameters that the optimizer changes; for Paddle, running statistics are parameters as well."""
+        if self.flat:
+            return [group.whole for group in self.flat]
         return [self.masters.by_name.get(name, parameter) for name, parameter in self.bare_model.named_parameters()
                 if not parameter.stop_gradient]
 
@@ -121,15 +126,16 @@ def build_training(config, device, amp, start, loader, data):
     ema = ModelEMA(model, train.MODEL_EMA_DECAY) if train.MODEL_EMA else None  # in float32
     masters = amp.cast_weights(model)
     groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY, masters.by_name)
+    flat, groups = flatten(train.OPTIMIZER.NAME, groups, model, masters.by_name)
     optimizer = build_optimizer(train.OPTIMIZER.NAME, groups, betas=train.OPTIMIZER.BETAS, eps=train.OPTIMIZER.EPS)
     parts = TrainingParts(
         model=model, criterion=_build_criterion(config, data), optimizer=optimizer, lr_at=lr_at, amp=amp,
-        masters=masters,
+        masters=masters, flat=tuple(flat),
         weight_decay_at=build_weight_decay(config, lr_at.total_steps), scaler=amp.scaler(), ema=ema,
         mixup=build_mixup(config), frozen=frozen, settings=StepSettings(
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
-    state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch, masters=masters.by_name,
+    state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch, masters=masters.by_name, flat=flat,
                      own_statistics=world > 1 and not sync_bn, data=data.identity)
 
     if start.checkpoint is not None:
