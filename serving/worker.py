@@ -71,7 +71,6 @@ class Worker:
 
     def _decode(self, request, data):
         try:
-            guess = int(np.argmax(prediction.logits))  # with several labels per image, none may reach the threshold
             image = decode(data, self._formats, self._pixels, request['upright'])
             self._decoded.put((request, data, self._predictor.transform(image)))
         except Refusal as error:
