@@ -39,7 +39,7 @@ class Service:
             Route('/', self._page), Route('/predict', self._predict, methods=['POST']),
             Route('/batch', self._batch, methods=['POST']), Route('/model', self._model),
             Route('/health', self._health), Route('/ready', self._ready), Route('/metrics', self._text)],
-            exception_handlers={404: _not_found, 405: _wrong_method})
+            exception_handlers={404: _not_found, 405: _wrong_method, Refusal: _refused})
         self._router.router.redirect_slashes = False  # its answer would repeat the Host header
 
     async def __call__(self, scope, receive, send):
@@ -84,10 +84,10 @@ class Service:
                 if any(len(image) > self._limits.image_bytes for image in images):
                     raise Refusal(413, f'an image has more than {self._limits.image_bytes / 2**20:.3g} MiB')
                 results = await self._results(images, options)
-        except Refusal as error:
+        except Refusal:
             if unread and 'expect' not in request.headers:
                 await _drain(request)
-            return _error(error.status, str(error), error.retry_after)
+            raise
         except asyncio.TimeoutError:
             return _error(408, f'the request did not arrive within {self._limits.slow:g} seconds')
         except ClientDisconnect:
@@ -130,10 +130,7 @@ class Service:
         return HTMLResponse(self._html, headers={**SAFE, 'Content-Security-Policy': self._policy})
 
     async def _model(self, request):
-        try:
-            self._check_key(request)
-        except Refusal as error:
-            return _error(error.status, str(error))
+        self._check_key(request)
         model, limits = self._pool.model, self._limits
         return JSONResponse({**model, 'limits': {
             'image_bytes': limits.image_bytes, 'pixels': limits.pixels, 'images': limits.images}}, headers=SAFE)
@@ -147,10 +144,7 @@ class Service:
         return _error(503, 'no worker is ready', retry_after=1)
 
     async def _text(self, request):
-        try:
-            self._check_key(request)
-        except Refusal as error:
-            return _error(error.status, str(error))
+        self._check_key(request)
         text = self._metrics.text(
             requests_in_progress=(self._running, 'Requests that are being read or computed.'),
             held_bytes=(self._held['bytes'], 'Bytes of the bodies of these requests.'),
@@ -176,6 +170,10 @@ async def _drain(request):
 
     with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):
         await asyncio.wait_for(rest(), DRAINED)
+
+
+async def _refused(_, error):
+    return _error(error.status, str(error), error.retry_after)
 
 
 async def _not_found(*_):

@@ -89,6 +89,7 @@ class WorkerPool:
         if ends and (await asyncio.wait(ends, timeout=5))[1]:
             for worker in workers:
                 self._kill(worker)
+            await asyncio.wait(ends)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -88,7 +88,7 @@ def listen(host, port):
 
 
 async def serve(application, listener, limits, stopping):
-    """Serves until SIGINT or SIGTERM; then answers what it has accepted. A second signal stops at once.
+    """Serves until SIGINT or SIGTERM; then answers what it has accepted. A second signal stops within seconds.
 
     Args:
         application: ASGI application.

@@ -42,7 +42,7 @@ CHUNKED = b'POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
 NO_HTTP = (*(CHUNKED + rest for rest in (b'FFFFFFFFFFFFFFFF\r\n', b'-1\r\n', b'5\r\nab', b'zz\r\n\r\n')),
            b'GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n',
            b'PRI * HTTP/2.0\r\n\r\nSM\r\n')
-FLAGS = ('-slow=1', '-max_mb=0.2', '-max_megapixels=0.1', '-max_images=8', '-max_requests=256', '-queue=256')
+FLAGS = ('-slow=3', '-max_mb=0.2', '-max_megapixels=0.1', '-max_images=8', '-max_requests=256', '-queue=256')
 
 
 def images(rng):
@@ -141,7 +141,7 @@ async def send(port, data, rng, how):
             for at in range(0, len(data), len(data) // 20 + 1):
                 writer.write(data[at:at + len(data) // 20 + 1])
                 await writer.drain()
-                await asyncio.sleep(rng.choice((0.01, 0.2)))
+                await asyncio.sleep(rng.choice((0.01, 0.5)))
         writer.write(b'' if how == 'slow' else data)
         await writer.drain()
         return await asyncio.wait_for(read_answer(reader), 60)
