@@ -66,7 +66,8 @@ class ContactSheets:
             lines = [', '.join(f'{name} {score:.0%}' for name, score in zip(names, prediction.scores)) or 'no label']
             frame = UNKNOWN if truth is None else RIGHT if set(prediction.classes) == set(truth) else WRONG
             if frame == WRONG:
-                lines.append('is ' + (truth_name if self._names else ', '.join(map(str, truth)) or 'no label'))
+                labels = truth_name if self._names else ', '.join(map(str, truth))
+                lines.append(f'is {labels}' if truth else 'has no label')
         else:
             name = prediction.names[0] if self._names else f'class {prediction.classes[0]}'
             lines = [f'{name} {prediction.scores[0]:.1%}']

@@ -42,7 +42,7 @@ def warnings_of_a_run(plan):
 def _classes(plan):
     """The classes of the lists against those of the head."""
     head = plan.config.MODEL.NUM_CLASSES
-    if head == 1:
+    if head == 1 and not plan.config.DATA.MULTI_LABEL:
         yield 'MODEL.NUM_CLASSES is 1: a head with one output cannot tell classes apart; give the number of classes'
     for mode, labels in plan.labels.items():
         source = source_name(plan.config, mode)
