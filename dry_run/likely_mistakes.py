@@ -67,12 +67,12 @@ def _images(plan):
     """Images that are listed more than once or not used."""
     distinct = {}  # {mode: sorted hashes of its images}
     for mode, paths in plan.paths.items():
-        hashes = paths.hashes()
-        ordered = np.sort(hashes)
+        ordered = distinct[mode] = paths.hashes()
+        ordered.sort()  # in place: a list may have 14 million lines
         again = ordered[1:] == ordered[:-1]
-        distinct[mode] = ordered[np.concatenate([[True], ~again])]
         if not again.any():
             continue
+        distinct[mode], hashes = ordered[np.concatenate([[True], ~again])], paths.hashes()
         rows = np.flatnonzero(np.isin(hashes, ordered[1:][again]))  # of all images that are listed more than once
         rows = rows[np.argsort(hashes[rows], kind='stable')]
         named, labels = hashes[rows], plan.labels[mode][rows].reshape(len(rows), -1)

@@ -87,7 +87,10 @@ def parse_entries(content, start, read_line, num_classes=None):
     end, blank = len(content), b' \t\n\r\x0b\x0c'
     while end > start and content[end - 1] in blank:
         end -= 1
-    used, ends, labels, number = 0, [], [], 1
+    most = 1 + sum(np.count_nonzero((part == 10) | (part == 13)) for part in (
+        content[first:first + _BLOCK] for first in range(start, end, _BLOCK)))  # lines
+    ends = np.empty(most, np.uint32 if len(content) < 1 << 32 else np.uint64)
+    labels, count, used = np.empty(most, np.int64), 0, 0
     # paths can only become shorter, so they never overtake the text that is still to be read
     while start < end:
         block, size = content[start:min(start + _BLOCK, end)].tobytes(), _BLOCK
@@ -101,14 +104,14 @@ def parse_entries(content, start, read_line, num_classes=None):
             block = block[:len(block) - rest]
         else:
             block += b'\n'
-        text, breaks, values = _regular(block, num_classes) or _any(block, read_line, number)
+        text, breaks, values = _regular(block, num_classes) or _any(block, read_line, count + 1)
         content[used:used + len(text)] = text[:len(content) - used]
-        ends.append((used + breaks).astype(np.uint32 if len(content) < 1 << 32 else np.uint64))
-        labels.append(values)
-        used, number = used + len(text), number + len(values)
-    content.resize(min(used, len(content)), refcheck=False)
-    empty = np.zeros(0, np.int64)
-    return Paths(content, np.concatenate(ends or [empty])), np.concatenate(labels or [empty])
+        rows = slice(count, count + len(values))
+        ends[rows], labels[rows] = used + breaks, values
+        used, count = used + len(text), count + len(values)
+    for array, length in ((content, min(used, len(content))), (ends, count), (labels, count)):
+        array.resize(length, refcheck=False)  # in its place
+    return Paths(content, ends), labels
 
 
 def _any(block, read_line, number):
