@@ -115,7 +115,7 @@ def training_memory(config, cost, recompute=False, half=False, processes=1):
     return {
         # with O1 autocast keeps a half-precision copy of each weight; with O2 the optimizer keeps a float32 one
         'weights': 4 * weights + (2 * cost.parameters if half else 0),
-        'gradients': gradients,
+        'gradients': gradients + (4 * cost.parameters if masters else 0),  # with O2 in both types
         'exchange': gradients if processes > 1 else 0,
         'optimizer': 4 * states * cost.parameters,
         'EMA': 4 * weights if config.TRAIN.MODEL_EMA else 0,

@@ -174,7 +174,7 @@ def overflowing(loader, steps):
 def test_overflowing_steps_are_skipped_counted_and_kept_out_of_the_average():
     scaled, plain = linear(), linear()
     ema = types.SimpleNamespace(calls=0)
-    ema.update = lambda model, masters: setattr(ema, 'calls', ema.calls + 1)
+    ema.update = lambda model, masters, flat: setattr(ema, 'calls', ema.calls + 1)
     loader, scaler = batches([2] * 4), LossScaler(1024.0)
     metrics = train(scaled, overflowing(loader, (1, 3)), scaler=scaler, ema=ema)
     train(plain, [loader[0], loader[2]])

@@ -22,7 +22,7 @@ class ModelEMA:
         self.module.eval()
         for parameter in self.module.parameters():
             parameter.stop_gradient = True
-        self._followed, self._pairs, self._statistics = None, [], []
+        self._followed, self._pairs, self._statistics = None, [], ([], [])
 
     @paddle.no_grad()
     def update(self, model, masters=None, flat=()):
@@ -36,8 +36,8 @@ class ModelEMA:
         if self._followed is not model:  # collecting a state dict of hundreds of tensors takes longer than the update
             self._followed, self._share = model, paddle.to_tensor(1 - self.decay, dtype='float32')
             self._pairs = self._pair({**model.state_dict(), **(masters or {})}, flat)
-        elif any(value.data_ptr() != view.data_ptr() for value, view in self._statistics):  # Paddle has replaced one
-            move(*zip(*self._statistics))
+        else:  # Paddle may have replaced one
+            move(*self._statistics)
         for average, value in self._pairs:
             average.lerp_(value if value.dtype == average.dtype else value.astype(average.dtype), self._share)
 
@@ -52,5 +52,5 @@ class ModelEMA:
             followed = [source[name] for name in rest]
             whole = gathered(followed)
             pairs.append((gathered([averages[name] for name in rest]), whole))
-            self._statistics = list(zip(followed, views(whole, [value.shape for value in followed])))
+            self._statistics = followed, views(whole, [value.shape for value in followed])
         return pairs + [(averages[name], source[name]) for name in averages if name not in rest]
