@@ -1,4 +1,6 @@
 """The entries of a list in a few arrays, since an object for each of 14 million lines would take gigabytes."""
+import mmap
+
 import numpy as np
 
 _BLOCK = 1 << 20  # bytes of a list that are parsed at a time
@@ -8,6 +10,13 @@ _BREAK = 2
 _KIND = np.zeros(256, np.uint8)
 _KIND[:33] = 3  # other white space, and control characters
 _KIND[[9, 32]], _KIND[10] = 1, _BREAK  # blanks, line breaks
+
+
+def own_memory(length, dtype):
+    """A new array outside the heap, whose memory returns to the system after it; paddle_env keeps that of the heap."""
+    flags = {'flags': mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, 'MAP_ANONYMOUS') else {}
+    dtype = np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, max(1, length) * dtype.itemsize, **flags), dtype, length)
 
 
 class Paths:
@@ -89,8 +98,8 @@ def parse_entries(content, start, read_line, num_classes=None):
         end -= 1
     most = 1 + sum(np.count_nonzero((part == 10) | (part == 13)) for part in (
         content[first:first + _BLOCK] for first in range(start, end, _BLOCK)))  # lines
-    ends = np.empty(most, np.uint32 if len(content) < 1 << 32 else np.uint64)
-    labels, count, used = np.empty(most, np.int64), 0, 0
+    ends = own_memory(most, np.uint32 if len(content) < 1 << 32 else np.uint64)
+    labels, count, used = own_memory(most, np.int64), 0, 0
     # paths can only become shorter, so they never overtake the text that is still to be read
     while start < end:
         block, size = content[start:min(start + _BLOCK, end)].tobytes(), _BLOCK
@@ -109,9 +118,7 @@ def parse_entries(content, start, read_line, num_classes=None):
         rows = slice(count, count + len(values))
         ends[rows], labels[rows] = used + breaks, values
         used, count = used + len(text), count + len(values)
-    for array, length in ((content, min(used, len(content))), (ends, count), (labels, count)):
-        array.resize(length, refcheck=False)  # in its place
-    return Paths(content, ends), labels
+    return Paths(content[:used], ends[:count]), labels[:count]
 
 
 def _any(block, read_line, number):

@@ -9,7 +9,7 @@ import numpy as np
 
 from atomic_file import atomic_file
 from image_files.decode import DataError
-from image_files.entries import Paths, parse_entries
+from image_files.entries import Paths, own_memory, parse_entries
 
 CLASSES = 'classes.txt'  # names of the classes in a data folder, and in what is made from it
 IMAGENET_NAMES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet1k.txt')
@@ -122,14 +122,14 @@ def _labels(where, name, text):
 
 
 def _content(path):
-    """The contents of a list, uint8 [bytes] in memory that can be made smaller, and the position of its first line.
+    """The contents of a list, uint8 [bytes] in memory that can be written to, and the position of its first line.
 
     Raises:
         see `read_list`.
     """
     try:
         with open(path, 'rb') as file:
-            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            content = own_memory(os.fstat(file.fileno()).st_size, np.uint8)
             count = file.readinto(content)
             rest = file.read()  # of a pipe, which has no size, or of a file that has grown
     except FileNotFoundError:
