@@ -135,6 +135,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes(trained, run_script,
 
 def test_the_launcher_of_paddle_starts_the_same_run(trained, list_dataset, tiny_yaml, tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    env.pop('CUDA_VISIBLE_DEVICES', None)  # Paddle's launcher takes an empty one for a list of GPUs
     done = subprocess.run(
         [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2', '--log_dir', str(tmp_path / 'log'),
          f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}', f'-output={tmp_path}/run',
