@@ -4,10 +4,10 @@
     python tools/shape_bias.py cue-conflict -predictions=logits.npz
 
 The images are named after the classes of their shape and of their texture, as in airplane/airplane1-bicycle2.png. The
-probability of each of the 16 classes is the mean over its ImageNet classes, and the most probable class is the decision,
-as in the authors' code (github.com/bethgelab/model-vs-human). The shape bias is the share of the decisions for the shape
-among those for the shape or the texture, over the images where these differ. logits.npz has `paths`, file names, and
-`logits` [N, 1000].
+probability of each of the 16 classes is the mean over its ImageNet classes, and the most probable class is the
+decision, as in the authors' code (github.com/bethgelab/model-vs-human). The shape bias is the share of the decisions
+for the shape among those for the shape or the texture, over the images where these differ. logits.npz has `paths`, file
+names, and `logits` [N, 1000].
 """
 import csv
 import io

@@ -29,7 +29,7 @@ CHANNELS = 4  # drawn of each block
 
 
 def kernels_of(branch):
-    """The kernels of a `ReparamLargeKernelConv`, with their batch norms folded: {'large', 'small', 'merged': [C, K, K]}.
+    """The kernels of a `ReparamLargeKernelConv`, with batch norms folded: {'large', 'small', 'merged': [C, K, K]}.
 
     Those of a merged convolution are {'merged'}; without a small kernel, there is no 'small'. All have the size of the
     large kernel, the small one being padded with zeros.

@@ -2,8 +2,8 @@
 
     python tools/train_without_shortcuts.py -cfg=configs/replknet_nano_digits.yaml -data_path=data/digits
 
-The flags are those of main_single_gpu.py. The weights fit the ordinary model, but compute something else in it: only the
-metrics of such a run are of use. Drop path, which would drop a whole map here, does not apply to these blocks.
+The flags are those of main_single_gpu.py. The weights fit the ordinary model, but compute something else in it: only
+the metrics of such a run are of use. Drop path, which would drop a whole map here, does not apply to these blocks.
 """
 import signal
 import sys
