@@ -1,15 +1,20 @@
 """Backbones for dense prediction, under a small head like UPerNet's, on made-up segmentation data."""
+from pathlib import Path
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+import yaml
 from paddle import nn
 
 import dense
 from errors import UserError
 from replknet import RepLKNet
 from run_folder.checkpoint import model_arrays
+from zoo import ZOO
 
+ROOT = Path(__file__).parents[1]
 TINY = {'layers': [1, 1, 1, 1], 'channels': [8, 12, 16, 20], 'large_kernel_sizes': [9, 7, 5, 5]}
 
 
@@ -116,3 +121,39 @@ def test_scripts_of_the_packages_run_with_the_backbones_registered(run_script, t
     assert done.stdout.splitlines() == [
         "<class '__main__.RepLKNetSeg'>", "<class '__main__.RepLKNetDet'>",
         f"__main__ {[f'{tmp_path}/train.py', '--config', 'x.yml']}"]
+
+
+# ---- the packages themselves, with the configurations of configs/dense
+
+CONFIGS = sorted((ROOT / 'configs/dense').glob('*.yml'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_configurations_name_variants_and_weights_that_exist(path):
+    settings = yaml.safe_load(path.read_text().replace('!PiecewiseDecay', '').replace('!LinearWarmup', ''))
+    backbone = settings['RepLKNetDet'] if 'RepLKNetDet' in settings else settings['model']['backbone']
+    assert ZOO[backbone['pretrained']].variant == backbone['variant']
+    assert backbone['norm_inter_features'] == (backbone['variant'] == 'replknet_xl')
+    assert ('[0.5, 0.5, 0.5]' in path.read_text()) == (backbone['variant'] == 'replknet_xl')
+
+
+@pytest.mark.long
+def test_a_step_of_paddleseg():
+    pytest.importorskip('paddleseg')
+    from paddleseg.cvlibs import Config, SegBuilder
+    assert 'paddleseg' in dense.register()
+    config = Config(str(ROOT / 'configs/dense/upernet_replknet_31b_1k_ade20k_512.yml'))
+    backbone = config.dic['model']['backbone']
+    del backbone['pretrained'], backbone['variant'], backbone['recompute']
+    backbone['variant_args'] = TINY
+    config.dic['model'].update(channels=16, num_classes=3)
+    builder = SegBuilder(config)
+    model, optimizer = builder.model, builder.optimizer
+    images, labels = map(paddle.to_tensor, scenes(np.random.default_rng(0), 2, 128))
+    outputs = model(images)
+    loss = sum(c * F.cross_entropy(x, labels, axis=1) for c, x in zip((1, 0.4), outputs))
+    loss.backward()
+    before = model.backbone.stem[0].conv.weight.numpy()
+    optimizer._learning_rate.step()
+    optimizer.step()
+    assert np.isfinite(float(loss)) and not np.array_equal(before, model.backbone.stem[0].conv.weight.numpy())

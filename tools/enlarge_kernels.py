@@ -1,7 +1,7 @@
 """Pads the large kernels of a trained network with zeros to larger ones, as a start for fine-tuning.
 
     python tools/enlarge_kernels.py -model=output/RUN -kernels=31,29,27,13 -output=output/enlarged
-    python main_single_gpu.py -cfg=output/enlarged/config.yaml -pretrained=output/enlarged -data_path=... -output=output/tuned
+    python main_single_gpu.py -cfg=output/enlarged/config.yaml -pretrained=output/enlarged -data_path=...
 
 The new network computes the same function: a zero tap contributes nothing. Its logits differ only by the rounding of
 another summation order. Merged weights and weights in training form both work. Small kernels stay as they are.
@@ -27,7 +27,8 @@ from run_folder.checkpoint import model_arrays, save_checkpoint  # noqa: E402
 from run_folder.layout import BEST, CONFIG  # noqa: E402
 from zoo import class_names_file, pretrained_weights, require_settings_file  # noqa: E402
 
-LARGE = re.compile(r'stages\.(\d+)\.blocks\.\d+\.large_kernel\.(large_kernel_origin\.conv|large_kernel_reparam)\.weight')
+LARGE = re.compile(r'stages\.(\d+)\.blocks\.\d+\.large_kernel\.'
+                   r'(?:large_kernel_origin\.conv|large_kernel_reparam)\.weight')
 
 
 def enlarge(weights, sizes):
