@@ -146,7 +146,7 @@ def test_a_step_of_paddleseg():
     backbone = config.dic['model']['backbone']
     del backbone['pretrained'], backbone['variant'], backbone['recompute']
     backbone['variant_args'] = TINY
-    config.dic['model'].update(channels=16, num_classes=3)
+    config.dic['model']['channels'] = 16
     builder = SegBuilder(config)
     model, optimizer = builder.model, builder.optimizer
     images, labels = map(paddle.to_tensor, scenes(np.random.default_rng(0), 2, 128))
@@ -157,3 +157,35 @@ def test_a_step_of_paddleseg():
     optimizer._learning_rate.step()
     optimizer.step()
     assert np.isfinite(float(loss)) and not np.array_equal(before, model.backbone.stem[0].conv.weight.numpy())
+
+
+@pytest.mark.long
+def test_a_step_of_paddledetection(tmp_path):
+    pytest.importorskip('ppdet')
+    import ppdet.modeling  # noqa: F401 - registers the modules
+    import ppdet.optimizer  # noqa: F401
+    from ppdet.core.workspace import create, load_config
+    assert 'ppdet' in dense.register()
+    lines = (ROOT / 'configs/dense/cascade_mask_rcnn_replknet_31b_1k_coco.yml').read_text().splitlines()
+    small = [line.replace('sync_bn', 'bn') for line in lines  # without COCO's base files and synchronised norms
+             if not line.startswith('_BASE_') and 'pretrained:' not in line and 'recompute:' not in line]
+    file = tmp_path / 'small.yml'
+    file.write_text('num_classes: 80\nmetric: COCO\nuse_gpu: false\n' + '\n'.join(small))
+    config = load_config(str(file))
+    config['RepLKNetDet']['variant_args'] = TINY
+    model = create(config.architecture)
+    rate = create('LearningRate')(2)
+    optimizer = create('OptimizerBuilder')(rate, model)
+    box = paddle.to_tensor([[16., 16., 80., 96.]])
+    polygon = [[np.array([16., 16., 80., 16., 80., 96., 16., 96.])]]
+    model.train()
+    losses = model({'image': paddle.randn([1, 3, 128, 128]), 'im_shape': paddle.to_tensor([[128., 128.]]),
+                    'scale_factor': paddle.ones([1, 2]), 'gt_bbox': [box], 'gt_poly': [polygon],
+                    'gt_class': [paddle.to_tensor([[3]], dtype='int32')],
+                    'is_crowd': [paddle.zeros([1, 1], dtype='int32')], 'im_id': paddle.zeros([1, 1], dtype='int32')})
+    losses['loss'].backward()
+    before = model.backbone.stem[0].conv.weight.numpy()
+    rate.step()
+    optimizer.step()
+    assert np.isfinite(float(losses['loss'])) and any('mask' in name for name in losses)
+    assert not np.array_equal(before, model.backbone.stem[0].conv.weight.numpy())
