@@ -88,12 +88,15 @@ def _points(records, value, event, weights=None):
 
 
 def _label_axes(axes, panel):
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel('epoch')
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_yscale('log' if panel.logarithmic else 'linear')
+    if panel.logarithmic:
+        axes.set_yscale('log')
+        axes.yaxis.set_major_formatter(LogFormatter())  # the default ones write formulas, which `prepare_texts` shows raw
+        axes.yaxis.set_minor_formatter(LogFormatter())
     if panel.value == 'lr':
         axes.ticklabel_format(axis='y', scilimits=(-2, 3))
     if panel.value in ('lr', 'images_per_s'):
