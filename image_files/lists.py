@@ -116,7 +116,7 @@ def list_identity(paths, labels):
         {'digest': SHA-256 of the entries in their order, in hexadecimal, 'length': number of entries}.
     """
     digest = hashlib.sha256(Paths.of(paths).joined())
-    digest.update(labels.astype('<i8').tobytes())
+    digest.update(np.ascontiguousarray(labels, dtype='<i8'))
     return {'digest': digest.hexdigest(), 'length': len(labels)}
 
 
