@@ -187,7 +187,7 @@ def list_identity(paths, labels):
         {'digest': SHA-256 of the entries in their order, in hexadecimal, 'length': number of entries}.
     """
     digest = hashlib.sha256(Paths.of(paths).joined())
-    digest.update((labels.astype('<i8') if labels.ndim == 1 else labels).tobytes())
+    digest.update(np.ascontiguousarray(labels, dtype='<i8' if labels.ndim == 1 else np.uint8).ravel())
     return {'digest': digest.hexdigest(), 'length': len(labels)}
 
 
