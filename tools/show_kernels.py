@@ -122,9 +122,9 @@ def write_tables(kernels, folder):
         Path(folder, f'{name}.csv').write_text(text.getvalue(), encoding='utf-8', errors='surrogateescape')
 
 
-def _figure(width, height):
+def _figure(width, height, layout='constrained'):
     from matplotlib.figure import Figure  # pyplot would need a display and keep global state
-    return Figure(figsize=(width, height), layout='constrained')
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def _save(figure, path):
@@ -134,7 +134,9 @@ def _save(figure, path):
 
 def draw_stage(kernels, path):
     """Draws kernels of one block, a row for each."""
-    figure = _figure(1.75 * (CHANNELS + 2) + 1, 1.9 * len(kernels) + 0.4)
+    width, height = 1.8 * (CHANNELS + 2) + 0.6, 1.8 * len(kernels) + 0.7
+    figure = _figure(width, height, None)  # margins in inches; a constrained layout of so many cells takes seconds
+    figure.subplots_adjust(0.6 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.6 / height, 0.05, 0.05)
     axes = figure.subplots(len(kernels), CHANNELS + 2, squeeze=False)
     channels = min(len(kernel.weight) for kernel in kernels)
     chosen = np.unique(np.linspace(0, channels - 1, CHANNELS).astype(int))
