@@ -95,7 +95,7 @@ def _label_axes(axes, panel):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.logarithmic:
         axes.set_yscale('log')
-        axes.yaxis.set_major_formatter(LogFormatter())  # the default ones write formulas, which `prepare_texts` shows raw
+        axes.yaxis.set_major_formatter(LogFormatter())  # the default writes formulas, which `prepare_texts` shows raw
         axes.yaxis.set_minor_formatter(LogFormatter())
     if panel.value == 'lr':
         axes.ticklabel_format(axis='y', scilimits=(-2, 3))
