@@ -54,7 +54,10 @@ def python(arguments, env):
 
 @needs_operator
 def test_processes_that_start_together_build_once(tmp_path):
-    env = environment(tmp_path)
+    quick = tmp_path / 'g++'  # the last -O counts
+    quick.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    quick.chmod(0o755)
+    env = environment(tmp_path, CXX=str(quick))
     processes = [python(['-c', CONVOLVE], env) for _ in range(3)]
     outputs = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
