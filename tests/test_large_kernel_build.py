@@ -19,7 +19,7 @@ TARGETS = {
     'baseline': ['-O1'],
     'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
 }
-LONG = ('avx2', 'native')  # several minutes each
+LONG = ('avx2', 'native', 'sanitized')  # minutes each
 
 needs_operator = pytest.mark.skipif(build.reason_unavailable() is not None,
                                     reason=f'no C++ operator: {build.reason_unavailable()}')
