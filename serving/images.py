@@ -1,4 +1,4 @@
-"""Decodes the files of strangers."""
+"""Decodes untrusted image files."""
 import io
 import warnings
 
@@ -13,20 +13,20 @@ NAMES = 'JPEG, PNG, WebP, GIF, BMP or TIFF'
 
 
 def formats():
-    """The formats of FORMATS that Pillow reads here: HEIF needs the package pillow-heif."""
+    """The formats of FORMATS that this installation of Pillow reads: HEIF needs the package pillow-heif."""
     enable_heif()
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode(data, accepted, pixels, exif):
-    """Decodes an image file in memory; as `decode_image` does a file with this content.
+    """Decodes an image file in memory, as `decode_image` decodes a file with this content.
 
     Args:
         data: bytes of the file.
         accepted: result of `formats`.
-        pixels: most pixels of an image; larger ones are refused before they are decoded.
-        exif: whether to turn it as its EXIF orientation says.
+        pixels: largest number of pixels of an image; larger ones are refused before they are decoded.
+        exif: whether to rotate it according to its EXIF orientation.
     Returns:
         RGB image.
     Raises:
@@ -34,7 +34,7 @@ def decode(data, accepted, pixels, exif):
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of Pillow about odd files
+            warnings.simplefilter('ignore')  # Pillow's warnings about odd files
             image = Image.open(io.BytesIO(data), formats=accepted)
             if image.width * image.height > pixels:
                 raise Image.DecompressionBombError
