@@ -42,7 +42,7 @@ def decode(data, accepted, pixels, exif):
     except Image.DecompressionBombError:
         raise Refusal(413, f'the image has more than {pixels / 1e6:g} million pixels; make it smaller') from None
     except UnidentifiedImageError:
-        raise Refusal(415, f'this is not an image of the formats {NAMES}') from None
+        raise Refusal(415, f'this is not an image in one of the formats {NAMES}') from None
     except DataError as error:
         raise Refusal(422, str(error)) from None
     except Exception:  # Pillow raises many types for damaged files, with texts that name objects of this process
