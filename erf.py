@@ -9,7 +9,7 @@
 A model is a zoo name, a run folder (for its best checkpoint) or a file of weights; a settings file (.yaml) stands for
 the untrained network. The output folder gets NAME.npy (the map, float32 [size, size]) and NAME.png for each map,
 areas.csv, and erf.png with all maps side by side. NAME.sums.npz holds the sums over the images so far: after an
-interruption, the same command continues. docs/erf.md explains the definition and what is easily misread.
+interruption, the same command continues. docs/erf.md explains the definition and common misreadings.
 """
 from errors import default_interrupt
 
@@ -72,7 +72,7 @@ def read_arguments(argv=None):
     add('model', required=True, metavar='MODEL', help='zoo name, run folder, file of weights, or settings file (.yaml) '
         'for the untrained network')
     add('cfg', metavar='FILE', help='settings file of -model, if there is none next to the weights')
-    add('compare', nargs='+', default=[], metavar='MODEL', help='more models, to draw side by side')
+    add('compare', nargs='+', default=[], metavar='MODEL', help='further models, drawn side by side')
     add('checkpoints', action='store_true', help='-model is a run: draw all its numbered checkpoints (SAVE_FREQ)')
     add('without_small_kernel', action='store_true', help='also draw each model without its small kernels')
     add('stage', metavar='N', help='stages, such as 3, 0,2 or 0-3 (default: the last one)')
@@ -212,8 +212,8 @@ class Field:
 
     Args:
         folder: the output folder.
-        source, stage, small_kernel: what it is the map of; `small_kernel` is whether the small kernels are there.
-        args: of the command line.
+        source, stage, small_kernel: what the map is of; `small_kernel` says whether the small kernels are present.
+        args: arguments of the command line.
         images: `Images`.
     """
 
@@ -251,7 +251,7 @@ class Field:
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save(identity)
                         saved = time.monotonic()
-        except BaseException:  # what is done remains useful
+        except BaseException:  # what has been computed remains useful
             self._save(identity)
             raise
         self._save(identity)
@@ -349,7 +349,7 @@ def main():
     if device == 'cpu':
         paddle_env.set_threads()
     if args.size < PUBLISHED_SIZE:
-        print(f'-size={args.size}: a field can be cut off at the border; published figures are for {PUBLISHED_SIZE} '
+        print(f'-size={args.size}: the field may be cut off at the border; published figures are for {PUBLISHED_SIZE} '
               'pixels', file=sys.stderr)
     if os.path.lexists(args.output) and not os.path.isdir(args.output):
         raise UserError(f'-output={args.output}: is a file; name a folder')

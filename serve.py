@@ -4,8 +4,8 @@
     python serve.py -model=output/RUN -host=0.0.0.0 -port=8080 -api_key_file=key.txt
     curl -F image=@cat.jpg -F topk=3 http://127.0.0.1:8000/predict
 
-Needs `pip install -r requirements-serve.txt`. Worker processes compute; SIGTERM and Ctrl-C stop after what has been
-accepted is answered. docs/serve.md describes the paths and the limits.
+Needs `pip install -r requirements-serve.txt`. Worker processes compute; after SIGTERM or Ctrl-C, the service
+answers what it has accepted and stops. docs/serve.md describes the endpoints and the limits.
 """
 from errors import default_interrupt  # noqa: I001
 if __name__ == '__main__':
@@ -22,16 +22,16 @@ from serving.metrics import Metrics
 KEY = 'REPLKNET_API_KEY'  # environment variable; on the command line, every user of the machine could read it
 NUMBERS = (  # flag, default, least value, help
     ('port', 8000, 0, 'port; 0 for a free one'),
-    ('batch_size', 8, 1, 'most images per forward pass'),
-    ('delay', 5, 0, 'milliseconds for which a batch waits to be full'),
-    ('workers', 1, 1, 'processes that compute, each with the model and its share of the cores'),
-    ('queue', Limits.queue, 1, 'images that are accepted and not answered yet; more are refused with 503'),
-    ('max_images', Limits.images, 1, 'most images in a request to /batch'),
-    ('max_mb', Limits.image_bytes / 2**20, 0.001, 'MiB of an encoded image'),
-    ('max_megapixels', Limits.pixels / 1e6, 0.001, 'million pixels of an image'),
-    ('max_requests', Limits.requests, 1, 'requests at the same time'),
-    ('timeout', Limits.timeout, 0.1, 'seconds from the last byte of a request to its answer'),
-    ('slow', Limits.slow, 0.1, 'seconds for the headers of a request, for its body, and to take an answer'))
+    ('batch_size', 8, 1, 'maximum number of images per forward pass'),
+    ('delay', 5, 0, 'milliseconds that a batch waits to fill up'),
+    ('workers', 1, 1, 'worker processes, each with its own copy of the model and its share of the cores'),
+    ('queue', Limits.queue, 1, 'images accepted and not yet answered; further ones are refused with 503'),
+    ('max_images', Limits.images, 1, 'maximum number of images in a request to /batch'),
+    ('max_mb', Limits.image_bytes / 2**20, 0.001, 'maximum size of an encoded image, in MiB'),
+    ('max_megapixels', Limits.pixels / 1e6, 0.001, 'maximum size of an image, in million pixels'),
+    ('max_requests', Limits.requests, 1, 'maximum number of concurrent requests'),
+    ('timeout', Limits.timeout, 0.1, 'seconds from the last byte of a request to its response'),
+    ('slow', Limits.slow, 0.1, 'seconds for a client to send the headers, to send the body, and to read the response'))
 
 
 def read_arguments(argv=None):
@@ -42,7 +42,7 @@ def read_arguments(argv=None):
             ('host', '127.0.0.1', 'address to listen on; 0.0.0.0 for all'),
             ('device', 'auto', 'auto, gpu, cpu, npu or xpu'),
             ('backend', 'auto', 'auto, dygraph or inference; only dygraph gives class activation maps'),
-            ('api_key_file', None, f'file with a key that senders must present; also the variable {KEY}')):
+            ('api_key_file', None, f'file with the key that clients must send; or set the environment variable {KEY}')):
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, help=text)
     for flag, default, _, text in NUMBERS:
         kind = float if flag in ('delay', 'max_mb', 'max_megapixels', 'timeout', 'slow') else int
@@ -52,7 +52,7 @@ def read_arguments(argv=None):
         if not least <= getattr(args, flag) < 1e9:
             raise UserError(f'-{flag}={getattr(args, flag):g}: must be at least {least}, and below 1e9')
     if args.max_images > args.queue:
-        raise UserError(f'-max_images={args.max_images}: a batch never fits in -queue={args.queue}')
+        raise UserError(f'-max_images={args.max_images}: such a request never fits into -queue={args.queue}')
     return args
 
 
@@ -63,7 +63,7 @@ def read_key(path):
     with open(path, encoding='utf-8') as file:
         key = file.read().strip()
     if not key or not key.isascii() or len(key.split()) > 1:
-        raise UserError(f'-api_key_file={path}: must have one word of ASCII characters')
+        raise UserError(f'-api_key_file={path}: must contain one word of ASCII characters')
     return key
 
 
@@ -99,7 +99,7 @@ def main():
     from serving.server import listen
     key, listener = read_key(args.api_key_file), listen(args.host, args.port)
     if not key and args.host not in ('127.0.0.1', 'localhost', '::1'):
-        print(f'serve.py: everybody who reaches {args.host} can use this service; set a key with -api_key_file',
+        print(f'serve.py: anyone who can reach {args.host} can use this service; set a key with -api_key_file',
               file=sys.stderr, flush=True)
     asyncio.run(run(args, listener, key))
 

@@ -26,7 +26,9 @@ class Area(NamedTuple):
 
     Attributes:
         side: in pixels, odd; the larger side of the map if no odd square inside it is large enough.
-        ratio: its area divided by that of the map. Both are NaN for a map whose sum is 0.
+        ratio: its area divided by that of the map.
+
+    Both are NaN for a map whose sum is 0.
     """
     side: float
     ratio: float
@@ -38,7 +40,7 @@ class FieldSum(NamedTuple):
     Attributes:
         total: float64 [H, W], or 0 without images.
         done: number of images, those left out included.
-        left_out: why an image was left out, a text for each of them.
+        left_out: for each image that was left out, the reason.
     """
     total: np.ndarray = np.zeros([])
     done: int = 0
@@ -74,7 +76,7 @@ def receptive_field(layers, images):
     Returns:
         float32 array [H, W], the mean over the images whose gradients are finite.
     Raises:
-        ValueError: the result is no feature map, or does not depend on the image.
+        ValueError: the result is not a feature map, or does not depend on the image.
         UserError: no image has a finite map.
     """
     layers, total = layers if isinstance(layers, (list, tuple)) else [layers], FieldSum()
@@ -86,14 +88,14 @@ def receptive_field(layers, images):
 def contributions(layers, image):
     """The map of one image.
 
-    Only the maps between the layers are kept; what a layer needs for its gradient is computed again when its turn
-    comes. Gradients of parameters are not computed.
+    Only the maps between the layers are kept; each layer is recomputed for its gradient. Gradients of
+    parameters are not computed.
 
     Args:
         layers: list of layers or functions to apply in turn.
         image: float32 array [3, H, W].
     Returns:
-        float64 array [H, W]; NaN where values on the way are not finite.
+        float64 array [H, W]; NaN where intermediate values are not finite.
     Raises:
         ValueError: see `receptive_field`.
     """
@@ -128,7 +130,7 @@ def _gradient(layer, x, gradient=None):
 def _gradient_of_centre(y):
     """The gradient of the sum over the channels of the relu of the central position, in the shape of y."""
     if not isinstance(y, paddle.Tensor) or len(y.shape) != 4:
-        found = f'shape {list(y.shape)}' if isinstance(y, paddle.Tensor) else type(y).__name__
+        found = f'tensor of shape {list(y.shape)}' if isinstance(y, paddle.Tensor) else type(y).__name__
         raise ValueError(f'the layer returns a {found}, not a feature map [N, C, H, W]: wrap it in a function that '
                          'returns one')
     if y.stop_gradient:
@@ -196,7 +198,7 @@ def drop_small_kernels(model):
 
 
 def log_scaled(field):
-    """log10(field + 1), divided by its largest value: the map of which the paper draws figures and measures areas.
+    """log10(field + 1), divided by its largest value: the map that the paper draws and measures.
 
     It is not invariant to the scale of the gradients: see docs/erf.md.
     """

@@ -5,7 +5,7 @@ import numpy as np
 
 _BLOCK = 1 << 20  # bytes of a list that are parsed at a time
 _ROWS = 1 << 18  # paths that are hashed at a time
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no pattern: 2^64 divided by the golden ratio
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern in its bits: 2^64 divided by the golden ratio
 _BREAK = 2
 _KIND = np.zeros(256, np.uint8)
 _KIND[:33] = 3  # other white space, and control characters
@@ -13,7 +13,7 @@ _KIND[[9, 32]], _KIND[10] = 1, _BREAK  # blanks, line breaks
 
 
 def own_memory(length, dtype):
-    """A new array outside the heap, whose memory returns to the system after it; paddle_env keeps that of the heap."""
+    """A new array outside the heap. Its memory returns to the system when freed; paddle_env keeps that of the heap."""
     flags = {'flags': mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, 'MAP_ANONYMOUS') else {}
     dtype = np.dtype(dtype)
     return np.frombuffer(mmap.mmap(-1, max(1, length) * dtype.itemsize, **flags), dtype, length)
@@ -32,7 +32,7 @@ class Paths:
 
     @classmethod
     def of(cls, paths):
-        """The same of any sequence of bytes."""
+        """`Paths` of any sequence of bytes objects."""
         if isinstance(paths, cls):
             return paths
         text = b''.join(bytes(path) + b'\n' for path in paths)
@@ -43,7 +43,7 @@ class Paths:
         return len(self._ends)
 
     def __getitem__(self, index):
-        index = range(len(self))[index]  # refuses what is out of range
+        index = range(len(self))[index]  # raises IndexError if out of range
         start = int(self._ends[index - 1]) + 1 if index else 0
         return self._text[start:int(self._ends[index])].tobytes()
 
@@ -55,13 +55,13 @@ class Paths:
         return list(self)
 
     def joined(self):
-        """All paths with a line break between two of them, a buffer of bytes."""
+        """All paths, separated by line breaks, as a buffer of bytes."""
         return memoryview(self._text)[:int(self._ends[-1])] if len(self) else b''
 
     def hashes(self):
         """A number for each path, uint64 [paths], the same for equal paths.
 
-        Two different ones of 14 million have the same number with a probability of about 1 in 200,000.
+        The probability that two of 14 million different paths have the same number is about 1 in 200,000.
         """
         result = np.empty(len(self), np.uint64)
         for first in range(0, len(self), _ROWS):
@@ -87,9 +87,9 @@ def parse_entries(content, start, read_line, num_classes=None):
     Args:
         content: uint8 array, the text of the list; its memory is used for the paths.
         start: position of the first line.
-        read_line: function (line, its number) -> (path, label), which may raise an error; it reads the lines of blocks
-            with an unusual one.
-        num_classes: labels from here on are unusual; None for no limit.
+        read_line: function (line, its number) -> (path, label), which may raise an error; it reads the blocks that
+            contain an unusual line.
+        num_classes: labels from this number on are unusual; None for no limit.
     Returns:
         (`Paths`, labels int64 [lines]).
     """

@@ -1,4 +1,4 @@
-"""Shards: the images of a list in tar files with an index, for file systems that are slow at small files.
+"""Shards: the images of a list in tar files with an index, for file systems that are slow with small files.
 
 Beside the list NAME.txt, the folder NAME.shards holds 00000.tar, 00001.tar, ..., index.npy and index.json. The images
 are in the order of the list. They are read by their position, so the tar files are never searched; any tar program
@@ -17,8 +17,8 @@ from image_files.lists import paths_identity
 INDEX, ENTRIES = 'index.json', 'index.npy'
 ENTRY = np.dtype([('offset', '<u8'), ('size', '<u4'), ('crc32', '<u4')])  # of an image file in its shard
 VERSION = 1
-_AGAIN = 'copy it again, or write the shards anew with tools/make_shards.py'
-_SPARE_FILES = 256  # that a process may open in addition to the shards
+_AGAIN = 'copy it again, or rewrite the shards with tools/make_shards.py'
+_SPARE_FILES = 256  # that a process may open besides the shards
 
 
 def shards_folder(list_file):
@@ -48,7 +48,7 @@ class Shards:
         written, self._sizes, images, crc32 = self._read_index()
         if written != paths_identity(paths):
             raise ShardError(f'{list_file}: its paths have changed since its shards were written, when it had '
-                             f'{written["length"]:,} entries; restore the list, or write the shards anew with '
+                             f'{written["length"]:,} entries; restore the list, or rewrite the shards with '
                              'tools/make_shards.py')
         self._first = np.cumsum([0, *images])
         self._entries = self._read_entries(crc32)
@@ -71,7 +71,7 @@ class Shards:
             raise ShardError(f'{path}: cannot be read: {error.strerror}; {_AGAIN}') from None
         except (ValueError, KeyError, TypeError):
             raise ShardError(f'{path}: is damaged; {_AGAIN}') from None
-        raise ShardError(f'{path}: is of version {version}; this program reads version {VERSION}')
+        raise ShardError(f'{path}: is of version {version}; only version {VERSION} can be read')
 
     def _read_entries(self, crc32):
         path = os.path.join(self.folder, ENTRIES)
@@ -97,8 +97,8 @@ class Shards:
         if soft == resource.RLIM_INFINITY or soft >= needed:
             return
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ShardError(f'{self.folder}: {len(self._sizes):,} shards, but a process may open only {hard:,} files '
-                             'here; raise the limit (ulimit -n), or write larger shards (-shard_mb)')
+            raise ShardError(f'{self.folder}: {len(self._sizes):,} shards, but a process may open only {hard:,} '
+                             'files; raise the limit (ulimit -n), or write larger shards (-shard_mb)')
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def _check(self, number):

@@ -1,8 +1,8 @@
 """The operations of auto_augment.py on RGB arrays, uint8 [H, W, 3].
 
-Each has the argument and the definition of Pillow's. Those that map each value to another one give the same result bit
-for bit; blends of two images differ from it by at most one level. Geometric operations use OpenCV's filters, which
-blend pixels at the border of the image with the fill colour.
+Each takes the same argument as Pillow's operation and has its definition. Operations that map each value separately
+give the same result bit for bit; blends of two images differ by at most one level. Geometric operations use OpenCV's
+filters, which blend pixels at the border of the image with the fill colour.
 """
 import math
 
@@ -26,8 +26,8 @@ def filter_of(resample):
 def resize(image, side, resample):
     """Resizes an image to side x side.
 
-    OpenCV's filters do not widen with the scale, as Pillow's do. So to much smaller sizes, this takes the mean of 2 x 2
-    pixels of twice the resolution, or of the area. To slightly smaller sizes, the linear filter is the closest to
+    Unlike Pillow's filters, OpenCV's do not widen with the scale. For much smaller sizes, this therefore takes the mean
+    of 2 x 2 pixels at twice the resolution, or of the area. For slightly smaller sizes, the linear filter is closest to
     Pillow's bicubic one.
     """
     cv2 = import_cv2()
@@ -144,7 +144,7 @@ def _translate_y(image, share, *style):
     return _affine(image, (1, 0, 0, 0, 1, share * image.shape[0]), *style)
 
 
-_OPERATIONS = {  # by the beginning of the names in auto_augment.OPS, the longest that fits
+_OPERATIONS = {  # keys are beginnings of the names in auto_augment.OPS; a longer one comes first
     'AutoContrast': _auto_contrast, 'Equalize': _equalize, 'Invert': lambda image, *_: 255 - image, 'Rotate': _rotate,
     'Posterize': _posterize, 'SolarizeAdd': _solarize_add, 'Solarize': _solarize, 'Color': color, 'Contrast': contrast,
     'Brightness': brightness, 'Sharpness': _sharpness, 'ShearX': _shear_x, 'ShearY': _shear_y,

@@ -6,7 +6,7 @@ from errors import UserError
 
 @functools.lru_cache(maxsize=None)
 def import_cv2():
-    """The module cv2, with its own threads off: the workers of a DataLoader are as many as there are cores.
+    """The module cv2, with its own threads off, since DataLoader workers already use the cores.
 
     Raises:
         UserError: OpenCV is not installed.

@@ -1,4 +1,4 @@
-"""An image file of which only a crop is needed."""
+"""Decodes an image file of which only a crop is needed."""
 import contextlib
 import io
 
@@ -21,7 +21,7 @@ class ImageSource:
 
     Args:
         path: the file.
-        exif: whether to turn it as its EXIF orientation says.
+        exif: whether to rotate it according to its EXIF orientation.
 
     Attributes:
         width, height: size of the whole image.
@@ -63,7 +63,7 @@ class ImageSource:
         decode = simplejpeg_decoder()
         width, height = -(-self.width // factor), -(-self.height // factor)
         if decode:
-            with contextlib.suppress(ValueError):  # a damaged file, for which Pillow decides
+            with contextlib.suppress(ValueError):  # a damaged file, which is left to Pillow
                 pixels = decode(self._data, 'RGB', min_height=height, min_width=width, min_factor=factor)
                 if pixels.shape == (height, width, 3):
                     return pixels

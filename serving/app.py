@@ -1,4 +1,4 @@
-"""The paths of the service."""
+"""The endpoints of the service."""
 import asyncio
 import contextlib
 import hmac
@@ -18,7 +18,7 @@ from serving.page import page
 
 SAFE = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store', 'Referrer-Policy': 'no-referrer'}
 PATHS = ('/', '/predict', '/batch', '/model', '/health', '/ready', '/metrics')
-DRAINED = 2  # seconds for which the rest of a refused body is read, so that its sender sees the answer
+DRAINED = 2  # seconds for which the rest of a refused body is read, so that the client sees the response
 
 
 class Service:
@@ -28,7 +28,7 @@ class Service:
         pool: `serving.pool.WorkerPool` that has started.
         limits: `Limits`.
         metrics: `Metrics`.
-        key: what senders must present, or '' for none.
+        key: the API key that clients must send, or '' for none.
     """
 
     def __init__(self, pool, limits, metrics, key=''):
@@ -40,7 +40,7 @@ class Service:
             Route('/batch', self._batch, methods=['POST']), Route('/model', self._model),
             Route('/health', self._health), Route('/ready', self._ready), Route('/metrics', self._text)],
             exception_handlers={404: _not_found, 405: _wrong_method, Refusal: _refused})
-        self._router.router.redirect_slashes = False  # its answer would repeat the Host header
+        self._router.router.redirect_slashes = False  # the redirect would repeat the Host header
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http':
@@ -104,7 +104,7 @@ class Service:
         _, late = await asyncio.wait(answers, timeout=self._limits.timeout)
         for answer in late:
             answer.cancel()
-        results = [{'status': 504, 'error': f'there was no answer within {self._limits.timeout:g} seconds'}
+        results = [{'status': 504, 'error': f'there was no response within {self._limits.timeout:g} seconds'}
                    if answer in late else answer.result() for answer in answers]
         for result in results:
             self._metrics.images['error' if 'error' in result else 'ok'] += 1
@@ -146,9 +146,9 @@ class Service:
     async def _text(self, request):
         self._check_key(request)
         text = self._metrics.text(
-            requests_in_progress=(self._running, 'Requests that are being read or computed.'),
+            requests_in_progress=(self._running, 'Requests being read or processed.'),
             held_bytes=(self._held['bytes'], 'Bytes of the bodies of these requests.'),
-            queue_images=(self._pool.accepted, 'Images accepted and not answered.'),
+            queue_images=(self._pool.accepted, 'Images accepted and not yet answered.'),
             ready=(int(self._pool.ready), 'Whether a worker is ready.'))
         return PlainTextResponse(text, media_type='text/plain; version=0.0.4', headers=SAFE)
 
@@ -163,7 +163,7 @@ def _error(status, message, retry_after=None):
 
 
 async def _drain(request):
-    """Reads what a refused sender still sends, for a moment: many look at the answer only after that."""
+    """Reads the rest of a refused body for a moment: many clients read the response only once they have sent all."""
     async def rest():
         async for _ in Request(request.scope, request.receive).stream():
             pass
@@ -177,10 +177,10 @@ async def _refused(_, error):
 
 
 async def _not_found(*_):
-    return _error(404, f'there is no such path; there are {" ".join(PATHS)}')
+    return _error(404, f'unknown path; the paths are {" ".join(PATHS)}')
 
 
 async def _wrong_method(_, error):
-    response = _error(405, 'this path takes another method')
+    response = _error(405, 'this path needs another method')
     response.headers['Allow'] = (error.headers or {}).get('Allow', 'GET')
     return response

@@ -8,11 +8,11 @@ from starlette.formparsers import MultiPartParser
 
 from serving.limits import Refusal
 
-TRUE, FALSE = ('true', '1', 'on', 'yes'), ('false', '0', 'off', 'no', '')  # in forms, where all values are text
+TRUE, FALSE = ('true', '1', 'on', 'yes'), ('false', '0', 'off', 'no', '')  # in forms, where all values are strings
 
 
 class Parser(MultiPartParser):
-    """Keeps files in memory: the body is there already, and a read-only disk is no hindrance."""
+    """Keeps files in memory: the body is there already, and no writable disk is needed."""
     spool_max_size = 2**40
 
 
@@ -25,7 +25,7 @@ async def read_body(request, most, held):
         held: `Held`, which counts it.
     Raises:
         Refusal: it is too large, or there is no memory for it.
-        ClientDisconnect: its sender left.
+        ClientDisconnect: the client closed the connection.
     """
     length = request.headers.get('content-length', '')
     too_large = Refusal(413, f'the request has more than {most / 2**20:.3g} MiB')
@@ -50,7 +50,7 @@ async def parse(request, body, field, most):
         field: name of the field with the images, 'image' for one and 'images' for several.
         most: number of images.
     Returns:
-        (list of bytes, dict of options as they were sent).
+        (list of bytes, dict of the options as they were sent).
     Raises:
         Refusal: the body cannot be used.
     """
@@ -105,7 +105,7 @@ def _json(body, field):
     texts = values.pop(field, [])
     texts = [texts] if field == 'image' else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Refusal(400, f'{field} is not {"a list of texts" if field == "images" else "a text"} in base64')
+        raise Refusal(400, f'{field} is not {"a list of strings" if field == "images" else "a string"} in base64')
     return [_from_base64(text, field) for text in texts], values
 
 
@@ -120,14 +120,14 @@ def _from_base64(text, field):
 def _no_file(field, value):
     if re.match(r'\s*\w+:', value):
         return 'URLs are not fetched; send the image itself'
-    return f'{field} is not {"a file" if len(value) < 2**12 else "an image"}; JSON takes base64, forms take files'
+    return f'{field} is not {"a file" if len(value) < 2**12 else "an image"}; send base64 in JSON, files in forms'
 
 
 def read_options(values, model):
     """Checks the options of a request.
 
     Args:
-        values: dict as it was sent: JSON values, or texts of a form.
+        values: dict as it was sent: JSON values, or strings of a form.
         model: description of the model, see `serving.worker.Worker.description`.
     Returns:
         dict with topk, cam, features and upright.
@@ -135,12 +135,12 @@ def read_options(values, model):
         Refusal: an option is unknown, or the model does not have it.
     """
     if set(values) - {'topk', 'cam', 'features', 'upright'}:
-        raise Refusal(400, 'unknown option; there are topk, cam, features and upright')
+        raise Refusal(400, 'unknown option; the options are topk, cam, features and upright')
     topk = values.get('topk', 5)
     if isinstance(topk, str) and re.fullmatch('[0-9]{1,9}', topk):
         topk = int(topk)
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise Refusal(400, 'topk is not a whole number from 1')
+        raise Refusal(400, 'topk must be a whole number of at least 1')
     options = {'topk': min(topk, len(model['classes']))}
     for name, what in (('cam', 'class activation maps'), ('features', 'features'), ('upright', '')):
         value = values.get(name, name == 'upright' and model['exif'])
@@ -149,7 +149,7 @@ def read_options(values, model):
         if not isinstance(value, bool):
             raise Refusal(400, f'{name} is neither true nor false')
         if value and what and not model[name]:
-            raise Refusal(400, f'this model does not give {what}')
+            raise Refusal(400, f'this model does not provide {what}')
         options[name] = value
     return options
 

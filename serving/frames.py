@@ -1,6 +1,6 @@
 """Messages between the service and a worker: the lengths of a JSON header and of a body, then both.
 
-JSON and not pickle, because a worker decodes files of strangers: were it taken over, its messages would still be data.
+JSON and not pickle, because a worker decodes untrusted files: even if one takes it over, its messages are only data.
 """
 import json
 import struct

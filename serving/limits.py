@@ -7,8 +7,8 @@ class Refusal(Exception):
 
     Args:
         status: HTTP status.
-        message: one line for the sender, which names nothing of this machine.
-        retry_after: seconds after which the sender may try again, or None.
+        message: one line for the client; it reveals nothing about this machine.
+        retry_after: seconds after which the client may try again, or None.
     """
 
     def __init__(self, status, message, retry_after=None):
@@ -24,10 +24,10 @@ class Limits:
         image_bytes: size of an encoded image.
         pixels: pixels of a decoded image.
         images: images in a request to /batch.
-        queue: images that are accepted and not answered yet.
-        requests: requests at the same time; `connections` for open connections.
-        timeout: seconds from the last byte of a request to its answer.
-        slow: seconds for the headers of a request, for its body, and for a client to take an answer.
+        queue: images that are accepted and not yet answered.
+        requests: concurrent requests; `connections` is the limit of open connections.
+        timeout: seconds from the last byte of a request to its response.
+        slow: seconds for a client to send the headers, to send the body, and to read the response.
     """
     image_bytes: int = 10 * 2**20
     pixels: int = 25_000_000
@@ -42,7 +42,7 @@ class Limits:
         return 4 * self.requests
 
     def body_bytes(self, images):
-        """Size of the body of a request: base64 adds a third; of a batch, 8 images may have the largest size."""
+        """Largest body of a request: base64 adds a third; a batch may have up to 8 images of the largest size."""
         return min(images, 8) * self.image_bytes * 4 // 3 + 65536
 
     @property

@@ -24,7 +24,7 @@ class Histogram:
 
 
 class Metrics:
-    """What the service has done since it started. All of it belongs to the thread of the event loop."""
+    """What the service has done since it started. Used only in the thread of the event loop."""
 
     def __init__(self):
         self.requests = Counter()  # of (path, status)
@@ -33,7 +33,7 @@ class Metrics:
         self.seconds, self.batches = Histogram(SECONDS), Histogram(IMAGES)
 
     def text(self, **gauges):
-        """The metrics; `gauges` are further ones, {name: (value, what it is)}."""
+        """The metrics; `gauges` are further ones, {name: (value, help text)}."""
         lines = []
 
         def family(name, kind, text, samples):
@@ -44,9 +44,9 @@ class Metrics:
             for (path, status), count in sorted(self.requests.items())))
         family('images_total', 'counter', 'Images answered, by outcome.', (
             f'replknet_images_total{{outcome="{outcome}"}} {self.images[outcome]}' for outcome in ('ok', 'error')))
-        family('worker_restarts_total', 'counter', 'Workers that ended and were started again.',
+        family('worker_restarts_total', 'counter', 'Workers that ended and were restarted.',
                [f'replknet_worker_restarts_total {self.restarts}'])
-        family('request_seconds', 'histogram', 'Time from the headers of /predict and /batch to the answer.',
+        family('request_seconds', 'histogram', 'Time from the headers of /predict and /batch to the response.',
                self.seconds.lines('replknet_request_seconds'))
         family('batch_images', 'histogram', 'Images per forward pass.', self.batches.lines('replknet_batch_images'))
         for name, (value, text) in gauges.items():

@@ -15,7 +15,7 @@ def page(model, limits, key):
     Args:
         model: description of the model.
         limits: `Limits`.
-        key: whether senders must present an API key.
+        key: whether clients must send an API key.
     Returns:
         (HTML, value of the header Content-Security-Policy).
     """

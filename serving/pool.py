@@ -14,13 +14,13 @@ from serving.frames import frame, receive_frame
 from serving.limits import Refusal
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-START = 'import sys; sys.path[0] = sys.argv[1]; from serving.worker import main; main()'  # wherever the user is
-LONGEST_PAUSE = 30  # seconds before a worker that ends again and again is started once more
+START = 'import sys; sys.path[0] = sys.argv[1]; from serving.worker import main; main()'  # in any working directory
+LONGEST_PAUSE = 30  # seconds before a worker that keeps ending is restarted
 
 
 @dataclass
 class Job:
-    """An image that is accepted. `trials` counts the workers that ended while they had it."""
+    """An image that is accepted. `trials` counts the workers that ended while they were processing it."""
     data: bytes
     options: dict
     answer: asyncio.Future
@@ -34,14 +34,14 @@ class Process:
     process: asyncio.subprocess.Process
     jobs: dict = field(default_factory=dict)
     ready: bool = False
-    heard: float = 0  # when it sent a message last
+    heard: float = 0  # when it last sent a message
 
 
 class WorkerPool:
-    """Starts workers, sends them images, and starts them again when they end.
+    """Starts workers, sends them images, and restarts them when they end.
 
-    The images of a worker that ended are sent to the next one again, each of them alone, since one of them may be the
-    reason. An image with which two workers ended is refused.
+    If a worker ends, its images are sent to another one, each of them alone, since one of them may be the cause. An
+    image on which two workers ended is refused.
 
     Args:
         settings: see `serving.worker.Worker`.
@@ -57,7 +57,7 @@ class WorkerPool:
         self._window = 2 * settings['batch_size']  # images in a worker: one batch computes, the next one is decoded
         self._waiting, self._workers, self._number = collections.deque(), [], 0
         self._count, self._tasks, self._closing, self._draining = workers, [], False, False
-        self._seconds = 0.0  # for an image, a moving average
+        self._seconds = 0.0  # per image, a moving average
         self.accepted, self.model = 0, None
 
     @property
@@ -76,7 +76,7 @@ class WorkerPool:
         await first
 
     def drain(self):
-        """From now on the service is not ready; what is accepted is still answered."""
+        """From now on the service is not ready; images that were accepted are still answered."""
         self._draining = True
 
     async def close(self):
@@ -101,7 +101,8 @@ class WorkerPool:
             images: list of the bytes of files.
             options: result of `serving.bodies.read_options`.
         Returns:
-            list of futures of answers, dicts as a worker sends them; a future that is cancelled leaves the queue.
+            list of futures of answers, dicts as a worker sends them; cancelling a future removes its image from
+            the queue.
         Raises:
             Refusal: the queue is full.
         """
@@ -115,7 +116,7 @@ class WorkerPool:
         return [job.answer for job in jobs]
 
     def check_queue(self, images=1):
-        """Raises Refusal unless there is room for so many images."""
+        """Raises Refusal unless the queue has room for this many images."""
         if self.accepted + images > self._limits.queue:
             seconds = math.ceil(self.accepted * self._seconds / self._count)
             raise Refusal(503, 'the queue is full; try again later', retry_after=min(max(seconds, 1), 60))
@@ -126,7 +127,7 @@ class WorkerPool:
     def _dispatch(self):
         """Sends waiting images to the workers that have the fewest."""
         while self._waiting:
-            if self._waiting[0].answer.done():  # its sender waits no longer
+            if self._waiting[0].answer.done():  # its client no longer waits
                 self._waiting.popleft()
                 continue
             ready = [worker for worker in self._workers if worker.ready and not any(
@@ -165,7 +166,7 @@ class WorkerPool:
                 return
             self._metrics.restarts += 1
             print(f'serve.py: a worker ended with status {process.returncode}{message and ": " + message}; '
-                  f'it is started again with {len(worker.jobs)} images to repeat', file=sys.stderr, flush=True)
+                  f'it is restarted, and {len(worker.jobs)} images are repeated', file=sys.stderr, flush=True)
             self._repeat(worker.jobs.values())
             if time.monotonic() - started < LONGEST_PAUSE and not worker.ready:
                 await asyncio.sleep(pause)
@@ -174,7 +175,7 @@ class WorkerPool:
                 pause = 1
 
     async def _serve(self, worker, first):
-        """Takes the messages of a worker until it ends; returns why it ended, if it said so."""
+        """Receives a worker's messages until it ends; returns why it ended, if it said so."""
         message = ''
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, ValueError, KeyError):
             while True:
@@ -203,12 +204,12 @@ class WorkerPool:
             if job.trials < 2:
                 self._waiting.appendleft(job)
             elif not job.answer.done():
-                job.answer.set_result({'status': 500, 'error': 'the image could not be processed: it, or this '
-                                       'machine, ended the process that did'})
+                job.answer.set_result({'status': 500, 'error': 'the image could not be processed: two worker '
+                                       'processes ended on it'})
         self._dispatch()
 
     async def _watch(self):
-        """Kills workers that do not answer: a decoder may never end, and so may a driver."""
+        """Kills workers that do not answer: a decoder or a driver may hang."""
         while True:
             await asyncio.sleep(min(1, self._limits.timeout / 4))
             late = time.monotonic() - self._limits.timeout

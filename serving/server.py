@@ -1,4 +1,4 @@
-"""The server: uvicorn, with limits of time for slow clients, and a graceful stop."""
+"""The server: uvicorn, with time limits for slow clients and a graceful shutdown."""
 import asyncio
 import contextlib
 import logging
@@ -11,11 +11,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from errors import UserError
 
 HEADERS = 16 * 1024  # bytes of the headers of a request
-GRACE = 5  # seconds to stop, beyond those for the last body, its answer and its transfer
+GRACE = 5  # seconds to stop, beyond those for the last body, its response and the transfer
 
 
 def protocol_class(limits):
-    """uvicorn's protocol, which itself waits for headers, and for clients that take no answer, without an end."""
+    """uvicorn's protocol, which by itself waits for ever for headers and for clients that do not read, with limits."""
 
     class Protocol(H11Protocol):
         _timer = None
@@ -71,7 +71,7 @@ def protocol_class(limits):
 
 
 def listen(host, port):
-    """A socket that has the address and does not listen yet.
+    """A socket that is bound to the address and does not listen yet.
 
     Raises:
         UserError: the address cannot be used.
@@ -84,11 +84,11 @@ def listen(host, port):
         return listener
     except (OSError, OverflowError) as error:
         reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'-host={host} -port={port}: {reason}; choose others') from None
+        raise UserError(f'-host={host} -port={port}: {reason}; choose another address or port') from None
 
 
 async def serve(application, listener, limits, stopping):
-    """Serves until SIGINT or SIGTERM; then answers what it has accepted. A second signal stops within seconds.
+    """Serves until SIGINT or SIGTERM, then answers what it has accepted. A second signal stops it within seconds.
 
     Args:
         application: ASGI application.
@@ -96,7 +96,7 @@ async def serve(application, listener, limits, stopping):
         limits: `Limits`.
         stopping: function that is called at the first signal.
     """
-    logging.getLogger('uvicorn').setLevel(logging.CRITICAL)  # its warnings of malformed requests are the senders'
+    logging.getLogger('uvicorn').setLevel(logging.CRITICAL)  # its warnings are of malformed requests
     server = uvicorn.Server(uvicorn.Config(
         application, http=protocol_class(limits), ws='none', lifespan='off', log_config=None, access_log=False,
         server_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADERS, timeout_keep_alive=5,

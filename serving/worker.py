@@ -1,7 +1,7 @@
 """A worker process: decodes images and computes predictions in batches. serving/pool.py starts it.
 
-It reads messages from standard input and ends when that ends. A damaged image that makes a decoder crash ends only this
-process.
+It reads messages from standard input and ends when the input ends. A damaged image that crashes a decoder ends only
+this process.
 """
 import os
 
@@ -67,7 +67,7 @@ class Worker:
                 while True:
                     pool.submit(self._decode, *read_frame(file))
             except EOFError:
-                os._exit(0)  # the service has ended, or does not need this process any more
+                os._exit(0)  # the service has ended, or no longer needs this process
 
     def _decode(self, request, data):
         try:
@@ -127,7 +127,7 @@ class Worker:
 
 
 def gives_features(model):
-    """Whether a model gives pooled features: all but programs that were exported without them."""
+    """Whether a model gives pooled features: all do, except programs exported without them."""
     if not is_export(model):
         return True
     with open(os.path.join(model, CERTIFICATE), encoding='utf-8') as file:
@@ -139,7 +139,7 @@ def cores():
 
 
 def share(number, workers):
-    """Binds worker `number` to its share of the cores, whose count is that of its threads."""
+    """Binds worker `number` to its share of the cores; it has as many threads as cores."""
     if workers > 1 and hasattr(os, 'sched_setaffinity'):
         own = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, own[number::workers] or own[number % len(own):][:1])
@@ -147,7 +147,7 @@ def share(number, workers):
 
 def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a terminal or a systemd unit
-        signal.signal(number, signal.SIG_IGN)  # the end of standard input ends this process, after its last answer
+        signal.signal(number, signal.SIG_IGN)  # this process ends with its standard input, after its last answer
     output = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)  # a library that prints would break the messages
     lock = threading.Lock()

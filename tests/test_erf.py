@@ -122,7 +122,7 @@ def test_the_layer_is_as_before():
 
 
 @pytest.mark.parametrize(('layer', 'message'), [
-    (nn.Sequential(nn.Conv2D(3, 2, 3), nn.Flatten()), r'returns a shape \[1, 72\], not a feature map'),
+    (nn.Sequential(nn.Conv2D(3, 2, 3), nn.Flatten()), r'returns a tensor of shape \[1, 72\], not a feature map'),
     (lambda x: [x], 'returns a list, not a feature map'),
     (lambda x: x.detach(), 'does not depend on the image'),
     (lambda x: paddle.ones([1, 1, 4, 4]), 'does not depend on the image')])

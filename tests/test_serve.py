@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_refused_without_a_word_about_the_machine(service
     large = io.BytesIO()
     Image.fromarray(noise // 64 * 64).save(large, 'JPEG', quality=20)
     for result, status, words in (
-            (service.post([b'text']), 415, 'not an image of the formats'), (service.post([b'']), 415, 'formats'),
+            (service.post([b'text']), 415, 'not an image in one of the formats'), (service.post([b'']), 415, 'formats'),
             (service.post([b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n']), 415, 'formats'),
             (service.post([data[:400]]), 422, 'damaged'), (service.post([large.getvalue()]), 413, '0.1 million pixels'),
             (service.post([]), 400, 'there is no image'), (service.post([data, data]), 400, 'more than 1 files'),
@@ -134,7 +134,7 @@ def test_what_cannot_be_used_is_refused_without_a_word_about_the_machine(service
             (service.post([], url='http://x.y'), 400, 'URLs are not fetched'),
             (sent({'image': 'https://x.y/z.jpg'}), 400, 'URLs are not fetched'),
             (sent({'url': 'x'}), 400, 'URLs are not fetched'), (sent({'image': text[:-1] + '!'}), 400, 'base64'),
-            (sent({'images': text}, '/batch'), 400, 'list of texts'), (sent([text]), 400, 'not an object'),
+            (sent({'images': text}, '/batch'), 400, 'list of strings'), (sent([text]), 400, 'not an object'),
             (sent({'image': text, 'topk': True}), 400, 'topk'), (sent(b'{'), 400, 'not JSON'),
             (sent(b'[' * 99999), 400, 'not JSON'), (service.request('GET', '/predict'), 405, 'another method'),
             (service.request('POST', '/predict', data, {'Content-Type': 'image/jpeg'}), 415, 'multipart/form-data'),
@@ -195,7 +195,7 @@ def test_mistakes_are_one_line(run_script, flags, words):
 
 def test_a_port_that_is_taken(run_script, service):
     done = run_script('serve.py', '-model=x', f'-port={service.port}')
-    assert done.returncode == 2 and 'already in use; choose others' in done.stderr
+    assert done.returncode == 2 and 'already in use; choose another' in done.stderr
 
 
 def test_without_the_packages_the_message_names_the_file(run_script, tmp_path):

@@ -1,10 +1,10 @@
-"""Kernel surgery: pads the large kernels of a trained network with zeros to larger ones, as a start for fine-tuning.
+"""Pads the large kernels of a trained network with zeros to larger ones, as a start for fine-tuning.
 
     python tools/enlarge_kernels.py -pretrained=output/RUN -kernels=31,29,27,13 -output=output/enlarged
     python main_single_gpu.py -cfg=output/enlarged/config.yaml -pretrained=output/enlarged -data_path=photos
 
 The enlarged network computes the same function, up to the rounding of float32, which is measured and printed. The new
-outer weights are zero, but they have gradients like all others. The output folder has the files of a run folder: it can
+outer weights are zero, but have gradients like all others. The output folder has the files of a run folder: it can
 be evaluated, exported and fine-tuned.
 """
 import os
@@ -77,7 +77,7 @@ def enlarge_kernels(weights, kernels):
 
     Args:
         weights: {name: array} of a RepLKNet, in training form or merged.
-        kernels: new size of each stage, odd and not smaller than the present one.
+        kernels: new size of each stage, odd and not smaller than the current one.
     Returns:
         {name: array}; only the large kernels, [C, 1, K, K], are new arrays.
     """

@@ -1,12 +1,12 @@
-"""Writes the images of lists into shards: large tar files, for file systems that are slow at small files.
+"""Writes the images of lists into shards: large tar files, for file systems that are slow with small files.
 
     python tools/make_shards.py data/train_list.txt data/val_list.txt -output=shards
     python main_multi_gpu.py -cfg=configs/replknet_31b.yaml -data_path=shards
     python tools/make_shards.py shards/train_list.txt -check            # reads all of them and compares checksums
 
 Beside a copy of each list NAME.txt, the output folder then holds NAME.shards: see image_files/shards.py. A run from
-shards is the same as one from the files, bit for bit, and either can resume the other. The list appears last: after an
-interruption the same command continues with the first shard that is missing.
+shards is the same as one from the files, bit for bit, and either can resume the other. The list is written last: after
+an interruption the same command continues with the first missing shard.
 """
 import json
 import os
@@ -36,7 +36,7 @@ from image_files.shards import (  # noqa: E402
     shards_folder,
 )
 
-PLAN = 'unfinished.json'  # what the shards that are being written are to hold
+PLAN = 'unfinished.json'  # describes the shards that are being written
 
 
 def read_arguments(argv=None):
@@ -44,10 +44,10 @@ def read_arguments(argv=None):
     parser.add_argument('lists', nargs='+', metavar='LIST', help='list (.txt)')
     for flag, kind, default, text in (
             ('output', str, None, 'folder for the lists and their shards'),
-            ('shard_mb', float, 1024, 'size from which a shard is full, in MB (default: 1024)'),
+            ('shard_mb', float, 1024, 'size in MB at which a shard is full (default: 1024)'),
             ('num_workers', int, 16, 'number of reading threads (default: 16)')):
         parser.add_argument(f'-{flag}', f'--{flag}', type=kind, default=default, help=text)
-    parser.add_argument('-check', '--check', action='store_true', help='check shards that were written')
+    parser.add_argument('-check', '--check', action='store_true', help='check existing shards')
     args = parser.parse_args(argv)
     for path in args.lists:
         if not path.endswith('.txt'):
@@ -55,7 +55,7 @@ def read_arguments(argv=None):
     if args.num_workers < 1 or not args.shard_mb > 0:
         raise UserError('-num_workers must be at least 1, and -shard_mb above 0')
     if args.check == bool(args.output):
-        raise UserError('give either -output=DIR to write shards, or -check to check those of the lists')
+        raise UserError('give either -output=DIR to write shards, or -check to check the shards of the lists')
     if len({os.path.basename(path) for path in args.lists}) < len(args.lists):
         raise UserError('two of the lists have the same name; name another folder with -output for one of them')
     return args
@@ -101,7 +101,7 @@ def write_shard(path, names, files, limit):
     Args:
         path: the tar file.
         names, files: iterators of the paths (bytes) and contents of images; those that the shard takes are consumed.
-        limit: bytes from which it is full.
+        limit: size in bytes at which it is full.
     Returns:
         its part of the index, ENTRY [images].
     """
@@ -231,7 +231,7 @@ def main():
     args = read_arguments()
     if args.check:
         damaged = [line for path in args.lists for line in check_shards(path, args.num_workers)]
-        print('\n'.join(damaged) or f'{", ".join(args.lists)}: all images in the shards are as they were written')
+        print('\n'.join(damaged) or f'{", ".join(args.lists)}: all images in the shards are intact')
         return int(bool(damaged))
     os.makedirs(args.output, exist_ok=True)
     for path in args.lists:

@@ -1,8 +1,8 @@
-"""Shape bias of a model: does it follow the shape or the texture of an image in which the two belong to other classes?
+"""Shape bias of a model: does it follow the shape or the texture if the two belong to different classes?
 
     python tools/shape_bias.py cue-conflict -model=replknet_31b_1k_224 -output=decisions.csv -figure=shape_bias.png
     python tools/shape_bias.py cue-conflict -predictions=predictions.jsonl      # predict.py -topk=1000
-    python tools/shape_bias.py -predictions=decisions.csv                       # of this script, or published ones
+    python tools/shape_bias.py -predictions=decisions.csv                       # from this script, or published ones
 
 The images are the cue-conflict set of "ImageNet-trained CNNs are biased towards texture; increasing shape bias improves
 accuracy and robustness" (arXiv 1811.12231) as it is published: 16 folders named after the class of the shape, with
@@ -82,7 +82,7 @@ def find_stimuli(folder):
     """Sorted paths of the images of the cue-conflict set.
 
     Raises:
-        UserError: there are none, or a file is not named, or not in a folder named, after its shape.
+        UserError: there are none, or a file's name or folder does not fit the set.
     """
     if not os.path.isdir(folder):
         raise UserError(f'{folder}: there is no such folder')
@@ -128,15 +128,15 @@ def decisions_in_file(path):
     """Reads {image: decision} from a file of predict.py (.jsonl) or of decisions (.csv).
 
     Raises:
-        UserError: a line does not have what is needed.
+        UserError: a column or a score is missing.
     """
     decisions = {}
     with open(path, encoding='utf-8', errors='surrogateescape', newline='') as file:
         if path.endswith('.csv'):
             rows = csv.DictReader(file)
             if not {*COLUMNS} <= {*(rows.fieldnames or ())}:
-                raise UserError(f'-predictions={path}: has no columns {", ".join(COLUMNS)}; name decisions of this '
-                                'script or a .jsonl file of predict.py -topk=1000')
+                raise UserError(f'-predictions={path}: has no columns {", ".join(COLUMNS)}; name decisions from this '
+                                'script or a .jsonl file from predict.py -topk=1000')
             if 'subj' in rows.fieldnames:
                 rows = list(rows)
                 if len({row['subj'] for row in rows}) > 1:
@@ -213,7 +213,7 @@ def read_arguments(argv=None):
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('stimuli', nargs='?', metavar='FOLDER', help='the cue-conflict set; not with -predictions')
     for flag, options in (
-            ('model', {'help': 'zoo name, run folder, checkpoint or exported model, of the 1000 classes of ImageNet'}),
+            ('model', {'help': 'zoo name, run folder, checkpoint or export, with the 1000 classes of ImageNet'}),
             ('predictions', {'metavar': 'FILE', 'help': 'instead of -model: .jsonl of predict.py, or .csv'}),
             ('cfg', {'metavar': 'FILE', 'help': 'settings file (YAML), if there is none next to the weights'}),
             ('output', {'metavar': 'FILE.csv', 'help': 'file of decisions to write'}),

@@ -4,7 +4,7 @@
     python tools/show_kernels.py -model=output/RUN -compare=initial -output=kernels    # before and after training
     python tools/show_kernels.py -model=output/RUN -compare=output/OTHER -output=kernels
 
-Every kernel is multiplied with the scale of its batch norm, so that the merged kernel is the sum of the large and the
+Every kernel is multiplied by the scale of its batch norm, so that the merged kernel is the sum of the large and the
 small one. The folder gets, for the last block of each stage, stage0.png, ...: the mean of the absolute weights and the
 mean magnitude of the Fourier transform over all channels, and the kernels of some channels; reach.png: the share of the
 absolute weights within a distance from the centre; and the numbers for all blocks: reach.csv and spectrum.csv.

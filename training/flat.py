@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import paddle
 
-ALIGNMENT = 64  # elements: 256 bytes, as kernels of GPUs like their addresses
-SCALARS = ('beta1_pow_acc_0', 'beta2_pow_acc_0', 'step_0', 'momentum_product_0')  # optimizers' state without a shape
+ALIGNMENT = 64  # elements: 256 bytes, the alignment that GPU kernels prefer
+SCALARS = ('beta1_pow_acc_0', 'beta2_pow_acc_0', 'step_0', 'momentum_product_0')  # optimizer states that are scalars
 
 
 def _padded(shape):
@@ -17,7 +17,7 @@ def _padded(shape):
 
 
 class View(NamedTuple):
-    """Part of a long tensor, and its address: asking a tensor takes 2 us."""
+    """Part of a long tensor, and its address, which takes 2 us to read from a tensor."""
     tensor: paddle.Tensor
     address: int
 
@@ -43,7 +43,7 @@ def move(tensors, targets):
 
 
 def gathered(tensors):
-    """A long float32 tensor of which these tensors have become views."""
+    """Makes tensors views of one long float32 tensor, and returns it."""
     whole = paddle.zeros([sum(_padded(tensor.shape) for tensor in tensors)])
     move(tensors, views(whole, [tensor.shape for tensor in tensors]))
     return whole
@@ -89,7 +89,7 @@ class FlatParameters:
         return found
 
     def packed(self, state):
-        """The inverse of `unpacked`, of {parameter's name: {kind: tensor}}; what a member lacks is 0."""
+        """The inverse of `unpacked`, of {parameter's name: {kind: tensor}}; states that a member lacks are 0."""
         found, whole = dict(state), {}
         for parameter, shape, start in zip(self.members.values(), self._shapes, self._starts()):
             for kind, tensor in found.pop(parameter.name, {}).items():
