@@ -9,6 +9,7 @@ import paddle.nn.functional as F
 import pytest
 from paddle import nn
 
+import utils
 from config import get_config
 from errors import TrainingStopped
 from losses import JsdCrossEntropyLoss
@@ -304,6 +305,7 @@ def test_accuracy_line_has_a_fixed_format():
 def test_mixed_precision_on_the_cpu_is_off_and_logged_once(monkeypatch):
     lines = []
     monkeypatch.setattr('utils.logger.info', lines.append)
+    monkeypatch.setattr(utils.log_once, '__defaults__', (set(),))  # other tests may have logged it
     config = get_config(None, ['AMP', 'True'])
     amps = [Amp(config, 'cpu') for _ in range(2)]
     assert not any(amp.enabled for amp in amps)

@@ -99,15 +99,15 @@ def test_a_picture_may_change_after_it_was_handed_over(predictor, picture):
 
 def test_arrays_are_images(predictor, picture):
     array = np.asarray(picture)
-    transform = predictor._transform
+    transform = predictor.transform
     seen = []
-    predictor._transform = lambda image: seen.append(np.asarray(image)) or transform(image)
+    predictor.transform = lambda image: seen.append(np.asarray(image)) or transform(image)
     try:
         for pictures, count in ((array, 1), ([array, picture], 2), (np.stack([array, array]), 2), (array[:, ::-1], 1)):
             found = predictor(pictures)
             assert len(found) == count and not any(p.error for p in found)
     finally:
-        predictor._transform = transform
+        predictor.transform = transform
     assert all(np.array_equal(image, array) for image in seen[:5]) and np.array_equal(seen[5], array[:, ::-1])
 
 
