@@ -47,8 +47,12 @@ class _ErrorsAsValues(paddle.io.Dataset):
         except DataError as error:
             if self.replace and not isinstance(error, ShardError):
                 for other in self.dataset.stand_ins(key):
-                    with contextlib.suppress(DataError):
+                    try:
                         return *self._sample(other), str(error)
+                    except ShardError as damage:
+                        return damage
+                    except DataError:
+                        continue
             return error
 
     def _sample(self, key):

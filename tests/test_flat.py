@@ -75,6 +75,20 @@ def test_training_is_the_same_bit_for_bit(opts):
     assert_same(*results)
 
 
+@pytest.mark.parametrize('name', ['lamb', 'nadam', 'adan'])
+def test_optimizers_of_single_parameters_continue_bit_for_bit(name):
+    opts = ['TRAIN.OPTIMIZER.NAME', name, 'TRAIN.OPTIMIZER.BETAS', [0.98, 0.92, 0.99][:3 if name == 'adan' else 2]]
+    parts, state = training(opts)
+    train_one_epoch(parts, batches(), epoch=1, first_step=0)
+    saved = state.capture()
+    resumed, its_state = training(opts)
+    resumed.model.set_state_dict({key: paddle.to_tensor(array) for key, array in saved['model'].items()})
+    its_state.restore(saved, 'saved')
+    for one in (parts, resumed):
+        train_one_epoch(one, batches(), epoch=1, first_step=2)
+    assert_same(arrays(its_state), arrays(state))
+
+
 def test_checkpoints_of_both_kinds_continue_each_other():
     parts, state = training()
     train_one_epoch(parts, batches(), epoch=1, first_step=0)

@@ -16,6 +16,7 @@ from image_files.decode import DataError, ShardError, decode_image
 from image_files.find import find_images
 from image_files.lists import read_list
 from image_files.shards import Shards
+from loading.loader import _ErrorsAsValues
 from port_weights.safe_load import read_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / 'tools'))
@@ -142,6 +143,18 @@ def test_damage_within_a_shard_ends_the_run_when_it_is_read_and_nothing_replaces
     damaged = make_shards.check_shards(str(folder / 'train_list.txt'), 2)
     assert len(damaged) == 1 and '.tar: has changed since' in damaged[0]
     assert make_shards.check_shards(str(folder / 'val_list.txt'), 2) == []
+
+
+def test_damage_is_reported_also_where_it_is_met_in_place_of_another_image():
+    class Data:
+        def __getitem__(self, key):
+            raise {0: DataError('not an image'), 1: ShardError('cut')}[key]
+
+        def stand_ins(self, _):
+            return [1]
+
+    found = _ErrorsAsValues(Data(), replace=True)[0]
+    assert isinstance(found, ShardError) and str(found) == 'cut'
 
 
 def test_an_image_that_cannot_be_decoded_may_be_replaced_as_from_the_files(list_dataset, tmp_path):

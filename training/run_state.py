@@ -26,7 +26,7 @@ class RunState:
         own_statistics: whether the running statistics of the ranks differ within an epoch (no SyncBatchNorm).
         data: the `identity` of `data.RunData`.
         masters: {structured name: float32 parameter}, see `MasterWeights`.
-        flat: the `FlatParameters` that the optimizer updates.
+        flat: the `FlatParameters` that the optimizer updates as a whole; none if it updates each parameter on its own.
     Attributes:
         epochs: finished epochs, including their evaluation.
         sums: totals over the steps of the current epoch, see `progress.epoch_sums`.

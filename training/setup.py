@@ -14,7 +14,7 @@ from training.ema import ModelEMA
 from training.flat import FlatParameters
 from training.freezing import freeze
 from training.masters import MasterWeights
-from training.optim import build_optimizer, flatten, parameter_groups
+from training.optim import PER_PARAMETER, build_optimizer, flatten, parameter_groups
 from training.run_state import RunState
 from training.running_statistics import sync_batch_norm_works
 from training.schedules import build_schedule, build_weight_decay
@@ -135,7 +135,8 @@ def build_training(config, device, amp, start, loader, data):
         mixup=build_mixup(config), frozen=frozen, settings=StepSettings(
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
-    state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch, masters=masters.by_name, flat=flat,
+    state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch, masters=masters.by_name,
+                     flat=() if train.OPTIMIZER.NAME in PER_PARAMETER else flat,
                      own_statistics=world > 1 and not sync_bn, data=data.identity)
 
     if start.checkpoint is not None:
