@@ -110,7 +110,7 @@ def test_photos_of_phones_are_turned_on_request(service, predictor, files):
     agrees(answer, predictor(turned)[0])
     shown, (overlay,) = class_overlays(predictor.network, predictor.settings, turned, [answer['cam']['class']])
     found = Image.open(io.BytesIO(base64.b64decode(answer['cam']['png'])))
-    assert answer['cam']['class'] == answer['top'][0]['class']
+    assert [answer['cam'][key] for key in ('class', 'name')] == [answer['top'][0][key] for key in ('class', 'name')]
     assert np.abs(np.asarray(found, int) - np.asarray(overlay, int)).max() <= 1
 
 
