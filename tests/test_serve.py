@@ -252,3 +252,8 @@ def test_the_page_on_a_phone_in_chinese(service, files):
         page.choose('#camera', os.path.abspath(__file__))
         page.until('document.querySelector("article .error")')
         assert page.value('document.querySelector("article .error").textContent') == '不支持此文件格式。'
+        page.value('void (window.fetch = async () => new Response(JSON.stringify({top: []})))')  # no label
+        page.choose('#camera', files[0])
+        page.until('document.querySelectorAll("article").length == 3 && document.querySelector("article p")')
+        assert page.value('document.querySelector("article p").outerHTML') == '<p>无标签</p>'
+        assert page.value('document.querySelector("#status").textContent') == f'{files[0].name}：无标签'
