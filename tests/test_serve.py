@@ -20,7 +20,9 @@ from hostile_requests import FLAGS, attacked
 from PIL import Image
 from service import ROOT, Service
 
+import serve
 from deploy.predictor import Predictor
+from errors import UserError
 from evaluation.activation_maps import class_overlays
 from image_files.decode import decode_image
 from serving.worker import Worker
@@ -203,6 +205,20 @@ def test_without_the_packages_the_message_names_the_file(run_script, tmp_path):
     done = run_script('serve.py', '-model=x', PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and done.stderr == (
         'serve.py needs the package uvicorn: pip install -r requirements-serve.txt\n')
+
+
+@pytest.mark.parametrize('key', [' ', 'clé', 'two words'])
+def test_keys_that_no_sender_could_present_are_refused(monkeypatch, key):
+    monkeypatch.setenv(serve.KEY, key)
+    with pytest.raises(UserError, match='one word of ASCII'):
+        serve.read_key(None)
+
+
+def test_the_key_of_the_environment_is_not_left_for_the_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv(serve.KEY, 'abc')
+    (tmp_path / 'key.txt').write_text('def\n')
+    assert serve.read_key(tmp_path / 'key.txt') == 'def' and serve.KEY not in os.environ
+    assert serve.read_key(None) == ''
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')
