@@ -72,9 +72,10 @@ def register():
     except ImportError:
         pass
     try:
+        from ppdet.core.workspace import global_config, serializable
         from ppdet.core.workspace import register as register_module
-        from ppdet.core.workspace import serializable
-        register_module(serializable(RepLKNetDet))
+        if 'RepLKNetDet' not in global_config:  # a second registration would raise
+            register_module(serializable(RepLKNetDet))
         registered.append('ppdet')
     except ImportError:
         pass

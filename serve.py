@@ -58,12 +58,15 @@ def read_arguments(argv=None):
 
 def read_key(path):
     """The API key from a file or from the environment; '' for none."""
-    if path is None:
-        return os.environ.pop(KEY, '').strip()
-    with open(path, encoding='utf-8') as file:
-        key = file.read().strip()
+    source, key = KEY, os.environ.pop(KEY, '')
+    if path is not None:
+        with open(path, encoding='utf-8') as file:
+            source, key = f'-api_key_file={path}', file.read()
+    elif not key:
+        return ''
+    key = key.strip()
     if not key or not key.isascii() or len(key.split()) > 1:
-        raise UserError(f'-api_key_file={path}: must contain one word of ASCII characters')
+        raise UserError(f'{source}: must contain one word of ASCII characters')
     return key
 
 

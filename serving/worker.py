@@ -118,7 +118,8 @@ class Worker:
             _, (overlay,) = class_overlays(self._predictor.network, self._predictor.settings, image, [guess])
             file = io.BytesIO()
             overlay.save(file, format='PNG')
-            result['cam'] = {'class': guess, 'png': base64.b64encode(file.getvalue()).decode()}
+            result['cam'] = {'class': guess, 'name': self._predictor.names[guess],
+                             'png': base64.b64encode(file.getvalue()).decode()}
         return result
 
     def _fail(self, request, error):

@@ -224,7 +224,7 @@ def test_small_gradients_reach_the_master_weights_of_half_precision_weights(size
     np.testing.assert_allclose(norms, size * 39 ** 0.5, rtol=1e-3)
     np.testing.assert_allclose(masters.by_name['weight'].numpy(), start - 4 / accum * size, atol=1e-7)
     assert model.weight.dtype == paddle.float16 and model.weight.grad.astype('float32').abs().sum() == 0
-    np.testing.assert_array_equal(model.weight.numpy(), masters.by_name['weight'].numpy().astype('float16'))
+    np.testing.assert_array_equal(model.weight.numpy(), masters.by_name['weight'].astype('float16').numpy())
     np.testing.assert_allclose(ema.module.weight.numpy(), start, atol=5 * size + 1e-7)  # not rounded to float16
 
 

@@ -20,7 +20,9 @@ from hostile_requests import FLAGS, attacked
 from PIL import Image
 from service import ROOT, Service
 
+import serve
 from deploy.predictor import Predictor
+from errors import UserError
 from evaluation.activation_maps import class_overlays
 from image_files.decode import decode_image
 from serving.worker import Worker
@@ -110,7 +112,7 @@ def test_photos_of_phones_are_turned_on_request(service, predictor, files):
     agrees(answer, predictor(turned)[0])
     shown, (overlay,) = class_overlays(predictor.network, predictor.settings, turned, [answer['cam']['class']])
     found = Image.open(io.BytesIO(base64.b64decode(answer['cam']['png'])))
-    assert answer['cam']['class'] == answer['top'][0]['class']
+    assert [answer['cam'][key] for key in ('class', 'name')] == [answer['top'][0][key] for key in ('class', 'name')]
     assert np.abs(np.asarray(found, int) - np.asarray(overlay, int)).max() <= 1
 
 
@@ -205,6 +207,20 @@ def test_without_the_packages_the_message_names_the_file(run_script, tmp_path):
         'serve.py needs the package uvicorn: pip install -r requirements-serve.txt\n')
 
 
+@pytest.mark.parametrize('key', [' ', 'clé', 'two words'])
+def test_keys_that_no_sender_could_present_are_refused(monkeypatch, key):
+    monkeypatch.setenv(serve.KEY, key)
+    with pytest.raises(UserError, match='one word of ASCII'):
+        serve.read_key(None)
+
+
+def test_the_key_of_the_environment_is_not_left_for_the_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv(serve.KEY, 'abc')
+    (tmp_path / 'key.txt').write_text('def\n')
+    assert serve.read_key(tmp_path / 'key.txt') == 'def' and serve.KEY not in os.environ
+    assert serve.read_key(None) == ''
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')
 def test_the_page_in_a_browser(service, files):
     with Browser(f'http://127.0.0.1:{service.port}/') as page:
@@ -252,3 +268,8 @@ def test_the_page_on_a_phone_in_chinese(service, files):
         page.choose('#camera', os.path.abspath(__file__))
         page.until('document.querySelector("article .error")')
         assert page.value('document.querySelector("article .error").textContent') == '不支持此文件格式。'
+        page.value('void (window.fetch = async () => new Response(JSON.stringify({top: []})))')  # no label
+        page.choose('#camera', files[0])
+        page.until('document.querySelectorAll("article").length == 3 && document.querySelector("article p")')
+        assert page.value('document.querySelector("article p").outerHTML') == '<p>无标签</p>'
+        assert page.value('document.querySelector("#status").textContent') == f'{files[0].name}：无标签'
