@@ -111,9 +111,8 @@ def test_parameters_of_the_fused_form():
     assert fuse(model).num_parameters() == merged.num_parameters() - 2 * channels + after
 
 
-@pytest.mark.parametrize(('build', 'size'), [
-    (replknet_31b, 128), *(pytest.param(build, size, marks=pytest.mark.long) for build, size in (
-        (replknet_31b, 224), (replknet_31l, 384), (replknet_xl, 320)))])
+@pytest.mark.long
+@pytest.mark.parametrize(('build', 'size'), [(replknet_31b, 224), (replknet_31l, 384), (replknet_xl, 320)])
 def test_published_sizes_with_random_weights(build, size):
     paddle.seed(0)
     model = randomise_norms(build(), size)
