@@ -103,7 +103,7 @@ def packages(folder):
             'paddleseg/__init__.py': '', 'paddleseg/cvlibs/__init__.py': '', 'ppdet/__init__.py': '',
             'ppdet/core/__init__.py': '',
             'paddleseg/cvlibs/manager.py': 'class BACKBONES:\n    add_component = staticmethod(print)\n',
-            'ppdet/core/workspace.py': 'register, serializable = print, lambda cls: cls\n'}.items():
+            'ppdet/core/workspace.py': 'register, serializable, global_config = print, lambda cls: cls, {}\n'}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 

@@ -376,7 +376,7 @@ def test_training_with_other_losses_and_augmentations(run_script, list_dataset, 
     assert [record['images'] for record in evaluated] == [11, 11]
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGKILL'])
+@pytest.mark.parametrize('name', [pytest.param('SIGTERM', marks=pytest.mark.long), 'SIGINT', 'SIGKILL'])
 def test_no_process_outlives_the_one_that_started_it(list_dataset, tiny_yaml, tmp_path, name):
     process = subprocess.Popen(
         [sys.executable, f'{ROOT}/main_multi_gpu.py', f'-cfg={tiny_yaml}', f'-data_path={list_dataset}',
