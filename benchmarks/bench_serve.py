@@ -70,10 +70,12 @@ def child():
 @contextlib.contextmanager
 def service(model, batch_size):
     """A running service: yields its port and the numbers of its processes."""
+    # making random weights has imported paddle, which sets OMP_NUM_THREADS to 1
+    environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'serve.py'), f'-model={model}', '-device=cpu', '-port=0',
          f'-batch_size={batch_size}', f'-queue={QUEUE}', '-max_requests=1000', '-timeout=600'],
-        stdout=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stdout.readline()
         if not line:
