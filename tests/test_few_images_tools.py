@@ -91,6 +91,9 @@ def test_mistakes_of_the_probe_are_user_errors(run, tmp_path, list_dataset):
     train, val = probe.read_datasets(get_config(None, ['DATA.DATA_PATH', str(tmp_path)]))
     with pytest.raises(UserError, match='train_list.txt has no image of class 1 and of 1 others'):
         probe.count_classes(train, val, tmp_path)
+    (tmp_path / 'val_list.txt').write_text(f'{list_dataset}/train/class 0/0.jpg 0,2\n')
+    with pytest.raises(UserError, match='val_list.txt: has images with several labels'):
+        probe.read_datasets(get_config(None, ['DATA.DATA_PATH', str(tmp_path)]))
 
 
 # ---- averages
