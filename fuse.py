@@ -14,8 +14,7 @@ import paddle
 from paddle import nn
 
 from errors import UserError
-from large_kernel import DepthwiseConv2D, pack_weights
-from large_kernel.conv_norm_act import PackedConv2D
+from large_kernel import DepthwiseConv2D, PackedConv2D, pack_weights
 from replknet import ConvBN, ConvFFN, RepLKBlock, as_float64, batch_norm_affine
 
 
@@ -61,15 +60,17 @@ def fuse(model, final_norm=False):
     return fused
 
 
-def pack(model):
+def pack(model, precision='fp32', quantised=None):
     """Packs the weights of a RepLKNet in eval mode for the C++ operator on the CPU, in place.
 
-    The model may have any form and its outputs stay the same, see `large_kernel.pack_weights`.
+    Arguments and result as in `large_kernel.pack_weights`: with precision 'fp32' the outputs stay the same.
 
-    Returns:
-        The model.
+    Raises:
+        UserError: a precision other than 'fp32', and the model is neither merged nor fused.
     """
-    return pack_weights(model)
+    if precision != 'fp32' and not is_merged(model):
+        raise UserError(f'-precision={precision}: needs a merged or fused model, since branches are added in float32')
+    return pack_weights(model, precision, quantised)
 
 
 def is_merged(model):

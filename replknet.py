@@ -330,7 +330,7 @@ class RepLKNet(nn.Layer):
         They are the maps that the next stage takes, without the norms of `norm_intermediate_features`. Stages after
         the last one in `out_indices` are not computed.
         """
-        return [as_planes(x) for x in self._features(x)]
+        return [as_planes(features, x.dtype) for features in self._features(x)]
 
     def _features(self, x):
         """As `forward_features`; the maps may be in the NCHW16c layout."""
@@ -359,9 +359,9 @@ class RepLKNet(nn.Layer):
         overridden = getattr(self.forward_features, '__func__', None) is not RepLKNet.forward_features
         features = self.forward_features(x) if overridden else self._features(x)
         if self.out_indices is not None:
-            maps = {s: as_planes(features[s]) for s in self.out_indices}
+            maps = {s: as_planes(features[s], x.dtype) for s in self.out_indices}
             return [self.stages[s].norm(x) if hasattr(self.stages[s], 'norm') else x for s, x in maps.items()]
-        last = as_planes(features[-1])
+        last = as_planes(features[-1], x.dtype)
         return last if self.num_classes is None else self.head(self.pool(last))
 
     def pool(self, x):

@@ -26,7 +26,7 @@ import paddle  # isort: skip
 
 SOURCES = Path(__file__).parent / 'csrc'
 TIMEOUT = 600  # seconds for the compiler
-OPERATORS = 3  # version of the operators' interface: programs exported with another version do not run
+OPERATORS = 4  # version of the operators' interface: programs exported with another version do not run
 
 
 class BuildError(RuntimeError):

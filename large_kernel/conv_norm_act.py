@@ -10,10 +10,12 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from large_kernel import operators
-from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, is_float, runs_custom
+from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, dtype_name, is_float, runs_custom
+from large_kernel.packed import PackedConv2D, is_same
 from large_kernel.sequence import BLOCK, Deferred, computed
 
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv2D, DepthwiseConv2D, PackedConv2D)  # exact types: a subclass may compute something else
 _ACTIVATIONS = {'': lambda x: x, 'relu': F.relu, 'gelu': F.gelu}
 
 
@@ -57,7 +59,7 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
 
     Returns:
         [N, C_out, H_out, W_out] in x's dtype; NCHW16c if x is, or see `to_blocks`; deferred if x is deferred and the
-        operator runs.
+        operator runs. In NCHW16c, results are in bfloat16 from the first convolution with weights in bfloat16 on.
     """
     if _around is not None:
         with _around(conv, can_fuse(x, conv, norm, pre_norm, residual)), each_convolution(None):
@@ -68,11 +70,14 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         if type(x) is Deferred and x.takes(residual):
             run = Deferred.then
         else:
-            x, residual = as_float32(computed(x)), as_float32(computed(residual))
-        y = run(x, as_float32(conv.weight), as_float32(conv.bias), residual, _tensors(pre_norm), _tensors(norm),
+            x, residual = _operand(x), _operand(residual)
+        packed = type(conv) is PackedConv2D
+        quantisation = conv.quantisation if packed else None
+        y = run(x, conv.weight if packed else as_float32(conv.weight), as_float32(conv.bias), residual,
+                *(quantisation or (_tensors(pre_norm), _tensors(norm))),
                 [conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
                  blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
-        return as_dtype(y, dtype)
+        return y if type(y) is Deferred or _is_half(y) else as_dtype(y, dtype)
     x = as_planes(x)
     x = conv(x if pre_norm is None else norm_act(x, pre_norm))
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
@@ -104,10 +109,27 @@ def _trains_fused(x, norm):
     return channels == norm._num_features and n * height * width > 1 and runs_custom(x)
 
 
-def as_planes(x):
-    """A feature map in NCHW: [N, C, H, W] is returned unchanged, NCHW16c [N, C / 16, H, W, 16] is converted."""
+def as_planes(x, dtype=None):
+    """A feature map in NCHW: [N, C, H, W] is returned unchanged, NCHW16c [N, C / 16, H, W, 16] is converted.
+
+    Args:
+        dtype: of the result where x is NCHW16c; None for that of x.
+    """
     x = computed(x)
-    return x.transpose([0, 1, 4, 2, 3]).flatten(1, 2) if len(x.shape) == 5 else x
+    if len(x.shape) < 5:
+        return x
+    return (x if dtype is None else as_dtype(x, dtype)).transpose([0, 1, 4, 2, 3]).flatten(1, 2)
+
+
+def _is_half(x):
+    """Whether a map is in bfloat16 and NCHW16c, which the operator takes as it is."""
+    return len(x.shape) == 5 and dtype_name(x.dtype) == 'bfloat16'
+
+
+def _operand(x):
+    """A map, deferred or not, or None, in the form that the operator takes."""
+    x = computed(x)
+    return x if x is None or _is_half(x) else as_float32(x)
 
 
 def _as_blocks(x):
@@ -130,9 +152,11 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
     if kind is DepthwiseConv2D:
         if residual is not None or pre_norm is not None:
             return False
-    elif not (kind is PackedConv2D or _is_same(conv)):
+    elif not (kind is PackedConv2D or is_same(conv)):
         return False
     elif pre_norm is not None and (conv._kernel_size[0] > 1 or conv._stride[0] > 1):
+        return False
+    if kind is PackedConv2D and conv.quantisation and not (norm is pre_norm is None):
         return False
     layers = [conv]
     for layer in (norm, pre_norm):
@@ -150,71 +174,6 @@ def can_fuse(x, conv, norm=None, pre_norm=None, residual=None):
         if any(t is not None and not t.stop_gradient for t in tensors):
             return False
     return type(x) is Deferred or is_float(x.dtype) and runs_custom(x)  # for a sequence, `defer` has checked that
-
-
-def _is_same(conv):
-    """Whether an `nn.Conv2D` is dense, with an odd kernel, stride 1 or 2 and "same" zero padding."""
-    kernel, stride = conv._kernel_size[0], conv._stride[0]
-    return (conv._groups == 1 and kernel % 2 == 1 and stride in (1, 2) and conv._padding_mode == 'zeros'
-            and conv._data_format == 'NCHW'
-            and [*conv._kernel_size, *conv._updated_padding, *conv._stride, *conv._dilation]
-            == [kernel, kernel, kernel // 2, kernel // 2, stride, stride, 1, 1])
-
-
-class PackedConv2D(nn.Layer):
-    """A dense convolution for inference whose weight is stored in the C++ operator's packed layout.
-
-    The weights of an `nn.Conv2D` are packed in every call, which costs a few percent of a network's time.
-
-    Args:
-        conv: `nn.Conv2D` for which `can_pack` holds.
-
-    Attributes:
-        weight: float32 [out_channels / 16, in_channels * K * K, 16]; `bias`: as in `conv`.
-    """
-
-    def __init__(self, conv):
-        super().__init__()
-        self._kernel_size, self._stride, self._groups = conv._kernel_size, conv._stride, conv._groups
-        self._in_channels, self._out_channels, self.bias = conv._in_channels, conv._out_channels, conv.bias
-        weight = conv.weight.astype('float32').reshape([conv.weight.shape[0] // BLOCK, BLOCK, -1]).transpose([0, 2, 1])
-        self.weight = self.create_parameter(weight.shape, dtype='float32',
-                                            default_initializer=nn.initializer.Assign(weight))
-        self.weight.stop_gradient = True
-        self.eval()
-
-    @staticmethod
-    def can_pack(conv):
-        """Whether `conv` can be packed: `_is_same`, output channels in multiples of 16, and no hooks."""
-        if not isinstance(conv, nn.Conv2D) or conv._forward_pre_hooks or conv._forward_post_hooks:
-            return False
-        return _is_same(conv) and conv._out_channels % BLOCK == 0
-
-    def forward(self, x):
-        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        x, kernel = as_planes(x), self._kernel_size[0]
-        weight = self.weight.transpose([0, 2, 1]).reshape([-1, self._in_channels, kernel, kernel]).astype(x.dtype)
-        return F.conv2d(x, weight, None if self.bias is None else self.bias.astype(x.dtype), self._stride, kernel // 2)
-
-
-def pack_weights(model):
-    """Packs the weights of the dense convolutions of a model in eval mode, in place, for inference on the CPU.
-
-    The model computes the same function, but the shapes in its state dict change. Where gradients are needed or the
-    C++ operator is not in use, the weights are unpacked in every call, so this is not for training.
-
-    Returns:
-        The model.
-    """
-    for layer in model.sublayers(include_self=True):
-        for name, conv in layer._sub_layers.items():
-            if PackedConv2D.can_pack(conv):
-                layer._sub_layers[name] = PackedConv2D(conv)
-    return model
-
-
-# Exact types: a subclass may compute something else.
-CONVOLUTIONS = (nn.Conv2D, DepthwiseConv2D, PackedConv2D)
 
 
 def _tensors(norm):

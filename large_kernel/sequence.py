@@ -84,11 +84,14 @@ class _Sequence:
 
 
 def defer(x):
-    """Starts a sequence at x where the C++ operator can run one: x is float32, in dygraph; else returns x itself.
+    """Starts a sequence at x where the C++ operator can run one, in dygraph; else returns x itself.
+
+    x must be float32, or bfloat16 in NCHW16c.
 
     For inference only, and for layers that pass their feature maps to `conv_block` and nothing else.
     """
-    can_defer = paddle.in_dynamic_mode() and x.dtype == paddle.float32 and runs_custom(x)
+    can_defer = paddle.in_dynamic_mode() and runs_custom(x) and (
+        x.dtype == paddle.float32 or (len(x.shape) == 5 and x.dtype == paddle.bfloat16))
     return Deferred(_Sequence(x), 0, x.shape) if can_defer else x
 
 

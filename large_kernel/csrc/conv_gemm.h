@@ -4,6 +4,9 @@
 //   weights [C_out / 16][C_in][16]       pixels [C_in / 16][pixels][16]        tile: 7 pixels x 48 channels (AVX-512)
 //   a panel of up to 3 vectors per k     packed by block of channels           21 sums; per k 3 loads, 7 broadcasts
 //
+// Numbers are float32, or bfloat16 or int8 in words of two or four (gemm_product.h); C_in is then the number of words, and
+// a row of packed pixels or weights has 16 words whatever they hold.
+//
 //   for each part of about 256 pixels: pack the pixels (applying the norm before), then for each panel of channels
 //       for each pass over 128 or 512 input channels, for each tile: multiply
 //       write the results (applying norm, activation and residual)
@@ -16,8 +19,10 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "epilogue.h"
 #include "feature_map.h"
+#include "gemm_product.h"
 #include "shape.h"
 
 namespace large_kernel {
@@ -32,12 +37,28 @@ constexpr int kPanelUnit = std::min(kPanelVectors, kVectorsPerBlock);
 // otherwise in the L2 cache.
 inline int depth_per_pass() { return has_large_l1() ? 128 : 512; }
 
-// A weight [C_out, C_in, K, K] packed ahead of the call as [C_out / 16, C_in * K * K, 16].
-struct PackedWeights {
+// A weight [C_out, C_in, K, K] in float32, packed in each call.
+struct PlainWeights {
+  typedef Float32Product Product;
   const float* data;
 };
 
-// A matrix in blocks of 16 rows or columns, `block` floats apart: pixels [C_in / 16][pixels][16] or weights [C_out /
+// A weight packed ahead of the call: the words [C_out / 16, rows, 16] of C_in * K * K terms, see `packed_rows`.
+template <class P>
+struct PackedWeights {
+  typedef P Product;
+  const float* data;
+};
+
+// Rows of a packed weight. Words of several numbers are filled up with zeros to whole rows of packed pixels.
+template <class P>
+constexpr int packed_rows(int terms) {
+  if (P::kPerWord == 1) return terms;
+  const int row = kWords * P::kPerWord;
+  return (terms + row - 1) / row * kWords;
+}
+
+// A matrix in blocks of 16 rows or columns, `block` words apart: pixels [C_in / 16][pixels][16] or weights [C_out /
 // 16][C_in][16].
 struct BlockedMatrix {
   const float* data;
@@ -71,12 +92,13 @@ class WeightPrefetcher {
   int bytes_ = 0, streams_ = 0, each_ = 0, done_ = 0;
 };
 
-template <int V, int... I>
+template <class P, int V, int... I>
 LK_INLINE void tile_step(Vec (&sum)[V * kTilePixels], const BlockedMatrix& weight, const float* x,
                          std::integer_sequence<int, I...>) {
-  ((sum[I] += load(weight.data + I / kTilePixels * kLanes / kChannelBlock * weight.block +
-                   I / kTilePixels * kLanes % kChannelBlock) *
-              splat(x[I % kTilePixels * kChannelBlock])),
+  ((sum[I] = P::multiply_add(sum[I],
+                             load(weight.data + I / kTilePixels * kLanes / kChannelBlock * weight.block +
+                                  I / kTilePixels * kLanes % kChannelBlock),
+                             P::splat(x + I % kTilePixels * kWords))),
    ...);
 }
 
@@ -94,58 +116,92 @@ LK_INLINE void tile_store(Vec (&sum)[V * kTilePixels], Vec* to, std::ptrdiff_t p
 
 // to[v][p] = (add ? to[v][p] : 0) + the sum over k < depth of weight[k][v] * x[k][p]. The pixels of the next block or
 // tile are prefetched, as they are too far apart for the hardware prefetcher.
-template <int V>
+template <class P, int V>
 __attribute__((noinline)) void gemm_tile(BlockedMatrix weight, BlockedMatrix x, int depth, bool add, Vec* to,
                                          std::ptrdiff_t pitch, WeightPrefetcher& ahead) {
   constexpr auto all = std::make_integer_sequence<int, V * kTilePixels>{};
   Vec sum[V * kTilePixels];
   tile_load<V>(sum, add ? to : nullptr, pitch, all);
   const float* const first = x.data;
-  for (; depth > 0; depth -= kChannelBlock, x.data += x.block) {
+  for (; depth > 0; depth -= kWords, x.data += x.block) {
     ahead.fetch();
-    const float* const next = depth > kChannelBlock ? x.data + x.block : first + kTilePixels * kChannelBlock;
+    const float* const next = depth > kWords ? x.data + x.block : first + kTilePixels * kWords;
 #pragma GCC unroll 8
-    for (int i = 0; i < kTilePixels; i++) __builtin_prefetch(next + i * kChannelBlock);
-    const int count = std::min(depth, kChannelBlock);
-    for (int k = 0; k < count; k++, weight.data += kChannelBlock) tile_step<V>(sum, weight, x.data + k, all);
+    for (int i = 0; i < kTilePixels; i++) __builtin_prefetch(next + i * kWords);
+    const int count = std::min(depth, kWords);
+    for (int k = 0; k < count; k++, weight.data += kChannelBlock) tile_step<P, V>(sum, weight, x.data + k, all);
   }
   tile_store<V>(sum, to, pitch, all);
 }
 
 using GemmTile = void (*)(BlockedMatrix, BlockedMatrix, int, bool, Vec*, std::ptrdiff_t, WeightPrefetcher&);
 
-inline GemmTile select_gemm_tile(int vectors) {
-  static constexpr GemmTile tiles[] = {gemm_tile<1>, gemm_tile<2>, gemm_tile<std::min(3, kPanelVectors)>,
-                                       gemm_tile<kPanelVectors>};
+// Size of the tiles: pixels, and the most vectors of output channels.
+struct TileSize {
+  int pixels, vectors;
+};
+
+constexpr TileSize kSimdTile = {kTilePixels, kPanelVectors};
+
+#if defined(LK_AMX)
+template <class P, int V>
+void amx_gemm_tile(BlockedMatrix weight, BlockedMatrix x, int depth, bool add, Vec* to, std::ptrdiff_t pitch,
+                   WeightPrefetcher& ahead) {
+  for (int k = 0; k < depth; k += kWords) ahead.fetch();
+  amx_tile<P, V>(weight.data, weight.block, x.data, x.block, depth, add, to, pitch);
+}
+#endif
+
+template <class P>
+bool uses_amx() {
+  return P::kPerWord > 1 && kLanes == kWords && has_amx();
+}
+
+template <class P>
+TileSize tile_size() {
+  return uses_amx<P>() ? TileSize{kAmxPixels, kAmxVectors} : kSimdTile;
+}
+
+template <class P>
+GemmTile select_gemm_tile(int vectors) {
+#if defined(LK_AMX)
+  if constexpr (P::kPerWord > 1 && kLanes == kWords) {
+    if (has_amx()) return vectors == 1 ? amx_gemm_tile<P, 1> : amx_gemm_tile<P, 2>;
+  }
+#endif
+  static constexpr GemmTile tiles[] = {gemm_tile<P, 1>, gemm_tile<P, 2>, gemm_tile<P, std::min(3, kPanelVectors)>,
+                                       gemm_tile<P, kPanelVectors>};
   return tiles[vectors - 1];
 }
 
 // The weights of `vectors` vectors of output channels starting at `channel`, and `depth` input channels starting at k.
-inline BlockedMatrix panel_weights(const float* weight, int in_channels, int out_channels, int channel, int vectors,
+inline BlockedMatrix panel_weights(PlainWeights weight, int in_channels, int out_channels, int channel, int vectors,
                                    int k, int depth, float* table) {
   for (int v = 0; v < vectors; v++) {
     const int first = channel + v * kLanes, in_block = v * kLanes % kChannelBlock;
-    pack(weight + (std::ptrdiff_t)first * in_channels + k, in_channels, std::min(kLanes, out_channels - first), depth,
+    pack(weight.data + (std::ptrdiff_t)first * in_channels + k, in_channels, std::min(kLanes, out_channels - first), depth,
          reinterpret_cast<Vec*>(table + (v * kLanes - in_block) * depth + in_block), kVectorsPerBlock);
   }
   return {table, (std::ptrdiff_t)depth * kChannelBlock};
 }
 
-inline BlockedMatrix panel_weights(PackedWeights weight, int in_channels, int, int channel, int, int k, int, float*) {
+template <class P>
+BlockedMatrix panel_weights(PackedWeights<P> weight, int in_channels, int, int channel, int, int k, int, float*) {
   const std::ptrdiff_t block = (std::ptrdiff_t)in_channels * kChannelBlock;
   return {weight.data + channel / kChannelBlock * block + channel % kChannelBlock + (std::ptrdiff_t)k * kChannelBlock,
           block};
 }
 
 // A prefetcher of the same weights where they are stored.
-inline WeightPrefetcher prefetcher_of(const float* weight, int in_channels, int out_channels, int channel, int vectors,
+inline WeightPrefetcher prefetcher_of(PlainWeights weight, int in_channels, int out_channels, int channel, int vectors,
                                       int k, int depth, int times) {
   const int size = sizeof(float), rows = std::min(vectors * kLanes, out_channels - channel);
-  return {weight + (std::ptrdiff_t)channel * in_channels + k, (std::ptrdiff_t)in_channels * size, rows, depth * size,
-          times};
+  return {weight.data + (std::ptrdiff_t)channel * in_channels + k, (std::ptrdiff_t)in_channels * size, rows,
+          depth * size, times};
 }
 
-inline WeightPrefetcher prefetcher_of(PackedWeights weight, int in_channels, int, int channel, int vectors, int k,
+template <class P>
+WeightPrefetcher prefetcher_of(PackedWeights<P> weight, int in_channels, int, int channel, int vectors, int k,
                                       int depth, int times) {
   constexpr int size = sizeof(float) * kChannelBlock;
   const std::ptrdiff_t stride = (std::ptrdiff_t)in_channels * size;
@@ -166,20 +222,54 @@ inline void pack_pixels(const FeatureMap<const float>& x, int image, int pixel, 
   }
 }
 
-// Packs the K x K windows of `count` outputs of an image, starting at `pixel`, into [C_in * K * K / 16][count][16], in
-// the order of a weight [C_in, K, K].
-inline void im2col(const FeatureMap<const float>& x, const Shape& s, int image, int pixel, int count, float* out,
-                   std::ptrdiff_t block) {
-  for (int r = 0; r < s.channels * s.kernel * s.kernel; r++) {
-    const float* plane = x.at(image, r / (s.kernel * s.kernel), 0);
+// The same, rounded to the elements of a product: [C_in / row][count][row], row = 16 words. Channels past the last are
+// zeros.
+template <class P>
+void pack_rounded_pixels(const FeatureMap<const float>& x, int image, int pixel, int count, const float* scale,
+                         const float* shift, float* out, std::ptrdiff_t block) {
+  constexpr int row = kWords * P::kPerWord, strip = 64;  // elements, pixels
+  typename P::Element* const elements = reinterpret_cast<typename P::Element*>(out);
+  const std::ptrdiff_t block_elements = block * P::kPerWord;
+  Vec values[strip];
+  for (int channel = 0; channel < (x.channels + row - 1) / row * row; channel += kLanes) {
+    const int lanes = std::min(kLanes, x.channels - channel);
+    const Vec a = scale && lanes > 0 ? load_lanes(scale + channel, lanes) : splat(1.f);
+    const Vec b = scale && lanes > 0 ? load_lanes(shift + channel, lanes) : Vec{};
+    for (int first = 0; first < count; first += strip) {
+      const int pixels = std::min(strip, count - first);
+      typename P::Element* const to = elements + channel / row * block_elements + first * row + channel % row;
+      if (lanes > 0) x.read(image, channel, lanes, pixel + first, pixels, values);
+      for (int i = 0; i < pixels; i++) {
+        const Vec v = scale ? a * values[i] + b : values[i];
+        P::store(to + i * row, lanes == kLanes ? v : lanes > 0 ? keep_first(v, lanes) : Vec{});
+      }
+    }
+  }
+}
+
+// Packs the K x K windows of `count` outputs of an image, starting at `pixel`, into [C_in * K * K / row][count][row],
+// row = 16 words, in the order of a weight [C_in, K, K].
+template <class P>
+void im2col(const FeatureMap<const float>& x, const Shape& s, int image, int pixel, int count, float* out,
+            std::ptrdiff_t block) {
+  constexpr int row_size = kWords * P::kPerWord;  // elements
+  const int terms = s.channels * s.kernel * s.kernel;
+  for (int r = 0; r < packed_rows<P>(terms) * P::kPerWord; r++) {
+    typename P::Element* to =
+        reinterpret_cast<typename P::Element*>(out) + r / row_size * block * P::kPerWord + r % row_size;
+    if (r >= terms) {
+      for (int i = 0; i < count; i++) to[i * row_size] = 0;
+      continue;
+    }
+    const int channel = r / (s.kernel * s.kernel);
     const int step = x.nchw16c ? kChannelBlock : 1;
+    const float* plane = x.at(image, channel, 0);
     const int above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
-    float* to = out + r / kChannelBlock * block + r % kChannelBlock;
     int row = pixel / s.out_width(), column = pixel % s.out_width();
-    for (int i = 0; i < count; i++, to += kChannelBlock) {
+    for (int i = 0; i < count; i++, to += row_size) {
       const int iy = row * s.stride + above, ix = column * s.stride + left;
       const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
-      *to = inside ? plane[((std::ptrdiff_t)iy * s.width + ix) * step] : 0.f;
+      *to = P::element(inside ? x.value(plane, ((std::ptrdiff_t)iy * s.width + ix) * step) : 0.f);
       if (++column == s.out_width()) column = 0, row++;
     }
   }
@@ -195,20 +285,22 @@ struct GemmPlan {
   };
 
   int batch, pixels, vectors;              // images, output pixels of an image, vectors of output channels
+  TileSize tile;
   int map_tiles, chunks, tiles, group;     // tiles and chunks of a map, tiles of the largest chunk, images of a part
   int units, shares, panels_each, panels;  // of output channels; threads that share pixels, panels of each and of all
   std::ptrdiff_t parts;
 
-  GemmPlan(int batch, int pixels, int out_channels, int threads)
+  GemmPlan(int batch, int pixels, int out_channels, int threads, TileSize tile = kSimdTile)
       : batch(batch),
         pixels(pixels),
-        vectors((out_channels + kLanes - 1) / kLanes) {
-    map_tiles = (pixels + kTilePixels - 1) / kTilePixels;
+        vectors((out_channels + kLanes - 1) / kLanes),
+        tile(tile) {
+    map_tiles = (pixels + tile.pixels - 1) / tile.pixels;
     chunks = std::max(1, (pixels + 128) / 256);
     tiles = (map_tiles + chunks - 1) / chunks;
-    group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * kTilePixels)));
+    group = chunks > 1 ? 1 : std::min(batch, std::max(1, 256 / (tiles * tile.pixels)));
     const std::ptrdiff_t places = (std::ptrdiff_t)((batch + group - 1) / group) * chunks;
-    constexpr int most = kPanelVectors / kPanelUnit;
+    const int most = tile.vectors / kPanelUnit;
     units = (vectors + kPanelUnit - 1) / kPanelUnit;
     shares = (int)std::min<std::ptrdiff_t>(units, (threads + places - 1) / places);
     panels_each = ((units + shares - 1) / shares + most - 1) / most;
@@ -221,8 +313,8 @@ struct GemmPlan {
   Part part(std::ptrdiff_t index) const {
     const std::ptrdiff_t place = index / shares;
     const int chunk = place % chunks, image = (int)(place / chunks) * group;
-    const int first = (int)((std::ptrdiff_t)map_tiles * chunk / chunks) * kTilePixels;
-    const int last = (int)((std::ptrdiff_t)map_tiles * (chunk + 1) / chunks) * kTilePixels;
+    const int first = (int)((std::ptrdiff_t)map_tiles * chunk / chunks) * tile.pixels;
+    const int last = (int)((std::ptrdiff_t)map_tiles * (chunk + 1) / chunks) * tile.pixels;
     const int first_panel = index % shares * panels_each;
     return {image,       std::min(group, batch - image), first, std::min(last, pixels) - first,
             first_panel, first_panel + panels_each};
@@ -232,9 +324,11 @@ struct GemmPlan {
 // The arguments of `conv_gemm`, and the steps of a part.
 template <class W>
 struct ConvGemm {
+  typedef typename W::Product P;
+
   struct Buffers {
     float *packed, *table;  // pixels, weights
-    Vec* sums;              // [images][kPanelVectors][pitch]
+    Vec* sums;              // [images][vectors of a tile][pitch]
   };
 
   const FeatureMap<const float>& x;
@@ -245,64 +339,68 @@ struct ConvGemm {
   const Shape& s;
   const FeatureMap<float>& y;
   const int threads = omp_get_max_threads();
-  const GemmPlan plan{s.batch, (int)y.pixels, y.channels, threads};
-  const int terms = s.channels * s.kernel * s.kernel;  // of each sum: rows of the packed weight
-  const int most_depth = depth_per_pass(), blocks = (terms + kChannelBlock - 1) / kChannelBlock;
-  const int pitch = plan.tiles * kTilePixels;
+  const TileSize tile = tile_size<P>();
+  const GemmPlan plan{s.batch, (int)y.pixels, y.channels, threads, tile};
+  const int rows = packed_rows<P>(s.channels * s.kernel * s.kernel);  // of the packed weight: words of each sum
+  const int most_depth = depth_per_pass(), blocks = (rows + kWords - 1) / kWords;
+  const int pitch = plan.tiles * tile.pixels;
   const bool pointwise = s.kernel == 1 && s.stride == 1;
   // Pixels that are already laid out as needed are not packed. The last tile then starts earlier, so as not to
   // read past the map.
-  const bool in_place = x.nchw16c && pointwise && !in_scale && plan.pixels >= kTilePixels;
+  const bool in_place =
+      P::kPerWord == 1 && x.nchw16c && !x.bfloat16 && pointwise && !in_scale && plan.pixels >= tile.pixels;
   // one line more than needed, or all blocks would share a few cache sets
-  const std::ptrdiff_t block_size = (std::ptrdiff_t)pitch * kChannelBlock + kChannelBlock;
+  const std::ptrdiff_t block_size = (std::ptrdiff_t)pitch * kWords + kWords;
 
   // Packs the pixels of image i of a part.
   void pack_image(const GemmPlan::Part& part, int i, const Buffers& buffers) const {
     float* const to = buffers.packed + i * blocks * block_size;
-    if (pointwise) {
+    if (!pointwise) {
+      im2col<P>(x, s, part.image + i, part.first, part.count, to, block_size);
+    } else if constexpr (P::kPerWord == 1) {
       pack_pixels(x, part.image + i, part.first, part.count, in_scale, in_shift, to, block_size);
     } else {
-      im2col(x, s, part.image + i, part.first, part.count, to, block_size);
+      pack_rounded_pixels<P>(x, part.image + i, part.first, part.count, in_scale, in_shift, to, block_size);
     }
   }
 
   // Multiplies the pixels of a part by the weights of a panel, into buffers.sums.
   void multiply_panel(const GemmPlan::Part& part, int panel, const Buffers& buffers) const {
     const int begin = plan.first_vector(panel), end = plan.first_vector(panel + 1);
-    const GemmTile gemm_tile = select_gemm_tile(end - begin);
-    for (int k = 0; k < terms; k += most_depth) {
-      const int depth = std::min(most_depth, terms - k);
+    const GemmTile gemm_tile = select_gemm_tile<P>(end - begin);
+    for (int k = 0; k < rows; k += most_depth) {
+      const int depth = std::min(most_depth, rows - k);
       const BlockedMatrix w =
-          panel_weights(weight, terms, y.channels, begin * kLanes, end - begin, k, depth, buffers.table);
-      const int tiles = part.images * ((part.count + kTilePixels - 1) / kTilePixels);
+          panel_weights(weight, rows, y.channels, begin * kLanes, end - begin, k, depth, buffers.table);
+      const int tiles = part.images * ((part.count + tile.pixels - 1) / tile.pixels);
       WeightPrefetcher ahead =
-          next_weights(part, panel, k + depth, tiles * ((depth + kChannelBlock - 1) / kChannelBlock));
+          next_weights(part, panel, k + depth, tiles * ((depth + kWords - 1) / kWords));
       for (int i = 0; i < part.images; i++) {
-        BlockedMatrix in = {buffers.packed + (i * blocks + k / kChannelBlock) * block_size, block_size};
+        BlockedMatrix in = {buffers.packed + (i * blocks + k / kWords) * block_size, block_size};
         if (in_place) in = {x.at(part.image + i, k, part.first), x.pixels * kChannelBlock};
-        for (int p = 0; p < part.count; p += kTilePixels) {
-          const int start = in_place ? std::min(p, part.count - kTilePixels) : p;
-          gemm_tile(w, {in.data + start * kChannelBlock, in.block}, depth, k > 0,
-                    buffers.sums + i * kPanelVectors * pitch + p, pitch, ahead);
+        for (int p = 0; p < part.count; p += tile.pixels) {
+          const int start = in_place ? std::min(p, part.count - tile.pixels) : p;
+          gemm_tile(w, {in.data + start * kWords, in.block}, depth, k > 0,
+                    buffers.sums + i * tile.vectors * pitch + p, pitch, ahead);
         }
       }
     }
-    const int rest = part.count % kTilePixels;  // pixels of the last tile; unused sums are moved as well
-    for (int v = 0; in_place && rest && v < part.images * kPanelVectors; v++) {
+    const int rest = part.count % tile.pixels;  // pixels of the last tile; unused sums are moved as well
+    for (int v = 0; in_place && rest && v < part.images * tile.vectors; v++) {
       Vec* const last = buffers.sums + v * pitch + part.count - rest;
-      std::copy_n(last + kTilePixels - rest, rest, last);
+      std::copy_n(last + tile.pixels - rest, rest, last);
     }
   }
 
   // A prefetcher of the weights that are needed after those before row k: the panel's next pass, or the next panel,
   // which this thread most likely takes too. It is called `times` times.
   WeightPrefetcher next_weights(const GemmPlan::Part& part, int panel, int k, int times) const {
-    const bool same = k < terms;
+    const bool same = k < rows;
     if (!same && panel + 1 >= part.last_panel) return {};
     const int begin = plan.first_vector(same ? panel : panel + 1),
               end = plan.first_vector(same ? panel + 1 : panel + 2);
     if (!same) k = 0;
-    return prefetcher_of(weight, terms, y.channels, begin * kLanes, end - begin, k, std::min(most_depth, terms - k),
+    return prefetcher_of(weight, rows, y.channels, begin * kLanes, end - begin, k, std::min(most_depth, rows - k),
                          times);
   }
 
@@ -313,8 +411,8 @@ struct ConvGemm {
       const int channel = v * kLanes, lanes = std::min(kLanes, y.channels - channel);
       epilogue.with_channels(channel, lanes, [&](auto finish) {
         for (int i = 0; i < part.images; i++) {
-          y.write(buffers.sums + (i * kPanelVectors + v - begin) * pitch, part.image + i, channel, lanes, part.first,
-                  part.count, finish, residual);
+          y.write(buffers.sums + (i * tile.vectors + v - begin) * pitch, part.image + i, channel, lanes, part.first,
+                  part.count, [&](Vec sum) { return finish(P::sum_value(sum)); }, residual);
         }
       });
     }
@@ -324,14 +422,15 @@ struct ConvGemm {
     const std::size_t packed_size = in_place ? 0 : (std::size_t)plan.group * blocks * block_size;
     constexpr int panel_channels = std::max(kChannelBlock, kPanelVectors * kLanes);
     const std::size_t table_size =
-        std::is_same_v<W, PackedWeights> ? 0 : (std::size_t)panel_channels * std::min(terms, most_depth);
-    const std::size_t sums_size = (std::size_t)plan.group * kPanelVectors * pitch;  // vectors
+        !std::is_same_v<W, PlainWeights> ? 0 : (std::size_t)panel_channels * std::min(rows, most_depth);
+    const std::size_t sums_size = (std::size_t)plan.group * tile.vectors * pitch;  // vectors
     const std::size_t per_thread = (packed_size + table_size + sums_size * kLanes + 15) / 16 * 16;
     Scratch scratch(per_thread * threads);
     std::vector<std::atomic<int>> taken(plan.parts);  // panels of each part
 #pragma omp parallel num_threads(threads)
     {
       const int thread = omp_get_thread_num();
+      const AmxTiles registers(uses_amx<P>());
       float* const memory = scratch.floats() + per_thread * thread;
       const Buffers buffers = {memory, memory + packed_size, reinterpret_cast<Vec*>(memory + per_thread) - sums_size};
       // Each thread starts with its own parts, so that few pixels are packed twice, and then helps the others.
@@ -350,9 +449,9 @@ struct ConvGemm {
   }
 };
 
-// Convolution with "same" padding of x, whose shape is `s`, with a weight [C_out, C_in, K, K], K odd, or a packed one;
-// plus `residual`, laid out like y, if given. With `in_scale` and `in_shift` [C_in], for 1x1 kernels, the input is
-// in_scale * x + in_shift.
+// Convolution with "same" padding of x, whose shape is `s`, with a weight [C_out, C_in, K, K], K odd, plain or packed; plus
+// `residual`, laid out like y, if given. With `in_scale` and `in_shift` [C_in], for 1x1 kernels, the input is in_scale *
+// x + in_shift.
 template <class W>
 void conv_gemm(const FeatureMap<const float>& x, W weight, const float* in_scale, const float* in_shift,
                const Epilogue& epilogue, const float* residual, const Shape& s, const FeatureMap<float>& y) {

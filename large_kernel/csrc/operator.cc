@@ -51,9 +51,14 @@ bool shapes_fit(const Dims& in, const Dims& w, int stride) {
          w[2] == w[3] && w[2] % 2 == 1 && w[2] <= kMaxKernel && (stride == 1 || stride == 2);
 }
 
+// Whether a tensor is a map that the operators for inference take: float32, or bfloat16 in NCHW16c.
+bool is_map(const Tensor& x) {
+  return x.is_cpu() && (x.dtype() == DataType::FLOAT32 || (x.dtype() == DataType::BFLOAT16 && is_nchw16c(x.shape())));
+}
+
 // `in` is the shape of x as [N, C, H, W].
 large_kernel::Shape checked_shape(const Tensor& x, const Dims& in, const Tensor& weight, int stride) {
-  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
+  PD_CHECK(is_map(x) && weight.is_cpu() && weight.dtype() == DataType::FLOAT32,
            "large_kernel_conv needs a float32 input and weight on the CPU");
   const Dims w = weight.shape();
   PD_CHECK(shapes_fit(in, w, stride),
@@ -80,9 +85,9 @@ const float* values(const Tensor& t) { return static_cast<const float*>(t.data()
 float* mutable_values(Tensor& t) { return static_cast<float*>(t.data()); }
 
 template <class T>
-large_kernel::FeatureMap<T> feature_map(T* data, const Dims& dims) {
+large_kernel::FeatureMap<T> feature_map(T* data, const Dims& dims, DataType dtype = DataType::FLOAT32) {
   const Dims plain = nchw_shape(dims);
-  return {data, (int)plain[1], plain[2] * plain[3], is_nchw16c(dims)};
+  return {data, (int)plain[1], plain[2] * plain[3], is_nchw16c(dims), dtype == DataType::BFLOAT16};
 }
 
 // The values of a tensor [count].
@@ -132,6 +137,28 @@ struct FoldedNorm {
   const float* shift_data() const { return shift.empty() ? nullptr : shift.data(); }
 };
 
+// What a weight in int8 is used with: x is rounded to in_scale * x + in_shift, from 0 to 255, and sums are multiplied by
+// out_scale.
+struct Quantisation {
+  const float *in_scale, *in_shift;
+  std::vector<float> out_scale;
+
+  Quantisation(const OptionalTensors& in, const OptionalTensors& out, std::int64_t in_channels,
+               std::int64_t out_channels) {
+    PD_CHECK(in && in->size() == 2 && out && out->size() == 1,
+             "fused_conv: an int8 weight needs scale and shift of the input, and the scale of the sums");
+    in_scale = channel_values((*in)[0], in_channels, "input scale");
+    in_shift = channel_values((*in)[1], in_channels, "input shift");
+    const float* const scale = channel_values((*out)[0], out_channels, "output scale");
+    out_scale.assign(scale, scale + out_channels);
+  }
+};
+
+// The dtype of a convolution's result. Maps in NCHW16c stay in bfloat16 from the first convolution with such a weight on.
+DataType result_dtype(DataType x, DataType weight, bool nchw16c) {
+  return nchw16c && (x == DataType::BFLOAT16 || weight == DataType::BFLOAT16) ? DataType::BFLOAT16 : DataType::FLOAT32;
+}
+
 large_kernel::Activation parse_activation(const std::string& name) {
   if (name == "relu") return large_kernel::Activation::kRelu;
   if (name == "gelu") return large_kernel::Activation::kGelu;
@@ -139,9 +166,31 @@ large_kernel::Activation parse_activation(const std::string& name) {
   return large_kernel::Activation::kNone;
 }
 
+// Calls f with the weight of a dense convolution in the form that conv_gemm takes.
+template <class F>
+void with_weights(const Tensor& weight, bool packed, F f) {
+  using namespace large_kernel;
+  if (!packed) return f(PlainWeights{values(weight)});
+  switch (weight.dtype()) {
+    case DataType::BFLOAT16: return f(PackedWeights<Bfloat16Product>{values(weight)});
+    case DataType::INT8: return f(PackedWeights<Int8Product>{values(weight)});
+    default: return f(PackedWeights<Float32Product>{values(weight)});
+  }
+}
+
+// The rows, in elements, of a packed weight of `terms` terms per output channel.
+int packed_elements(DataType dtype, int terms) {
+  using namespace large_kernel;
+  if (dtype == DataType::BFLOAT16) return packed_rows<Bfloat16Product>(terms) * Bfloat16Product::kPerWord;
+  if (dtype == DataType::INT8) return packed_rows<Int8Product>(terms) * Int8Product::kPerWord;
+  return terms;
+}
+
 // activation(out_norm(conv(in_norm(x)) + bias)) + residual, each part but the convolution optional. A dense convolution
-// also takes a packed weight [C_out / 16, C_in * K * K, 16]. With `blocked` the result is NCHW16c; the input may have
-// either layout, the residual that of the result.
+// also takes a packed weight [C_out / 16, rows, 16] of float32, bfloat16 or int8, see `packed_elements`; in words of
+// several elements, which are terms of one channel. int8 needs a `Quantisation` in place of the norms, and its bias is
+// added after the scale. With `blocked` the result is NCHW16c; the input may have either layout, the residual that of the
+// result.
 std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensors& in_norm,
                               const OptionalTensors& out_norm, int kernel, int stride, const std::string& activation,
@@ -152,43 +201,51 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
            "fused_conv needs input [N, C, H, W] or NCHW16c, and weight [C_out, C_in, K, K] or packed");
   PD_CHECK(kernel % 2 == 1 && (stride == 1 || stride == 2), "fused_conv takes odd kernels and stride 1 or 2");
   PD_CHECK(x.numel() > 0 && weight.numel() > 0, "fused_conv needs a non-empty input and weight");
-  const bool packed = w.size() == 3, is_dense = !depthwise;
-  PD_CHECK(packed ? is_dense && w[1] == in[1] * kernel * kernel
+  const bool packed = w.size() == 3, is_dense = !depthwise, is_int8 = weight.dtype() == DataType::INT8;
+  PD_CHECK(packed ? is_dense && w[1] == packed_elements(weight.dtype(), in[1] * kernel * kernel)
                   : w[1] == (is_dense ? in[1] : 1) && w[2] == kernel && w[3] == kernel,
            "fused_conv: a weight of ", w[1], " rows for ", in[1], " channels and a ", kernel, "x", kernel, " kernel");
-  PD_CHECK((is_dense || !residual) && ((is_dense && kernel == 1 && stride == 1) || !in_norm || in_norm->empty()),
-           "fused_conv: only dense convolutions take a residual, only dense 1x1 ones at stride 1 an input norm");
+  const bool is_pointwise = is_dense && kernel == 1 && stride == 1;
+  PD_CHECK((is_dense || !residual) && (is_pointwise || !in_norm || in_norm->empty()) && (is_pointwise || !is_int8),
+           "fused_conv: only dense convolutions take a residual, only dense 1x1 ones at stride 1 an input norm or int8");
+  PD_CHECK(is_map(x) && weight.is_cpu() &&
+               (weight.dtype() == DataType::FLOAT32 || (packed && (is_int8 || weight.dtype() == DataType::BFLOAT16))),
+           "fused_conv needs a float32 input, or a bfloat16 one in NCHW16c, and a weight in float32, or a packed one in "
+           "bfloat16 or int8, on the CPU");
   const std::int64_t channels = out_channels(w);
   PD_CHECK(!nchw16c || channels % large_kernel::kChannelBlock == 0, "fused_conv: ", channels,
            " channels are not a multiple of 16, as NCHW16c needs");
-  const FoldedNorm before(in_norm, in_epsilon, in[1]);
-  FoldedNorm after(out_norm, out_epsilon, channels);
+  const FoldedNorm before(is_int8 ? OptionalTensors() : in_norm, in_epsilon, in[1]);
+  FoldedNorm after(is_int8 ? OptionalTensors() : out_norm, out_epsilon, channels);
+  const float *in_scale = before.scale_data(), *in_shift = before.shift_data();
   if (bias) {
     const float* b = channel_values(*bias, channels, "bias");
     after.shift.resize(channels);
     for (std::int64_t c = 0; c < channels; c++) after.shift[c] += b[c] * (after.scale.empty() ? 1.f : after.scale[c]);
   }
+  if (is_int8) {
+    Quantisation quantisation(in_norm, out_norm, in[1], channels);
+    in_scale = quantisation.in_scale, in_shift = quantisation.in_shift;
+    after.scale = std::move(quantisation.out_scale);
+  }
   const large_kernel::Epilogue epilogue = {after.scale_data(), after.shift_data(), parse_activation(activation)};
   Dims out = output_shape(in, stride);
   out[1] = channels;
   if (nchw16c) out = nchw16c_shape(out);
-  Tensor y = paddle::experimental::empty(out, x.dtype(), x.place());
+  Tensor y = paddle::experimental::empty(out, result_dtype(x.dtype(), weight.dtype(), nchw16c), x.place());
+  const auto from = feature_map(values(x), x.shape(), x.dtype());
+  const auto to = feature_map(mutable_values(y), out, y.dtype());
   if (!is_dense) {
-    large_kernel::forward(feature_map(values(x), x.shape()), values(weight), epilogue,
-                          checked_shape(x, in, weight, stride), feature_map(mutable_values(y), out));
+    large_kernel::forward(from, values(weight), epilogue, checked_shape(x, in, weight, stride), to);
     return {y};
   }
   const Tensor added = residual ? without_onednn_layout(*residual) : Tensor();
-  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
-           "fused_conv needs a float32 input and weight on the CPU");
-  PD_CHECK(!residual || (added.shape() == out && added.dtype() == x.dtype()),
+  PD_CHECK(!residual || (added.shape() == out && added.dtype() == y.dtype()),
            "fused_conv needs a residual of the shape and dtype of the result");
   const large_kernel::Shape s = {(int)in[0], (int)in[1], (int)in[2], (int)in[3], kernel, stride};
-  auto run = [&](auto w) {
-    large_kernel::conv_gemm(feature_map(values(x), x.shape()), w, before.scale_data(), before.shift_data(), epilogue,
-                            residual ? values(added) : nullptr, s, feature_map(mutable_values(y), out));
-  };
-  packed ? run(large_kernel::PackedWeights{values(weight)}) : run(values(weight));
+  with_weights(weight, packed, [&](auto weights) {
+    large_kernel::conv_gemm(from, weights, in_scale, in_shift, epilogue, residual ? values(added) : nullptr, s, to);
+  });
   return {y};
 }
 
@@ -218,11 +275,12 @@ std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& param
     next += n;
     return std::vector<Tensor>(parameters.begin() + (next - n), parameters.begin() + next);
   };
-  auto norm = [&](bool wanted) { return wanted ? OptionalTensors(take(4)) : OptionalTensors(); };
+  auto norm = [&](bool wanted, std::size_t n) { return wanted ? OptionalTensors(take(n)) : OptionalTensors(); };
   for (std::size_t i = 0; i < count; i++) {
     const Tensor weight = take(1)[0];
     const auto bias = parts[i] & kBias ? OptionalTensor(take(1)[0]) : OptionalTensor();
-    const auto before = norm(parts[i] & kInNorm), after = norm(parts[i] & kOutNorm);
+    const bool is_int8 = weight.dtype() == DataType::INT8;  // a `Quantisation` then takes the place of the norms
+    const auto before = norm(parts[i] & kInNorm, is_int8 ? 2 : 4), after = norm(parts[i] & kOutNorm, is_int8 ? 1 : 4);
     const auto residual = residuals[i] < 0 ? OptionalTensor() : OptionalTensor(values[residuals[i]]);
     values.push_back(FusedConv(values[i], weight, bias, residual, before, after, kernels[i], strides[i], activations[i],
                                epsilons[2 * i], epsilons[2 * i + 1], parts[i] & kBlocked, parts[i] & kDepthwise)[0]);
@@ -328,10 +386,11 @@ std::vector<Dims> FusedShape(const Dims& x, const Dims& weight, const OptionalDi
   y[1] = out_channels(weight);
   return {nchw16c ? nchw16c_shape(y) : y};
 }
-std::vector<DataType> FusedDtype(const DataType& x, const DataType&, const paddle::optional<DataType>&,
+std::vector<DataType> FusedDtype(const DataType& x, const DataType& weight, const paddle::optional<DataType>&,
                                  const paddle::optional<DataType>&, const paddle::optional<std::vector<DataType>>&,
-                                 const paddle::optional<std::vector<DataType>>&) {
-  return {x};
+                                 const paddle::optional<std::vector<DataType>>&, int, int, const std::string&, float,
+                                 float, bool nchw16c, bool) {
+  return {result_dtype(x, weight, nchw16c)};
 }
 std::vector<DataType> InferDtypeBias(const DataType& x, const DataType&, const DataType&) { return {x}; }
 

@@ -17,14 +17,23 @@
 
 namespace large_kernel {
 
+// LK_LANES: floats per vector. The tests set it to 16 to run the code for AVX-512 on other processors, where the compiler
+// replaces each vector by several.
+#if !defined(LK_LANES)
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisters = 32;
+#define LK_LANES 16
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRegisters = 32;
+#define LK_LANES 8
 #else
-constexpr int kLanes = 4, kRegisters = 16;
+#define LK_LANES 4
+#endif
+#endif
+
+constexpr int kLanes = LK_LANES;
+#if LK_LANES == 16 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
@@ -56,7 +65,7 @@ LK_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v;
 #if defined(__AVX512F__)
 LK_INLINE Vec load_partial(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
 LK_INLINE void store_partial(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && LK_LANES == 8
 LK_INLINE __m256i lane_mask(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -135,10 +144,10 @@ LK_INLINE void write_row(const float* from, int count, float* to, const float* e
 
 // a0 b0 a1 b1 ... in two vectors, and the inverse.
 LK_INLINE void interleave(Vec a, Vec b, Vec* out) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   out[0] = LK_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   out[1] = LK_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   out[0] = LK_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
   out[1] = LK_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
@@ -148,10 +157,10 @@ LK_INLINE void interleave(Vec a, Vec b, Vec* out) {
 }
 
 LK_INLINE void deinterleave(Vec a, Vec b, Vec* even, Vec* odd) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   *even = LK_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   *odd = LK_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   *even = LK_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
   *odd = LK_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
@@ -161,9 +170,9 @@ LK_INLINE void deinterleave(Vec a, Vec b, Vec* even, Vec* odd) {
 }
 
 LK_INLINE Vec reverse(Vec v) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   return LK_SHUFFLE(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   return LK_SHUFFLE(v, v, 7, 6, 5, 4, 3, 2, 1, 0);
 #else
   return LK_SHUFFLE(v, v, 3, 2, 1, 0);
@@ -172,9 +181,9 @@ LK_INLINE Vec reverse(Vec v) {
 
 // The lanes of b shifted up by one; lane 0 is the last lane of a.
 LK_INLINE Vec shift_lanes_up(Vec a, Vec b) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   return LK_SHUFFLE(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   return LK_SHUFFLE(a, b, 7, 8, 9, 10, 11, 12, 13, 14);
 #else
   return LK_SHUFFLE(a, b, 3, 4, 5, 6);
@@ -182,7 +191,7 @@ LK_INLINE Vec shift_lanes_up(Vec a, Vec b) {
 }
 
 LK_INLINE float sum_lanes(Vec v) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   v += LK_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
   v += LK_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
   v += LK_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
@@ -197,11 +206,11 @@ LK_INLINE float sum_lanes(Vec v) {
 // Shuffles are fast if they move whole groups of four lanes (128 bits) or stay within a group. The even and the odd
 // groups of a and b.
 LK_INLINE void deinterleave_groups([[maybe_unused]] Vec* a, [[maybe_unused]] Vec* b) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   const Vec even = LK_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
   *b = LK_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   *a = even;
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   const Vec even = LK_SHUFFLE(*a, *b, 0, 1, 2, 3, 8, 9, 10, 11);
   *b = LK_SHUFFLE(*a, *b, 4, 5, 6, 7, 12, 13, 14, 15);
   *a = even;
@@ -210,10 +219,10 @@ LK_INLINE void deinterleave_groups([[maybe_unused]] Vec* a, [[maybe_unused]] Vec
 
 // a0 b0 a1 b1 and a2 b2 a3 b3 of each group.
 LK_INLINE void interleave_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   *low = LK_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
   *high = LK_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   *low = LK_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
   *high = LK_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else
@@ -224,10 +233,10 @@ LK_INLINE void interleave_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
 
 // a0 a1 b0 b1 and a2 a3 b2 b3 of each group.
 LK_INLINE void interleave_pairs_in_groups(Vec a, Vec b, Vec* low, Vec* high) {
-#if defined(__AVX512F__)
+#if LK_LANES == 16
   *low = LK_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
   *high = LK_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-#elif defined(__AVX__)
+#elif LK_LANES == 8
   *low = LK_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
   *high = LK_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 #else

@@ -41,6 +41,13 @@ struct Buffer {
   }
 };
 
+double from_bfloat16(large_kernel::Bfloat16 half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // A feature map in a buffer of exactly its size.
 struct MapBuffer {
   Buffer buffer;
@@ -63,12 +70,33 @@ struct MapBuffer {
       }
     }
   }
+  static std::size_t block_index(const MapBuffer& map, int image, int c, std::size_t p) {
+    return ((std::size_t)image * map.channels + c / 16 * 16) * map.pixels + p * 16 + c % 16;
+  }
   std::size_t index(int image, int c, std::size_t p) const {
-    return blocked ? ((std::size_t)image * channels + c / 16 * 16) * pixels + p * 16 + c % 16
-                   : ((std::size_t)image * channels + c) * pixels + p;
+    return blocked ? block_index(*this, image, c, p) : ((std::size_t)image * channels + c) * pixels + p;
   }
   FeatureMap<const float> in() const { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
   FeatureMap<float> out() { return {buffer.data.get(), channels, (std::ptrdiff_t)pixels, blocked}; }
+};
+
+// A map in bfloat16 and NCHW16c, in a buffer of exactly its size.
+struct HalfMap {
+  int channels;
+  std::size_t pixels;
+  std::vector<large_kernel::Bfloat16> values;
+
+  HalfMap() : channels(0), pixels(0) {}
+  explicit HalfMap(const MapBuffer& map) : channels(map.channels), pixels(map.pixels), values(map.buffer.size) {
+    const MapBuffer blocks(map, true);
+    for (std::size_t i = 0; i < values.size(); i++) values[i] = large_kernel::to_bfloat16(blocks.buffer.data[i]);
+  }
+  FeatureMap<const float> in() const {
+    return {reinterpret_cast<const float*>(values.data()), channels, (std::ptrdiff_t)pixels, true, true};
+  }
+  FeatureMap<float> out() {
+    return {reinterpret_cast<float*>(values.data()), channels, (std::ptrdiff_t)pixels, true, true};
+  }
 };
 
 struct Reference {
@@ -84,6 +112,22 @@ double worst(const Buffer& got, const Reference& want) {
     const double error = std::fabs(got.data[i] - want.sum[i]);
     if (!(error <= 1e-30))
       result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
+  }
+  return result / std::ldexp(1.0, -23);
+}
+
+// The same for results in bfloat16, whose own rounding is allowed for.
+double worst(const HalfMap& got, const MapBuffer& layout, const Reference& want) {
+  double result = 0;
+  for (int image = 0; image < layout.batch; image++) {
+    for (int c = 0; c < layout.channels; c++) {
+      for (std::size_t p = 0; p < layout.pixels; p++) {
+        const std::size_t i = layout.index(image, c, p), block = MapBuffer::block_index(layout, image, c, p);
+        const double error = std::fabs(from_bfloat16(got.values[block]) - want.sum[i]) - std::ldexp(std::fabs(want.sum[i]), -8);
+        if (!(error <= 1e-30))
+          result = std::isnan(error) ? INFINITY : std::max(result, error / (want.magnitude[i] + 1e-30));
+      }
+    }
   }
   return result / std::ldexp(1.0, -23);
 }
@@ -166,10 +210,10 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
         const std::size_t o = i / terms, k = i % terms;
         blocks.data[(o / 16 * terms + k) * 16 + o % 16] = weight.at(i);
       }
-      large_kernel::conv_gemm(from.in(), large_kernel::PackedWeights{blocks.data.get()}, a, b, epilogue,
+      large_kernel::conv_gemm(from.in(), large_kernel::PackedWeights<large_kernel::Float32Product>{blocks.data.get()}, a, b, epilogue,
                               residual.buffer.data.get(), s, to.out());
     } else {
-      large_kernel::conv_gemm(from.in(), static_cast<const float*>(weight.data.get()), a, b, epilogue,
+      large_kernel::conv_gemm(from.in(), large_kernel::PlainWeights{weight.data.get()}, a, b, epilogue,
                               residual.buffer.data.get(), s, to.out());
     }
     Reference want(to.buffer.size);
@@ -193,6 +237,113 @@ bool run_dense(const Shape& s, int out_channels, std::mt19937& random) {
     if (error > 8) {
       std::printf("dense [%d, %d -> %d, %d, %d] k%d s%d, layouts %d: error %g\n", s.batch, s.channels, out_channels,
                   s.height, s.width, s.kernel, s.stride, layouts, error);
+      return false;
+    }
+  }
+  return true;
+}
+
+// Depthwise, with maps in bfloat16.
+bool run_bfloat16(const Shape& s, std::mt19937& random) {
+  const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
+  const std::size_t area = (std::size_t)s.kernel * s.kernel;
+  MapBuffer x(s.batch, s.channels, in, false), y(s.batch, s.channels, out, false);
+  Buffer weight(s.channels * area);
+  x.buffer.draw(random), weight.draw(random);
+  for (std::size_t i = 0; i < x.buffer.size; i++) {
+    x.buffer.data[i] = from_bfloat16(large_kernel::to_bfloat16(x.buffer.data[i]));
+  }
+  const HalfMap from(x);
+  HalfMap to(y);
+  large_kernel::forward(from.in(), weight.data.get(), {}, s, to.out());
+  Reference want(y.buffer.size);
+  for (int plane = 0; plane < s.batch * s.channels; plane++) {
+    large_kernel::for_each_tap(s, [&](std::size_t o, std::size_t i, std::size_t tap) {
+      want.add(plane * out + o, x.buffer.at(plane * in + i) * weight.at(plane % s.channels * area + tap));
+    });
+  }
+  const double error = worst(to, y, want);
+  if (error > 8) {
+    std::printf("bfloat16 [%d, %d, %d, %d] k%d s%d: error %g\n", s.batch, s.channels, s.height, s.width, s.kernel,
+                s.stride, error);
+  }
+  return error <= 8;
+}
+
+// A dense convolution in bfloat16 or int8. The values are multiples of 1/8 that float32 represents exactly, also after
+// the input norm, so that rounding to P's elements has one right result.
+template <class P>
+bool run_words(const Shape& s, int out_channels, std::mt19937& random) {
+  constexpr bool is_int8 = P::kPerWord == 4;
+  const int area = s.kernel * s.kernel, terms = s.channels * area, row_elements = 16 * P::kPerWord;
+  const int rows = large_kernel::packed_rows<P>(terms);
+  const bool pointwise = area == 1 && s.stride == 1;
+  const std::size_t in = (std::size_t)s.height * s.width, out = (std::size_t)s.out_height() * s.out_width();
+  auto pick = [&](int least, int most) { return (float)(least + (int)(random() % (most - least + 1))); };
+  MapBuffer x(s.batch, s.channels, in, false), added(s.batch, out_channels, out, false);
+  Buffer in_scale(s.channels), in_shift(s.channels), scale(out_channels), shift(out_channels);
+  for (std::size_t i = 0; i < x.buffer.size; i++) x.buffer.data[i] = pick(-200, 200) / 8;
+  for (std::size_t i = 0; i < added.buffer.size; i++) added.buffer.data[i] = pick(-100, 100) / 8;
+  for (int c = 0; c < s.channels; c++) in_scale.data[c] = std::ldexp(1.f, (int)pick(-1, 3)), in_shift.data[c] = pick(0, 500) / 8;
+  scale.draw(random), shift.draw(random);
+  // weight[o][k], and its words [out_channels / 16][rows][16]
+  std::vector<double> weight((std::size_t)out_channels * terms);
+  Buffer words((std::size_t)out_channels * rows);
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(words.data.get());
+  for (int o = 0; o < out_channels; o++) {
+    for (int k = 0; k < terms; k++) {
+      const float value = is_int8 ? pick(-128, 127) : pick(-1000, 1000) / 64;
+      const std::size_t word = ((std::size_t)o / 16 * rows + k / P::kPerWord) * 16 + o % 16, element = word * P::kPerWord + k % P::kPerWord;
+      if (is_int8) {
+        bytes[element] = (uint8_t)(int8_t)value;
+        weight[(std::size_t)o * terms + k] = value;
+      } else {
+        const large_kernel::Bfloat16 half = large_kernel::to_bfloat16(value);
+        std::memcpy(bytes + 2 * element, &half, 2);
+        weight[(std::size_t)o * terms + k] = from_bfloat16(half);
+      }
+    }
+  }
+  auto rounded = [&](double v) {
+    if (is_int8) return std::min(255., std::max(0., std::nearbyint(v)));
+    return from_bfloat16(large_kernel::to_bfloat16((float)v));
+  };
+  for (int forms = 0; forms < 18; forms++) {
+    const int from_form = forms % 3, to_form = forms / 3 % 3;  // NCHW, NCHW16c, NCHW16c in bfloat16
+    const bool norm = forms >= 9;
+    if ((from_form && s.channels % 16) || (norm && !pointwise)) continue;
+    const MapBuffer from(x, from_form > 0), residual(added, to_form > 0);
+    MapBuffer to(s.batch, out_channels, out, to_form > 0);
+    const HalfMap half_from = from_form == 2 ? HalfMap(x) : HalfMap(), half_residual(added);
+    HalfMap half_to(to);
+    const large_kernel::Epilogue epilogue = {scale.data.get(), shift.data.get()};
+    large_kernel::conv_gemm(from_form == 2 ? half_from.in() : from.in(),
+                            large_kernel::PackedWeights<P>{words.data.get()},
+                            norm ? in_scale.data.get() : nullptr, norm ? in_shift.data.get() : nullptr, epilogue,
+                            to_form == 2 ? half_residual.in().data : residual.buffer.data.get(), s,
+                            to_form == 2 ? half_to.out() : to.out());
+    Reference want(to.buffer.size);
+    for (int image = 0; image < s.batch; image++) {
+      for (int o = 0; o < out_channels; o++) {
+        for (std::size_t p = 0; p < out; p++) {
+          const std::size_t i = to.index(image, o, p);
+          const float a = added.buffer.data[added.index(image, o, p)];
+          want.add(i, shift.at(o)), want.add(i, to_form == 2 ? from_bfloat16(large_kernel::to_bfloat16(a)) : a);
+        }
+        for (int k = 0; k < s.channels; k++) {
+          large_kernel::for_each_tap(s, [&](std::size_t p, std::size_t i, std::size_t tap) {
+            const float value = x.buffer.data[x.index(image, k, i)];
+            const double v = from_form == 2 ? from_bfloat16(large_kernel::to_bfloat16(value)) : value;
+            want.add(to.index(image, o, p), weight[(std::size_t)o * terms + k * area + tap] * scale.at(o) *
+                                                rounded(norm ? v * in_scale.at(k) + in_shift.at(k) : v));
+          });
+        }
+      }
+    }
+    const double error = to_form == 2 ? worst(half_to, to, want) : worst(to.buffer, want);
+    if (error > 8) {
+      std::printf("dense, %d per word [%d, %d -> %d, %d, %d] k%d s%d, form %d: error %g (rows of %d)\n", P::kPerWord, s.batch,
+                  s.channels, out_channels, s.height, s.width, s.kernel, s.stride, forms, error, row_elements);
       return false;
     }
   }
@@ -376,6 +527,27 @@ int run_all(int shapes) {
       bad += !run_dense(s, widths[pick(6)], random);
     }
   }
+  for (int i = 0; i < 6 * shapes; i++, count++) {
+    const int large[] = {7, 13, 27, 31}, small[] = {1, 3, 5};
+    const bool is_small = i % 3 == 0;
+    const Shape s = {1 + pick(3), 16 * (1 + pick(3)), 1 + pick(36), 1 + pick(36), is_small ? small[pick(3)] : large[pick(4)],
+                     is_small ? 1 + pick(2) : 1};
+    bad += !run_bfloat16(s, random);
+  }
+  bad += !run_bfloat16({1, 16, 56, 56, 31, 1}, random) + !run_bfloat16({2, 16, 14, 14, 27, 1}, random), count += 2;
+  for (int i = 0; i < 3 * shapes; i++) {
+    const bool window = i % 3 == 2;
+    const Shape s = {1 + pick(3), window ? 1 + pick(20) : 16 * (1 + pick(9)) - (i % 3 == 1 ? pick(9) : 0),
+                     1 + pick(i % 2 ? 20 : 8), 1 + pick(i % 2 ? 40 : 8), window ? 3 : 1, window ? 1 + pick(2) : 1};
+    const int wide = 16 * (1 + pick(7));
+#if defined(LK_AMX_MODEL)
+    lk_amx_enabled = i % 2 == 0 || pick(2);
+#endif
+    bad += !run_words<large_kernel::Bfloat16Product>(s, wide, random), count++;
+    bad += !run_words<large_kernel::Int8Product>(s, wide, random), count++;
+  }
+  bad += !run_words<large_kernel::Bfloat16Product>({2, 2080, 3, 3, 1, 1}, 16, random), count++;  // several passes
+  bad += !run_words<large_kernel::Int8Product>({2, 4160, 3, 3, 1, 1}, 16, random), count++;
   for (int tasks : {0, 1, 2, 7, 64, 1000}) {
     for (int threads : {1, 2, 5}) {
       for (int present : {1, 3}) bad += !run_shared(tasks, 1 + pick(20), threads, present), count++;
