@@ -72,9 +72,8 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         else:
             x, residual = _operand(x), _operand(residual)
         packed = type(conv) is PackedConv2D
-        quantisation = conv.quantisation if packed else None
-        y = run(x, conv.weight if packed else as_float32(conv.weight), as_float32(conv.bias), residual,
-                *(quantisation or (_tensors(pre_norm), _tensors(norm))),
+        y = run(x, conv.packed_weight() if packed else as_float32(conv.weight), as_float32(conv.bias), residual,
+                *(packed and conv.quantisation or (_tensors(pre_norm), _tensors(norm))),
                 [conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
                  blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
         return y if type(y) is Deferred or _is_half(y) else as_dtype(y, dtype)

@@ -5,10 +5,11 @@ import paddle.nn.functional as F
 from paddle import nn
 
 import paddle_env
-from large_kernel.conv import as_float32
+from large_kernel.conv import as_dtype, as_float32
 from large_kernel.sequence import BLOCK
 
 PER_WORD = {'fp32': 1, 'bf16': 2, 'int8': 4}  # numbers in 32 bits; kPerWord in csrc/gemm_product.h
+_DTYPES = {'fp32': paddle.float32, 'bf16': paddle.bfloat16}
 _ROW = 16  # words: kWords in csrc/gemm_product.h
 
 
@@ -64,12 +65,17 @@ class PackedConv2D(nn.Layer):
             return False
         return is_same(conv) and conv._out_channels % BLOCK == 0
 
+    def packed_weight(self):
+        """The weight in the dtype of the precision, whatever dtype the layer was cast to."""
+        weight = self._buffers['weight']
+        return weight if self.precision == 'int8' else as_dtype(weight, _DTYPES[self.precision])
+
     @property
     def quantisation(self):
         if not self._has_quantisation:
             return None
         own = self._buffers
-        return [own['in_scale'], own['in_shift']], [own['out_scale']]
+        return [as_float32(own['in_scale']), as_float32(own['in_shift'])], [as_float32(own['out_scale'])]
 
     def forward(self, x):
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)], without the C++ operator."""
@@ -87,7 +93,7 @@ class PackedConv2D(nn.Layer):
         """The weight in float32, [out_channels, in_channels, K, K]; for int8 the integers."""
         kernel, per_word = self._kernel_size[0], PER_WORD[self.precision]
         blocks = self._out_channels // BLOCK
-        words = self.weight.astype('float32').reshape([blocks, -1, BLOCK, per_word]).transpose([0, 2, 1, 3])
+        words = as_float32(self.weight).reshape([blocks, -1, BLOCK, per_word]).transpose([0, 2, 1, 3])
         rows = words.reshape([self._out_channels, -1])[:, :self._in_channels * kernel ** 2]
         return rows.reshape([self._out_channels, self._in_channels, kernel, kernel])
 
