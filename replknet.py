@@ -20,6 +20,7 @@ from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, 
 from large_kernel.autotune import measuring_for_training
 from large_kernel.conv_norm_act import NORMS
 from large_kernel.cuda import autocast_dtype
+from large_kernel.products import bf16_products, is_active
 
 MIN_SIZE = 32  # pixels per side: the network's total stride
 
@@ -243,9 +244,12 @@ def _recompute(block, x):
             block(x)
         seen.add(kind)
 
+    products = is_active()
+
     def forward(x):
         with _as_in_first_pass(block, random_state) if next(passes) else contextlib.nullcontext():
-            return block(x)
+            with bf16_products(products):
+                return block(x)
 
     # The reentrant kind runs a backward pass inside the backward pass, which DataParallel does not support, and Paddle
     # 2.6 cannot preserve the random state on the CPU.

@@ -10,6 +10,7 @@ from datasets import eval_protocol, source_name
 from dry_run.recipes import RECIPES
 from errors import UserError
 from replknet import VARIANTS
+from training.amp import bf16_on_cpu, on_cpu
 from zoo import ZOO, settings_file
 
 # keys of config.MODEL that determine the shapes of all weights but those of the head
@@ -203,8 +204,8 @@ def _training(plan):
     if config.DATA.BATCH_SIZE < 8 and not synced:
         yield (f'batch norm computes its statistics over only {config.DATA.BATCH_SIZE} images; a larger -batch_size '
                'with a smaller -accum_iter, or TRAIN.SYNC_BN on GPUs, makes them more stable')
-    if config.AMP and not plan.half:
-        yield '-amp has no effect on the CPU, which computes in float32'
+    if config.AMP and not plan.half and not bf16_on_cpu(config):
+        yield f'-amp has no effect on the CPU: {on_cpu(config)}'
     if not config.VALIDATE_FREQ and not (recipe and recipe.settings.get('VALIDATE_FREQ') == 0):
         yield 'VALIDATE_FREQ is 0: the run measures no accuracy and keeps no best checkpoint'
 

@@ -11,8 +11,9 @@ from large_kernel.conv import DepthwiseConv2D, depthwise_conv2d, operator_in_use
 from large_kernel.conv_norm_act import as_planes, conv_block, each_convolution
 from large_kernel.layout import accepts_nchw16c, map_layout
 from large_kernel.packed import PackedConv2D, fastest_precision, pack_weights
+from large_kernel.products import bf16_products
 from large_kernel.sequence import computed, defer
 
-__all__ = ['BuildError', 'DepthwiseConv2D', 'PackedConv2D', 'accepts_nchw16c', 'as_planes', 'computed', 'conv_block',
-           'defer', 'depthwise_conv2d', 'describe_choices', 'each_convolution', 'fastest_precision', 'load_operator',
-           'map_layout', 'operator_in_use', 'pack_weights']
+__all__ = ['BuildError', 'DepthwiseConv2D', 'PackedConv2D', 'accepts_nchw16c', 'as_planes', 'bf16_products', 'computed',
+           'conv_block', 'defer', 'depthwise_conv2d', 'describe_choices', 'each_convolution', 'fastest_precision',
+           'load_operator', 'map_layout', 'operator_in_use', 'pack_weights']

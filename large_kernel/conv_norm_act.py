@@ -12,6 +12,7 @@ from paddle import nn
 from large_kernel import operators
 from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, dtype_name, is_float, runs_custom
 from large_kernel.packed import PackedConv2D, is_same
+from large_kernel.products import convolve
 from large_kernel.sequence import BLOCK, Deferred, computed
 
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
@@ -78,7 +79,7 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
                  blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
         return y if type(y) is Deferred or _is_half(y) else as_dtype(y, dtype)
     x = as_planes(x)
-    x = conv(x if pre_norm is None else norm_act(x, pre_norm))
+    x = convolve(conv, x if pre_norm is None else norm_act(x, pre_norm))
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
     x = x if residual is None else as_planes(residual) + x
     return _as_blocks(x) if blocked else x

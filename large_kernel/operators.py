@@ -61,6 +61,16 @@ def run_fused_sequence(x, parameters, kernels, strides, parts, residuals, activa
     return _RUN('fused_convs', x, parameters, kernels, strides, parts, residuals, activations, epsilons)[0]
 
 
+def run_pointwise_bf16(x, weight):
+    """A 1x1 convolution with products in bfloat16; all tensors are float32 and on the CPU. Not for tracing.
+
+    Args:
+        x: [N, C, H, W]; `weight`: [C_out, C, 1, 1].
+    """
+    grads = not x.stop_gradient, not weight.stop_gradient
+    return _RUN('pointwise_bf16', *_without_gradients([x, weight]), *grads)[0]
+
+
 def run_batch_norm(x, weight, bias, mean, variance, momentum, epsilon, activation):
     """The operator of a batch norm in training; it updates the running mean and variance. Not for tracing."""
     tensors = _without_gradients([x, weight, bias, mean, variance])

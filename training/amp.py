@@ -3,6 +3,7 @@ import paddle
 
 import utils
 from errors import UserError
+from large_kernel import bf16_products, build, fastest_precision
 from training.masters import MasterWeights
 from training.optim import change_gradients
 
@@ -10,18 +11,22 @@ from training.optim import change_gradients
 class Amp:
     """Mixed precision according to the settings AMP, AMP_DTYPE, AMP_LEVEL, AMP_LOSS_SCALE and AMP_LOSS_SCALE_STEPS.
 
-    Paddle's autocast has no effect on the CPU, so there mixed precision is off, and the log says so once.
+    Paddle's autocast has no effect on the CPU. There 1x1 convolutions are trained with products in bfloat16, see
+    `large_kernel.bf16_products`, and the log says so once; evaluations are in float32.
     """
 
     def __init__(self, config, device):
         self.enabled = config.AMP and device != 'cpu'
         self.level, self.dtype = config.AMP_LEVEL, config.AMP_DTYPE
         self.loss_scale, self.loss_scale_steps = config.AMP_LOSS_SCALE, config.AMP_LOSS_SCALE_STEPS
+        self.bf16_products = not self.enabled and bf16_on_cpu(config)
         if config.AMP and not self.enabled:
-            utils.log_once('-amp: Paddle has no mixed precision on the CPU; computing in float32')
+            utils.log_once('-amp: ' + on_cpu(config))
 
     def autocast(self):
         """Context manager for a forward pass."""
+        if not self.enabled:
+            return bf16_products(self.bf16_products)
         return paddle.amp.auto_cast(enable=self.enabled, level=self.level, dtype=self.dtype)
 
     def cast_weights(self, model):
@@ -35,6 +40,26 @@ class Amp:
         if self.enabled and self.dtype == 'float16':
             return LossScaler(self.loss_scale, self.loss_scale_steps)
         return None
+
+
+def bf16_on_cpu(config):
+    """Whether -amp means products in bfloat16 on this machine's CPU.
+
+    It does where the processor has instructions for them; elsewhere, where they are slower than float32, only if the
+    settings ask for AMP_DTYPE bfloat16.
+    """
+    asked = config.AMP and (config.AMP_DTYPE == 'bfloat16' or fastest_precision() == 'bf16')
+    return asked and build.reason_unavailable() is None
+
+
+def on_cpu(config):
+    """What -amp does on the CPU, in one line."""
+    if bf16_on_cpu(config):
+        slow = '' if fastest_precision() == 'bf16' else ', slower than in float32 on this processor'
+        return f'1x1 convolutions are trained with products in bfloat16{slow}; all else is in float32'
+    if build.reason_unavailable() is not None:
+        return f'computing in float32, because the C++ operator is not available: {build.reason_unavailable()}'
+    return 'computing in float32, because this processor has no instructions for bfloat16'
 
 
 def check_card(config, device):

@@ -275,6 +275,34 @@ void im2col(const FeatureMap<const float>& x, const Shape& s, int image, int pix
   }
 }
 
+// Maps [N, channels, pixels] whose channels take the place of pixels in a product, and whose images and pixels, counted
+// from `first`, are its terms.
+struct TermRows {
+  const float* x;
+  int channels;
+  std::ptrdiff_t pixels, first;
+};
+
+// Packs `terms` terms of `count` channels, starting at `channel`, into [terms / row][count][row], row = 16 words.
+template <class P>
+void pack_terms(const TermRows& from, int channel, int count, int terms, float* out, std::ptrdiff_t block) {
+  constexpr int row = kWords * P::kPerWord;
+  const int padded = (terms + row - 1) / row * row;
+  std::vector<float> values(padded);
+  for (int c = 0; c < count; c++) {
+    for (std::ptrdiff_t term = 0; term < terms;) {
+      const std::ptrdiff_t image = (from.first + term) / from.pixels, pixel = (from.first + term) % from.pixels;
+      const std::ptrdiff_t n = std::min<std::ptrdiff_t>(terms - term, from.pixels - pixel);
+      std::copy_n(from.x + (image * from.channels + channel + c) * from.pixels + pixel, n, values.data() + term);
+      term += n;
+    }
+    typename P::Element* const to = reinterpret_cast<typename P::Element*>(out) + c * row;
+    for (int term = 0; term < padded; term += kLanes) {
+      P::store(to + term / row * block * P::kPerWord + term % row, load(values.data() + term));
+    }
+  }
+}
+
 // The division of a product among threads. A part is the pixels multiplied by a panel at a time, about 256 (a chunk of
 // one large map, or a group of small maps), and a range of adjacent panels: all panels, unless there are fewer parts
 // than threads, which then share the pixels.
@@ -338,6 +366,7 @@ struct ConvGemm {
   const float* const residual;
   const Shape& s;
   const FeatureMap<float>& y;
+  const TermRows* const transposed;  // takes the place of x
   const int threads = omp_get_max_threads();
   const TileSize tile = tile_size<P>();
   const GemmPlan plan{s.batch, (int)y.pixels, y.channels, threads, tile};
@@ -355,7 +384,9 @@ struct ConvGemm {
   // Packs the pixels of image i of a part.
   void pack_image(const GemmPlan::Part& part, int i, const Buffers& buffers) const {
     float* const to = buffers.packed + i * blocks * block_size;
-    if (!pointwise) {
+    if (transposed) {
+      if constexpr (P::kPerWord > 1) pack_terms<P>(*transposed, part.first, part.count, s.channels, to, block_size);
+    } else if (!pointwise) {
       im2col<P>(x, s, part.image + i, part.first, part.count, to, block_size);
     } else if constexpr (P::kPerWord == 1) {
       pack_pixels(x, part.image + i, part.first, part.count, in_scale, in_shift, to, block_size);
@@ -451,11 +482,12 @@ struct ConvGemm {
 
 // Convolution with "same" padding of x, whose shape is `s`, with a weight [C_out, C_in, K, K], K odd, plain or packed; plus
 // `residual`, laid out like y, if given. With `in_scale` and `in_shift` [C_in], for 1x1 kernels, the input is in_scale *
-// x + in_shift.
+// x + in_shift. `transposed` takes the place of x, for products in words and without an input norm.
 template <class W>
 void conv_gemm(const FeatureMap<const float>& x, W weight, const float* in_scale, const float* in_shift,
-               const Epilogue& epilogue, const float* residual, const Shape& s, const FeatureMap<float>& y) {
-  ConvGemm<W>{x, weight, in_scale, in_shift, epilogue, residual, s, y}.run();
+               const Epilogue& epilogue, const float* residual, const Shape& s, const FeatureMap<float>& y,
+               const TermRows* transposed = nullptr) {
+  ConvGemm<W>{x, weight, in_scale, in_shift, epilogue, residual, s, y, transposed}.run();
 }
 
 }  // namespace large_kernel

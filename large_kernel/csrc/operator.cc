@@ -1,6 +1,7 @@
 // The Paddle operators on the CPU: `large_kernel_conv` and `large_kernel_conv_bias` (depthwise, with gradients),
 // `fused_conv` (depthwise or dense with norms, activation and residual, for inference), `fused_convs` (a sequence of
-// these) and `batch_norm_act` (batch norm with its activation, for training). Here are argument checks, allocation of
+// these), `pointwise_bf16` (1x1 with products in bfloat16, for training) and `batch_norm_act` (batch norm with its
+// activation, for training). Here are argument checks, allocation of
 // results and registration; the computation is in the headers.
 #include <algorithm>
 #include <string>
@@ -12,6 +13,7 @@
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/core/dense_tensor.h"
+#include "pointwise_bf16.h"
 #include "python_entry.h"
 
 namespace phi::funcs {
@@ -291,17 +293,19 @@ std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& param
   return {values.back()};
 }
 
+// Memory for a gradient; zeros if it is not wanted.
+Tensor gradient_like(const Tensor& like, bool wanted) {
+  return wanted ? paddle::experimental::empty_like(like)
+                : paddle::experimental::full(like.shape(), 0, like.dtype(), like.place());
+}
+
 // Gradients that are not requested are zeros.
 std::vector<Tensor> depthwise_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& dy,
                                        int stride, bool input_grad, bool weight_grad) {
   const large_kernel::Shape s = checked_shape(x, x.shape(), weight, stride);
   PD_CHECK(dy.is_cpu() && dy.dtype() == DataType::FLOAT32, "large_kernel_conv needs float32 gradients on the CPU");
-  auto make = [](const Tensor& like, bool wanted) {
-    return wanted ? paddle::experimental::empty_like(like)
-                  : paddle::experimental::full(like.shape(), 0, like.dtype(), like.place());
-  };
-  std::vector<Tensor> grads = {make(x, input_grad), make(weight, weight_grad)};
-  if (bias) grads.push_back(make(*bias, weight_grad));
+  std::vector<Tensor> grads = {gradient_like(x, input_grad), gradient_like(weight, weight_grad)};
+  if (bias) grads.push_back(gradient_like(*bias, weight_grad));
   large_kernel::backward(values(x), values(weight), values(dy), s, input_grad ? mutable_values(grads[0]) : nullptr,
                          weight_grad ? mutable_values(grads[1]) : nullptr,
                          weight_grad && bias ? mutable_values(grads[2]) : nullptr);
@@ -324,6 +328,56 @@ std::vector<Tensor> Backward(const Tensor& x, const Tensor& weight, const Tensor
 std::vector<Tensor> BackwardBias(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dy,
                                  int stride, bool input_grad, bool weight_grad) {
   return depthwise_backward(x, weight, &bias, dy, stride, input_grad, weight_grad);
+}
+
+// The channels and pixels of a 1x1 convolution in training.
+struct PointwiseShape {
+  int batch, in_channels, out_channels;
+  std::int64_t pixels;
+
+  PointwiseShape(const Tensor& x, const Tensor& weight) {
+    const Dims in = x.shape(), w = weight.shape();
+    PD_CHECK(in.size() == 4 && x.numel() > 0 && w.size() == 4 && w[1] == in[1] && w[2] == 1 && w[3] == 1,
+             "pointwise_bf16 needs a non-empty input [N, C, H, W] and a weight [C_out, C, 1, 1]");
+    PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == DataType::FLOAT32 && weight.dtype() == DataType::FLOAT32,
+             "pointwise_bf16 needs a float32 input and weight on the CPU");
+    batch = (int)in[0], in_channels = (int)in[1], out_channels = (int)w[0], pixels = in[2] * in[3];
+  }
+};
+
+Dims pointwise_result(Dims x, const Dims& weight) {
+  x[1] = weight[0];
+  return x;
+}
+
+std::vector<Tensor> PointwiseBf16(const Tensor& x, const Tensor& weight, bool, bool) {
+  const PointwiseShape s(x, weight);
+  Tensor y = paddle::experimental::empty(pointwise_result(x.shape(), weight.shape()), x.dtype(), x.place());
+  large_kernel::pointwise_forward(values(x), values(weight), s.batch, s.in_channels, s.out_channels, s.pixels,
+                                  mutable_values(y));
+  return {y};
+}
+
+// Gradients that are not requested are zeros.
+std::vector<Tensor> PointwiseBf16Grad(const Tensor& x, const Tensor& weight, const Tensor& dy, bool input_grad,
+                                      bool weight_grad) {
+  const PointwiseShape s(x, weight);
+  PD_CHECK(dy.is_cpu() && dy.dtype() == DataType::FLOAT32 && dy.shape() == pointwise_result(x.shape(), weight.shape()),
+           "pointwise_bf16 needs float32 gradients of the result's shape on the CPU");
+  std::vector<Tensor> grads = {gradient_like(x, input_grad), gradient_like(weight, weight_grad)};
+  if (input_grad) {
+    large_kernel::pointwise_input_gradient(values(weight), values(dy), s.batch, s.in_channels, s.out_channels, s.pixels,
+                                           mutable_values(grads[0]));
+  }
+  if (weight_grad) {
+    large_kernel::pointwise_weight_gradient(values(x), values(dy), s.batch, s.in_channels, s.out_channels, s.pixels,
+                                            mutable_values(grads[1]));
+  }
+  return grads;
+}
+
+std::vector<Dims> PointwiseInferShape(const Dims& x, const Dims& weight, bool, bool) {
+  return {pointwise_result(x, weight)};
 }
 
 large_kernel::BatchNormShape checked_norm_shape(const Tensor& x, std::initializer_list<const Tensor*> of_channels) {
@@ -440,6 +494,20 @@ PD_BUILD_OP(fused_convs)
     .Attrs({"kernels: std::vector<int>", "strides: std::vector<int>", "parts: std::vector<int>",
             "residuals: std::vector<int>", "activations: std::vector<std::string>", "epsilons: std::vector<float>"})
     .SetKernelFn(PD_KERNEL(FusedConvs));
+
+PD_BUILD_OP(pointwise_bf16)
+    .Inputs({"X", "Filter"})
+    .Outputs({"Out"})
+    .Attrs({"input_grad: bool", "weight_grad: bool"})
+    .SetKernelFn(PD_KERNEL(PointwiseBf16))
+    .SetInferShapeFn(PD_INFER_SHAPE(PointwiseInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(InferDtype));
+
+PD_BUILD_GRAD_OP(pointwise_bf16)
+    .Inputs({"X", "Filter", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Filter")})
+    .Attrs({"input_grad: bool", "weight_grad: bool"})
+    .SetKernelFn(PD_KERNEL(PointwiseBf16Grad));
 
 PD_BUILD_OP(batch_norm_act)
     .Inputs({"X", "Weight", "Bias", "RunningMean", "RunningVariance"})

@@ -16,6 +16,7 @@ static bool large_cache;  // code that depends on the size of the cache runs for
 #include "batch_norm.h"
 #include "conv_gemm.h"
 #include "depthwise.h"
+#include "pointwise_bf16.h"
 
 using large_kernel::FeatureMap;
 using large_kernel::Shape;
@@ -350,6 +351,43 @@ bool run_words(const Shape& s, int out_channels, std::mt19937& random) {
   return true;
 }
 
+// A 1x1 convolution in training, with products in bfloat16.
+bool run_pointwise_bf16(int batch, int in_channels, int out_channels, int pixels, std::mt19937& random) {
+  Buffer x((std::size_t)batch * in_channels * pixels), dy((std::size_t)batch * out_channels * pixels);
+  Buffer weight((std::size_t)out_channels * in_channels), y(dy.size), dx(x.size), dweight(weight.size);
+  x.draw(random), dy.draw(random), weight.draw(random);
+  large_kernel::pointwise_forward(x.data.get(), weight.data.get(), batch, in_channels, out_channels, pixels,
+                                  y.data.get());
+  large_kernel::pointwise_input_gradient(weight.data.get(), dy.data.get(), batch, in_channels, out_channels, pixels,
+                                         dx.data.get());
+  large_kernel::pointwise_weight_gradient(x.data.get(), dy.data.get(), batch, in_channels, out_channels, pixels,
+                                          dweight.data.get());
+  auto half = [](double v) { return from_bfloat16(large_kernel::to_bfloat16((float)v)); };
+  Reference ry(y.size), rdx(dx.size), rdweight(dweight.size);
+  for (int image = 0; image < batch; image++) {
+    for (int o = 0; o < out_channels; o++) {
+      for (int c = 0; c < in_channels; c++) {
+        const std::size_t at = ((std::size_t)image * in_channels + c) * pixels, w = (std::size_t)o * in_channels + c;
+        const std::size_t to = ((std::size_t)image * out_channels + o) * pixels;
+        for (int p = 0; p < pixels; p++) {
+          ry.add(to + p, half(weight.at(w)) * half(x.at(at + p)));
+          rdx.add(at + p, half(weight.at(w)) * half(dy.at(to + p)));
+          rdweight.add(w, half(dy.at(to + p)) * half(x.at(at + p)));
+        }
+      }
+    }
+  }
+  const double errors[] = {worst(y, ry), worst(dx, rdx), worst(dweight, rdweight)};
+  for (double error : errors) {
+    if (error > 8) {
+      std::printf("pointwise in bfloat16 [%d, %d -> %d, %d]: errors %g %g %g\n", batch, in_channels, out_channels, pixels,
+                  errors[0], errors[1], errors[2]);
+      return false;
+    }
+  }
+  return true;
+}
+
 // activation(v) and its derivative.
 double activated(large_kernel::Activation a, double v) {
   if (a == large_kernel::Activation::kRelu) return std::max(v, 0.);
@@ -546,6 +584,15 @@ int run_all(int shapes) {
     bad += !run_words<large_kernel::Bfloat16Product>(s, wide, random), count++;
     bad += !run_words<large_kernel::Int8Product>(s, wide, random), count++;
   }
+  for (int i = 0; i < 3 * shapes; i++, count++) {
+#if defined(LK_AMX_MODEL)
+    lk_amx_enabled = i % 2;
+#endif
+    const bool odd = i % 3;
+    bad += !run_pointwise_bf16(1 + pick(4), odd ? 1 + pick(70) : 16 * (1 + pick(4)), odd ? 1 + pick(70) : 32,
+                               1 + pick(90), random);
+  }
+  bad += !run_pointwise_bf16(3, 5, 4096, 500, random), count++;  // slices of the weight gradient
   bad += !run_words<large_kernel::Bfloat16Product>({2, 2080, 3, 3, 1, 1}, 16, random), count++;  // several passes
   bad += !run_words<large_kernel::Int8Product>({2, 4160, 3, 3, 1, 1}, 16, random), count++;
   for (int tasks : {0, 1, 2, 7, 64, 1000}) {
