@@ -1,6 +1,7 @@
 """Building the operator: cache, several processes, no compiler. The kernels alone: sanitizers and other targets."""
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ TARGETS = {
     'native': ['-O2', NATIVE],
     'avx2': ['-O1', '-march=x86-64', '-mavx2', '-mfma'],
     'baseline': ['-O1'],
+    # the code for AVX-512 and AMX on any processor: wide vectors that the compiler splits, and a model of AMX
+    'wide': ['-O1', NATIVE, '-Wno-psabi', '-DLK_LANES=16', f'-DLK_AMX_MODEL="{ROOT}/tests/amx_model/amx_model.h"'],
     'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
 }
-LONG = ('avx2', 'native', 'sanitized')  # minutes each
+LONG = ('avx2', 'native', 'sanitized', 'wide')  # minutes each
 
 needs_operator = pytest.mark.skipif(build.reason_unavailable() is not None,
                                     reason=f'no C++ operator: {build.reason_unavailable()}')
@@ -159,6 +162,24 @@ def programs(tmp_path_factory, pytestconfig):
                  '-I', str(ROOT / 'large_kernel' / 'csrc'), str(ROOT / 'tests' / 'sanitize' / 'main.cc')])
     assert not any([compiler.wait() for compiler in compilers.values()])
     return {target: folder / target for target in compilers}
+
+
+@pytest.mark.skipif(not COMPILER or platform.machine() != 'x86_64', reason='no C++ compiler for x86-64')
+def test_the_products_compile_to_the_instructions_of_newer_processors(tmp_path):
+    source, flags = tmp_path / 'products.cc', ['-O2', '-std=c++17', '-fopenmp', '-march=sapphirerapids']
+    arguments = 'BlockedMatrix, BlockedMatrix, int, bool, Vec*, std::ptrdiff_t, WeightPrefetcher&'
+    tiles = ''.join(f'template void {tile}({arguments});\n' for tile in (
+        'gemm_tile<Bfloat16Product, 3>', 'gemm_tile<Int8Product, 3>', 'amx_gemm_tile<Bfloat16Product, 2>',
+        'amx_gemm_tile<Int8Product, 2>'))
+    source.write_text(f'#include "conv_gemm.h"\nusing namespace large_kernel;\n{tiles}'
+                      'void enter() { AmxTiles registers(has_amx()); }\n')
+    command = [COMPILER, *flags, '-I', str(ROOT / 'large_kernel' / 'csrc'), '-S', '-o', '-', str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if 'bad value' in done.stderr or 'unsupported argument' in done.stderr:
+        pytest.skip(f'{COMPILER} does not know Sapphire Rapids')
+    assert done.returncode == 0, done.stderr[-2000:]
+    for instruction in ('vdpbf16ps', 'vpdpbusd', 'tdpbf16ps', 'tdpbusd', 'ldtilecfg', 'tilerelease'):
+        assert re.search(rf'^\s+{instruction}\b', done.stdout, re.M), instruction
 
 
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')

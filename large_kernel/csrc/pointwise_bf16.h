@@ -80,7 +80,8 @@ inline void pointwise_weight_gradient(const float* x, const float* dy, int batch
                                       std::ptrdiff_t pixels, float* dweight) {
   // Terms per slice: the packed gradients of y take at most 8 MB, unless there are very many channels.
   const std::ptrdiff_t most = std::max<std::ptrdiff_t>(1024, (4 << 20) / out_channels / 32 * 32);
-  const std::ptrdiff_t terms = batch * pixels;
+  const std::ptrdiff_t terms = batch * pixels, size = (std::ptrdiff_t)out_channels * in_channels;
+  const Scratch later(terms > most ? size : 0);
   for (std::ptrdiff_t first = 0; first < terms; first += most) {
     const int slice = (int)std::min(most, terms - first);
     const Bfloat16Weights packed(out_channels, slice, [&](int row, int lanes, int term, int count, Vec* out) {
@@ -94,8 +95,13 @@ inline void pointwise_weight_gradient(const float* x, const float* dy, int batch
     });
     const TermRows rows = {x, in_channels, pixels, first};
     const Shape s = {1, slice, 1, in_channels, 1, 1};
-    conv_gemm({nullptr, slice, in_channels}, packed.weights(), nullptr, nullptr, {}, first ? dweight : nullptr, s,
-              {dweight, out_channels, in_channels}, &rows);
+    // A result must not be added in place: `unpack` may write an element twice.
+    float* const to = first ? later.floats() : dweight;
+    conv_gemm({nullptr, slice, in_channels}, packed.weights(), nullptr, nullptr, {}, nullptr, s,
+              {to, out_channels, in_channels}, &rows);
+    if (!first) continue;
+#pragma omp parallel for
+    for (std::ptrdiff_t i = 0; i < size; i++) dweight[i] += to[i];
   }
 }
 
