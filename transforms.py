@@ -91,12 +91,13 @@ def _exact_centre(image, resized, side, resample):
     left, top = (round((length - side) / 2) for length in resized)
     across = _exact_span(image.width, resized[0], left, side)
     down = _exact_span(image.height, resized[1], top, side)
-    columns = side if across else resized[0]
-    if down and image.height - side <= 2 * (image.width - columns):  # or Pillow would resize the columns first
+    columns, scale = side if across else resized[0], image.height / resized[1]
+    # Pillow itself leaves out rows, with a box. It must not resize the columns first; and of small images, it is faster to
+    # copy the rows than to resize columns that are not visible.
+    if down and (across or scale > 2) and image.height - side <= 2 * (image.width - columns):
         across = across or (0, image.width)
         rows = image.resize((columns, side), resample, (across[0], down[0], across[1], down[1]))
         return rows if columns == side else rows.crop((left, 0, left + side, side))
-    scale = image.height / resized[1]
     margin = 4 * max(1, scale)  # more than the widest filter reaches, lanczos with 3
     first = max(0, math.floor(top * scale - margin))
     last = min(image.height, math.ceil((top + side) * scale + margin))
