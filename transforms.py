@@ -92,8 +92,8 @@ def _exact_centre(image, resized, side, resample):
     across = _exact_span(image.width, resized[0], left, side)
     down = _exact_span(image.height, resized[1], top, side)
     columns, scale = side if across else resized[0], image.height / resized[1]
-    # Pillow itself leaves out rows, with a box. It must not resize the columns first; and of small images, it is faster to
-    # copy the rows than to resize columns that are not visible.
+    # Pillow itself leaves out rows, with a box. It must not resize the columns first; and of small images, copying the
+    # rows is faster than resizing columns that are not visible.
     if down and (across or scale > 2) and image.height - side <= 2 * (image.width - columns):
         across = across or (0, image.width)
         rows = image.resize((columns, side), resample, (across[0], down[0], across[1], down[1]))

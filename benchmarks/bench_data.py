@@ -4,11 +4,11 @@
     python benchmarks/bench_data.py -workers=0,1,2                # DataLoaders, Paddle's and PyTorch's
     python benchmarks/bench_data.py -images=/data/val/n01440764 -size=384
 
-Other libraries, and Paddle for the DataLoader, are left out if they are not installed. Each pipeline has its own process
-and takes its turn, round after round, on the same files. The figures are medians of the rounds and come from CPU time,
-so that other processes on the machine disturb them less; those of the DataLoaders come from elapsed time. Memory is kept
-as in each project's DataLoader workers: this one's call `keep_freed_memory`. For the others with the same setting, set
-MALLOC_TRIM_THRESHOLD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432.
+What is not installed is left out: other libraries, and Paddle for its DataLoader. Each pipeline has its own process and
+takes its turn, round after round, on the same files. The figures are medians of the rounds and come from CPU time, so
+that other processes on the machine disturb them less; those of the DataLoaders come from elapsed time. Memory is freed
+as in DataLoader workers: those of this project call `keep_freed_memory`. The environment variables
+MALLOC_TRIM_THRESHOLD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432 do the same for the other libraries.
 """
 import contextlib
 import functools
@@ -165,7 +165,7 @@ class Pipeline:
         return self._questions.recv()
 
     def close(self):
-        self._process.terminate()
+        self._questions.send(None)
         self._process.join()
 
 
@@ -175,12 +175,12 @@ def _serve(make, paths, kept, questions):
     try:
         call = make()
     except (ImportError, UserError) as error:
-        return questions.send(str(error))
+        questions.send(str(error))
+        return
     if 'torch' in sys.modules:
         sys.modules['torch'].set_num_threads(1)
     questions.send('')
-    while True:
-        start, count = questions.recv()
+    for start, count in iter(questions.recv, None):
         began = time.process_time()
         for number in range(start, start + count):
             call(paths[number % len(paths)], number)
@@ -197,8 +197,8 @@ def compared(makers, paths, count, rounds):
     try:
         return rates(calls, count, rounds)
     finally:
-        for job in jobs.values():
-            job.close()
+        for name in calls:
+            jobs[name].close()
 
 
 def rates(calls, count, rounds):
@@ -240,9 +240,9 @@ def show(title, found):
 
 def loaders(folder, images, size, workers):
     """{name: function that returns batches of 64}, of the libraries that are installed."""
-    found = {}
+    own, found = functools.partial(_own_loader, folder, size, workers), {}
     for mode, backend in (('train', 'pil'), ('train', 'cv2'), ('val', 'pil')):
-        found[f'{mode:5} this project, {backend}'] = functools.partial(_own_loader, folder, size, workers, mode, backend)
+        found[f'{mode:5} this project, {backend}'] = functools.partial(own, mode, backend)
     for mode in ('train', 'val'):
         for name, make in (('timm', of_timm), ('torchvision', of_torchvision)):
             found[f'{mode:5} {name}'] = functools.partial(_torch_loader, images, make, size, workers, mode == 'train')
@@ -279,9 +279,9 @@ def measure_workers(paths, size, numbers, batches):
         for mode in ('train', 'val'):
             with open(os.path.join(folder, f'{mode}_list.txt'), 'w') as file:
                 file.writelines(f'{path} 0\n' for path in images)
-        print(f'DataLoaders, batches of 64, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}: images/s '
-              'of elapsed time; ms of CPU time per image\n'
-              f'{"":12}{"":28}{"images/s":>10}{"workers":>10}{"main":>8}{"main busy":>12}')
+        print(f'DataLoaders, batches of 64, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}: '
+              'images/s of elapsed time; CPU time per image in ms, of the workers and of the main process\n'
+              f'{"":39}{"images/s":>10}{"workers":>10}{"main":>8}{"main busy":>12}')
         for workers in numbers:
             for name, make in loaders(folder, images, size, workers).items():
                 try:
