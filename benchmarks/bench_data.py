@@ -7,10 +7,10 @@
 What is not installed is left out: other libraries, and Paddle for its DataLoader. Each pipeline has its own process and
 takes its turn, round after round, on the same files. The figures are medians of the rounds and come from CPU time, so
 that other processes on the machine disturb them less; those of the DataLoaders come from elapsed time. Memory is freed
-as in DataLoader workers: those of this project call `keep_freed_memory`. The environment variables
-MALLOC_TRIM_THRESHOLD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432 do the same for the other libraries.
+as in DataLoader workers, see `keep_freed_memory`.
 """
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ from harness import ROOT, ArgumentParser, UserError, exit_status
 from PIL import Image
 
 from auto_augment import build_auto_augment
-from image_files.decode import decode_image, keep_freed_memory, to_rgb
+from image_files.decode import decode_image, to_rgb
 from opencv.operations import resize
 from opencv.source import ImageSource
 from transforms import (
@@ -144,18 +144,28 @@ def stages(paths, size):
 
 # ---- measurement
 
+def keep_freed_memory():
+    """Lets glibc keep 64 MB of freed memory, as it does in workers: the frameworks free large blocks while they start.
+
+    A process that has not done so returns the memory of each image to the system, which then clears it for the next.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
 class Pipeline:
     """A pipeline in a process of its own; `error` is the reason why it is not available, or ''.
 
     Args:
         make: function that returns the pipeline.
         paths: image files.
-        kept: whether the process calls `keep_freed_memory`.
     """
 
-    def __init__(self, make, paths, kept):
+    def __init__(self, make, paths):
         self._questions, other = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=_serve, args=(make, paths, kept, other), daemon=True)
+        self._process = multiprocessing.Process(target=_serve, args=(make, paths, other), daemon=True)
         self._process.start()
         self.error = self._questions.recv()
 
@@ -169,9 +179,8 @@ class Pipeline:
         self._process.join()
 
 
-def _serve(make, paths, kept, questions):
-    if kept:
-        keep_freed_memory()
+def _serve(make, paths, questions):
+    keep_freed_memory()
     try:
         call = make()
     except (ImportError, UserError) as error:
@@ -189,7 +198,7 @@ def _serve(make, paths, kept, questions):
 
 def compared(makers, paths, count, rounds):
     """Images per second of CPU time of each pipeline: {name: (median, lowest, highest of the rounds)}."""
-    jobs = {name: Pipeline(make, paths, name not in OTHERS) for name, make in makers.items()}
+    jobs = {name: Pipeline(make, paths) for name, make in makers.items()}
     for name, job in jobs.items():
         if job.error:
             print(f'{name} is left out: {job.error}')

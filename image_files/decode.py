@@ -1,6 +1,5 @@
 """Decodes image files to RGB."""
 import contextlib
-import ctypes
 import functools
 import io
 import logging
@@ -105,18 +104,6 @@ def decode_bytes(data, exif=False):
             if pixels.size == image.size:
                 return pixels.transpose(_UPRIGHT[orientation(image)]) if exif and orientation(image) != 1 else pixels
     return to_rgb(image, exif)
-
-
-def keep_freed_memory():
-    """Lets this process keep up to 64 MB of memory that it has freed, for the next image.
-
-    glibc's allocator returns it to the system after every image, which then clears each page again: up to a third of
-    the time that loading an image takes.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: from this size on, memory is always returned
-        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
 def is_plain_jpeg(image):

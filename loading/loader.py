@@ -16,7 +16,7 @@ import paddle
 from paddle.base.multiprocess_utils import _cleanup_mmap
 
 from errors import UserError
-from image_files.decode import DataError, ShardError, keep_freed_memory
+from image_files.decode import DataError, ShardError
 from utils import logger
 
 PREFETCH_FACTOR = 2  # batches prefetched per worker
@@ -122,11 +122,6 @@ def _exit_with_parent(_):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _prepare_worker(number):
-    keep_freed_memory()
-    _exit_with_parent(number)
-
-
 def _cause(code):
     """What an exit status of a worker may mean."""
     causes = {-signal.SIGKILL: ' (out of memory?)', -signal.SIGBUS: ' (is /dev/shm full?)',
@@ -204,7 +199,7 @@ class DataLoader(paddle.io.DataLoader):
         super().__init__(_ErrorsAsValues(dataset, replace_bad), batch_sampler=batch_sampler, collate_fn=_collate,
                          num_workers=num_workers, prefetch_factor=PREFETCH_FACTOR,
                          use_shared_memory=use_shared_memory,
-                         worker_init_fn=_prepare_worker)
+                         worker_init_fn=_exit_with_parent)
 
     def set_epoch(self, epoch, start_batch=0):
         """See `TrainBatchSampler.set_epoch`."""
