@@ -56,18 +56,21 @@ class _ErrorsAsValues(paddle.io.Dataset):
             return error
 
     def _sample(self, key):
-        worker = paddle.io.get_worker_info()
-        if worker is None or self.progress is None:
+        if self.progress is None:
             return self.dataset[key]
-        with self.progress.of(worker.id, key[1] if isinstance(key, tuple) else key):
+        worker = paddle.io.get_worker_info()
+        with self.progress.of(worker.id if worker else 0, key[1] if isinstance(key, tuple) else key):
             return self.dataset[key]
 
 
 class _Progress:
-    """Which image each worker is reading, in memory that the main process shares with them."""
+    """Which image each worker is reading, in memory that the main process shares with them.
+
+    Without workers, the main process reads the images and has the number 0.
+    """
 
     def __init__(self, workers):
-        self._slots = multiprocessing.RawArray('q', 2 * workers)  # index of an image; number of starts and ends
+        self._slots = multiprocessing.RawArray('q', 2 * max(1, workers))  # index of an image; number of starts and ends
 
     @contextlib.contextmanager
     def of(self, worker, index):
@@ -131,33 +134,33 @@ def _exit_if_one_dies(workers, progress, dataset):
     """Exits this process with a message when one of its workers dies or hangs; Paddle would wait for it forever.
 
     The message names the image that the worker reads, or read last. A worker hangs if an image takes STUCK seconds;
-    from SLOW on, a warning is logged. Time in which this process is stopped does not count.
+    from SLOW on, a warning is logged. Time in which this process is stopped does not count. Without workers, the same
+    holds for the images that this process reads, unless a library hangs without releasing Python's lock.
     """
-    over = threading.Event()
+    over, reader = threading.Event(), 'a DataLoader worker' if workers else 'this process'
 
     def watch():
         alive = dict(enumerate(workers))
-        waits = dict.fromkeys(alive, ((0, 0), 0))  # {worker: (its progress, for how many seconds)}
-        while alive and not over.is_set():
+        waits = dict.fromkeys(alive or [0], ((0, 0), 0))  # {worker: (its progress, for how many seconds)}
+        while (alive or not workers) and not over.is_set():
             ended = multiprocessing.connection.wait([worker.sentinel for worker in alive.values()], timeout=1)
-            codes = {number: worker.exitcode for number, worker in alive.items()}
+            codes = {number: worker.exitcode for number, worker in alive.items()} if workers else {0: None}
             alive = {number: worker for number, worker in alive.items() if codes[number] is None}
             for number, code in codes.items():
                 if over.is_set():
                     return
                 index, events = state = progress.read(number)
                 if code:
-                    _give_up(f'exited with status {code}{_cause(code)}', *_last_image(dataset, index, events))
+                    _give_up(f'{reader} exited with status {code}{_cause(code)}', *_last_image(dataset, index, events))
                 seconds = waits[number][1] + (not ended) if waits[number][0] == state and events % 2 else 0
                 waits[number] = state, seconds
                 if seconds == SLOW and not ended:
-                    logger.warning(f'{dataset.name(index)}: a DataLoader worker has been reading this image for '
-                                   f'{SLOW} s; does the file system still answer?')
+                    logger.warning(f'{dataset.name(index)}: {reader} has been reading this image for {SLOW} s; '
+                                   'does the file system still answer?')
                 elif seconds == STUCK:
-                    _give_up(f'has been reading {dataset.name(index)} for {STUCK} s')
+                    _give_up(f'{reader} has been reading {dataset.name(index)} for {STUCK} s')
 
-    if workers:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
@@ -173,7 +176,7 @@ def _last_image(dataset, index, events):
 
 
 def _give_up(reason, where='', detail=''):
-    print(f'a DataLoader worker {reason}{where}; start the run again to continue from its last checkpoint{detail}',
+    print(f'{reason}{where}; start the run again to continue from its last checkpoint{detail}',
           file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -156,6 +156,15 @@ def test_a_process_that_ends_is_reported_with_its_last_line(tmp_path):
     system.close()
 
 
+def test_bench_data_measures_pipelines_and_stages(run_script):
+    done = run_script('benchmarks/bench_data.py', '-rounds=1', '-count=1', '-size=32', '-width=64', '-height=48')
+    assert done.returncode == 0, done.stderr
+    for name in ('DATA.BACKEND pil', 'this project', 'read and decode', 'evaluation: resize and crop', 'erase'):
+        assert re.search(rf'^  {name} +\d+ +\(\d+, \d+\) +[\d.]+ ms$', done.stdout, re.M), name
+    if not TORCH:
+        assert "timm is left out: No module named 'timm'" in done.stdout
+
+
 @pytest.mark.parametrize(('line', 'words'), [
     ('1 3 6 6 4 1', 'kernel odd'), ('1 3 6 6 5', 'batch channels'), ('1 3 0 6 5 1', 'found "1 3 0 6 5 1"'),
     ('1 3 6 6 5 1 sideways', 'forward|training'), ('one 3 6 6 5 1', 'batch channels'), ('# none', 'contains no shape')])

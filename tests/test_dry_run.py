@@ -286,12 +286,13 @@ def test_a_dry_run_for_gpus_needs_none(run_script, tmp_path):
 
 def test_workers_follow_from_the_time_of_an_image():
     loading = LoadingSpeed(seconds=0.02, computing=0.005)
-    assert loading.workers(700) == 17 and loading.rate(4) == 200 and loading.rate(0) == 50 and loading.cores(700) == 3.5
+    assert [loading.workers(rate) for rate in (1, 176, 330, 657, 700)] == [1, 5, 8, 19, 20]
+    assert loading.rate(4) == 200 and loading.rate(0) == 50 and loading.cores(700) == 3.5
     config = planned('replknet_31b', 'DATA.NUM_WORKERS', 4).config
     text = '\n'.join(map(' '.join, loading_rows(loading, config, 700, 1000)))
     assert '20.0 ms per image in one worker here, 5.0 ms of it computing' in text
     assert '-num_workers=4 loads about 200 images/s per process' in text
-    assert '17 per process for 700 images/s; they keep 3.5 cores busy' in text
+    assert '20 per process for 700 images/s; they keep 3.5 cores busy' in text
     assert 'need 3500 cores to load images, but this machine has' in text
     assert 'cores to load' not in str(loading_rows(loading, config, 700, None))
 

@@ -126,8 +126,8 @@ import os, sys
 import loading.loader
 from config import get_config
 from datasets import get_dataloader, get_dataset
-loading.loader.SLOW = 2
-config = get_config(opts=['DATA.DATA_PATH', sys.argv[1], 'DATA.NUM_WORKERS', 1, 'DATA.IMAGE_SIZE', 32,
+loading.loader.SLOW, loading.loader.STUCK = 2, int(sys.argv[4])
+config = get_config(opts=['DATA.DATA_PATH', sys.argv[1], 'DATA.NUM_WORKERS', sys.argv[3], 'DATA.IMAGE_SIZE', 32,
                           'DATA.BATCH_SIZE_EVAL', 2])
 dataset = get_dataset(config, 'val')
 os.remove(sys.argv[2])
@@ -141,7 +141,7 @@ def test_a_worker_that_hangs_and_then_is_killed_is_reported_with_its_image(list_
     folder = tmp_path / 'data'
     shutil.copytree(list_dataset, folder)
     path = folder / (folder / 'val_list.txt').read_text().splitlines()[4].rpartition(' ')[0]
-    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path], cwd=ROOT, text=True,
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path, '1', '99'], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             warning = process.stderr.readline()
@@ -157,6 +157,18 @@ def test_a_worker_that_hangs_and_then_is_killed_is_reported_with_its_image(list_
     assert f'val_list.txt:5: {path}; ' in line
 
 
+def test_without_workers_an_image_that_never_comes_is_named(list_dataset, tmp_path):
+    folder = tmp_path / 'data'
+    shutil.copytree(list_dataset, folder)
+    path = folder / (folder / 'val_list.txt').read_text().splitlines()[4].rpartition(' ')[0]
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', BLOCKED, folder, path, '0', '3'], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    warning, end = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stdout.count('batch') == 2
+    assert f'val_list.txt:5: {path}: this process has been reading this image for 2 s' in warning
+    assert end.startswith('this process has been reading ') and f'val_list.txt:5: {path} for 3 s; start' in end
+
+
 def test_a_worker_that_never_comes_back_ends_the_process(monkeypatch):
     monkeypatch.setattr(loader, 'SLOW', 1)
     monkeypatch.setattr(loader, 'STUCK', 2)
@@ -168,7 +180,7 @@ def test_a_worker_that_never_comes_back_ends_the_process(monkeypatch):
     with progress.of(0, 3), progress.of(0, 3):  # an even number of events: it reads nothing
         with progress.of(1, 7), loader._exit_if_one_dies(workers, progress, dataset):
             assert given_up.wait(30)
-    assert reasons == ['has been reading image 7 for 2 s']
+    assert reasons == ['a DataLoader worker has been reading image 7 for 2 s']
     for end in sum(pipes, ()):
         os.close(end)
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import transforms
+from image_files.decode import decode_image
 from transforms import eval_geometry, eval_transform, train_transform
 
 stats = pytest.importorskip('scipy.stats', reason='it has the distributions; scikit-learn brings it')
@@ -21,7 +22,7 @@ def rng(seed=0):
 @pytest.mark.parametrize('name', ['rocket.jpg', 'coffee.png', 'camera_gray.png'])
 def test_eval_equals_golden_images_bit_for_bit(golden, name, protocol):
     size, mode = PROTOCOLS[protocol]
-    image = Image.open(golden / 'preprocess' / name).convert('RGB')
+    image = decode_image(golden / 'preprocess' / name)
     expected = np.asarray(Image.open(golden / 'preprocess' / f'{name.split(".")[0]}_{protocol}.png').convert('RGB'))
     assert np.array_equal(np.asarray(eval_geometry(image, size, protocol=mode)), expected)
 
