@@ -95,8 +95,8 @@ def exit_status(function, *args):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    # What has been imported stays until the process ends. Otherwise the interpreter spends almost a second at its end on
-    # freeing the reference cycles of Paddle's modules, and every full garbage collection of a run visits them again.
+    # What has been imported stays until the process ends. Otherwise the interpreter spends most of a second at its end
+    # on freeing the reference cycles of Paddle's modules, and every full garbage collection of a run visits them again.
     gc.freeze()
     try:
         with _signals_interrupt():

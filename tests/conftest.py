@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +21,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption('--long'):
+        os.environ[forked.REAL] = '1'
     report = config.getoption('--gpu')
     if report:
         from gpu_report import GpuReport
@@ -132,12 +135,19 @@ def random_run(tmp_path_factory, tiny_yaml):
 
 @pytest.fixture(scope='session')
 def run_script():
-    """Runs a Python file of the project as a user would; returns the finished process with its output as text."""
+    """Runs a Python file of the project as a user would; returns the finished process with its output as text.
 
-    def run(script, *args, timeout=300, cwd=None, **environment):
+    It runs in a copy of a process that has imported Paddle, see forked.py; with `real`, and if it is a file outside of
+    the project, in a new process.
+    """
+
+    def run(script, *args, timeout=300, cwd=None, real=False, **environment):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
         env = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                              timeout=timeout, cwd=cwd, env=env, stdin=subprocess.DEVNULL)
+        if not (real or Path(script).is_absolute()):
+            return forked.run(command, timeout=timeout, cwd=cwd, env=env)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env,
+                              stdin=subprocess.DEVNULL)
 
     return run
 
