@@ -230,7 +230,7 @@ class _Forked(subprocess.Popen):
 
 def Popen(args, env=None, **options):
     """Like `subprocess.Popen`, for Python programs; SIGINT is not ignored even if this process ignores it."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'} if env is None else env
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'} if env is None else {key: os.fspath(env[key]) for key in env}
     server = _server_for(env)
     if server:
         return _Forked(server, args, env=env, **options)
