@@ -106,9 +106,12 @@ def _become(fds, args, env, cwd, new_session):
         os.dup2(fd, target)
     for fd in {*fds.values(), *held} - set(fds):
         os.close(fd)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, 'w', closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, 'w', buffering=1, errors='backslashreplace', closefd=False)
+    for fd, name in enumerate(('stdin', 'stdout', 'stderr')):  # that of the server remembers what its file can do
+        old = getattr(sys, name)
+        new = open(fd, old.mode, encoding=old.encoding, errors=old.errors, closefd=False)
+        new.reconfigure(line_buffering=old.line_buffering, write_through=old.write_through)
+        setattr(sys, name, new)
+        setattr(sys, f'__{name}__', new)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
