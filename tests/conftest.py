@@ -13,6 +13,8 @@ import paddle_env  # noqa: F401 - before any test imports paddle
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+LONGEST = ('test_runs.py', 'test_faults.py', 'test_export.py', 'test_machines.py', 'test_large_kernel.py',
+           'test_fuse.py', 'test_dry_run.py', 'test_cuda_kernels.py', 'test_fine_tuning.py', 'test_benchmarks.py')
 
 
 def pytest_addoption(parser):
@@ -23,6 +25,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption('--long'):
         os.environ[forked.REAL] = '1'
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
     report = config.getoption('--gpu')
     if report:
         from gpu_report import GpuReport
@@ -32,6 +35,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # the files that take longest first, so that neither of two processes has a long one left at the end
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not config.getoption('--long') and not config.getoption('--gpu'):
         for item in items:
             if 'long' in item.keywords:
