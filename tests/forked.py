@@ -14,6 +14,7 @@ Linux, with --long and with TESTS_REAL_PROCESSES=1; tests of the start itself us
 """
 import ctypes
 import gc
+import io
 import json
 import os
 import random
@@ -108,8 +109,9 @@ def _become(fds, args, env, cwd, new_session):
         os.close(fd)
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):  # that of the server remembers what its file can do
         old = getattr(sys, name)
-        new = open(fd, old.mode, encoding=old.encoding, errors=old.errors, closefd=False)
-        new.reconfigure(line_buffering=old.line_buffering, write_through=old.write_through)
+        file = open(fd, old.mode + 'b', buffering=0 if old.write_through else -1, closefd=False)
+        new = io.TextIOWrapper(file, old.encoding, old.errors, None, old.line_buffering, old.write_through)
+        new.mode = old.mode
         setattr(sys, name, new)
         setattr(sys, f'__{name}__', new)
     os.chdir(cwd)
