@@ -109,7 +109,7 @@ def _become(fds, args, env, cwd, new_session):
         os.close(fd)
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):  # that of the server remembers what its file can do
         old = getattr(sys, name)
-        file = open(fd, old.mode + 'b', buffering=0 if old.write_through else -1, closefd=False)
+        file = open(fd, old.mode + 'b', buffering=0 if fd and old.write_through else -1, closefd=False)
         new = io.TextIOWrapper(file, old.encoding, old.errors, None, old.line_buffering, old.write_through)
         new.mode = old.mode
         setattr(sys, name, new)
