@@ -40,6 +40,9 @@ def save_paddle_program(layer, prefix, size=None, implementation=None):
     if implementation is None and before in (None, '', 'auto'):
         implementation = 'native' if build.reason_unavailable() else 'custom'
     os.environ[VARIABLE] = implementation or before
+    # no branch of the models depends on pixels: tracing is enough, without translating the source of every function
+    # first, which takes several times as long and results in the same program
+    paddle.jit.not_to_static(type(layer).forward)
     try:
         spec = paddle.static.InputSpec([None, 3, *(size or (None, None))], 'float32', 'images')
         paddle.jit.save(layer, prefix, input_spec=[spec])

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,8 @@ import paddle_env  # noqa: F401 - before any test imports paddle
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+LONGEST = ('test_runs.py', 'test_faults.py', 'test_export.py', 'test_machines.py', 'test_large_kernel.py',
+           'test_fuse.py', 'test_dry_run.py', 'test_cuda_kernels.py', 'test_fine_tuning.py', 'test_benchmarks.py')
 
 
 def pytest_addoption(parser):
@@ -20,6 +23,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption('--long'):
+        os.environ[forked.REAL] = '1'
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
     report = config.getoption('--gpu')
     if report:
         from gpu_report import GpuReport
@@ -29,6 +35,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # the files that take longest first, so that neither of two processes has a long one left at the end
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not config.getoption('--long') and not config.getoption('--gpu'):
         for item in items:
             if 'long' in item.keywords:
@@ -132,12 +140,19 @@ def random_run(tmp_path_factory, tiny_yaml):
 
 @pytest.fixture(scope='session')
 def run_script():
-    """Runs a Python file of the project as a user would; returns the finished process with its output as text."""
+    """Runs a Python file of the project as a user would; returns the finished process with its output as text.
 
-    def run(script, *args, timeout=300, cwd=None, **environment):
+    It runs in a copy of a process that has imported Paddle, see forked.py; with `real`, and if it is a file outside of
+    the project, in a new process.
+    """
+
+    def run(script, *args, timeout=300, cwd=None, real=False, **environment):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
         env = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                              timeout=timeout, cwd=cwd, env=env, stdin=subprocess.DEVNULL)
+        if not (real or Path(script).is_absolute()):
+            return forked.run(command, timeout=timeout, cwd=cwd, env=env)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env,
+                              stdin=subprocess.DEVNULL)
 
     return run
 

@@ -3,11 +3,11 @@ import itertools
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import paddle
 import pytest
@@ -284,9 +284,8 @@ def test_torch_reads_pth(golden, tmp_path, mmap):
 # ---- the command line
 
 def run(*arguments, cwd=ROOT):
-    result = subprocess.run([sys.executable, str(ROOT / 'port_weights' / 'convert.py'), *map(str, arguments)], cwd=cwd,
-                            capture_output=True, env={**os.environ, 'GLOG_v': '0'})
-    return result.returncode, result.stdout.decode(), result.stderr.decode()
+    result = forked.run([sys.executable, str(ROOT / 'port_weights' / 'convert.py'), *map(str, arguments)], cwd=cwd)
+    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize('dashes', ['-', '--'])

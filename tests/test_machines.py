@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import forked
 import pytest
 
 from config import get_config
@@ -182,7 +183,7 @@ def run_ranks(*arguments, cwd):
     """Runs main_multi_gpu.py once per rank, as Paddle's launcher does; returns [(status, stdout, stderr)]."""
     master, *ports = free_ports(1 + len(arguments))
     endpoints = [f'127.0.0.1:{port}' for port in ports]
-    processes = [subprocess.Popen(
+    processes = [forked.Popen(
         [sys.executable, f'{ROOT}/main_multi_gpu.py', '-device=cpu', *map(str, flags)], cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
             **os.environ, 'OMP_NUM_THREADS': '1', 'PADDLE_TRAINER_ID': str(rank), 'PADDLE_LOCAL_SIZE': '1',

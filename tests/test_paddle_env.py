@@ -86,7 +86,8 @@ def test_threads(user, arguments, expected):
     code = ('import ctypes, os, paddle_env, paddle\n'
             f'n = paddle_env.set_threads({arguments})\n'
             'from paddle.base import core\n'
-            'print(n, len(os.sched_getaffinity(0)))\n')
+            'print(n, len(os.sched_getaffinity(0)), flush=True)\n'
+            'os._exit(0)')  # the interpreter would take a second to end
     env = {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'}
     if user:
         env['OMP_NUM_THREADS'] = user

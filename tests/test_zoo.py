@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import replknet
@@ -150,8 +151,8 @@ while len([f for f in os.listdir(sys.argv[1]) if f.startswith('ready')]) < 4:
     time.sleep(0.001)
 print(len(read_checkpoint(zoo.resolve_weights('tiny', sys.argv[1]))))
 '''
-    processes = [subprocess.Popen([sys.executable, '-c', program, str(tmp_path), str(rank)], cwd=ROOT,
-                                  stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    processes = [forked.Popen([sys.executable, '-c', program, str(tmp_path), str(rank)], cwd=ROOT,
+                              stdout=subprocess.PIPE)
                  for rank in range(4)]
     outputs = [process.communicate(timeout=120)[0].decode().split()[-1] for process in processes]
     assert outputs == ['246'] * 4 and [p.returncode for p in processes] == [0] * 4

@@ -2,9 +2,10 @@
 
     python tests/faults/faults.py [-scale 1.0] [-seed 0] [CAMPAIGN ...]     # all take about half an hour on two cores
 
-Every run is a real process of main_single_gpu.py or main_multi_gpu.py that trains a tiny model with the whole recipe of
-the paper. A run that ends early is resumed with the same command until it is complete. Then the contents of its
-checkpoints and the lines of metrics.jsonl must equal those of the uninterrupted run bit for bit, except for times.
+Every run is a process of main_single_gpu.py or main_multi_gpu.py (in short tests, see tests/forked.py) that trains a
+tiny model with the whole recipe of the paper. A run that ends early is resumed with the same command until it is
+complete. Then the contents of its checkpoints and the lines of metrics.jsonl must equal those of the uninterrupted run
+bit for bit, except for times.
 """
 import argparse
 import hashlib
@@ -24,7 +25,10 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import forked  # noqa: E402
+from forked import children  # noqa: E402
 
 from port_weights.safe_load import read_checkpoint  # noqa: E402
 
@@ -88,12 +92,10 @@ class Fleet:
     def start(self, folder, *flags, **environment):
         """Starts or resumes the run of a folder; its output is collected in `lines` and `errors` while it runs."""
         script = 'main_single_gpu.py' if self.processes == 1 else 'main_multi_gpu.py'
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, str(ROOT / script), f'-cfg={self.settings}', f'-data_path={self.folder}/data',
              f'-output={folder}', '-device=cpu', *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=self.folder,
-            # a campaign in the background of a shell ignores SIGINT, which its children inherit
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}/tests/faults/inject', **environment})
         process.lines, process.errors = [], ''
 
@@ -181,13 +183,6 @@ def wait_for_steps(process, steps, seconds):
         time.sleep(0.005)
 
 
-def children(process):
-    """Process ids of the ranks of a run, or of its DataLoader workers."""
-    command = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)]
-    listing = subprocess.run(command, capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in listing.splitlines() if 'resource_tracker' not in line]
-
-
 def kills(fleet, count, rng):
     """Kills a whole run, or one of its processes, at random moments while it starts or trains.
 
@@ -208,7 +203,7 @@ def kills(fleet, count, rng):
             folder = fleet.new()
             continue
         victim = rng.choice(['all', 'main', 'child'])
-        pids = {'main': [process.pid], 'child': children(process)}.get(victim)
+        pids = {'main': [process.pid], 'child': children(process.pid)}.get(victim)
         killed = time.monotonic()
         try:
             if pids:
@@ -316,6 +311,7 @@ def main():
     parser.add_argument('campaigns', nargs='*', metavar='CAMPAIGN', help=f'one or more of: {", ".join(CAMPAIGNS)}')
     args = parser.parse_args()
     failed = 0
+    os.environ[forked.REAL] = '1'
     with tempfile.TemporaryDirectory() as folder:
         fleets = {}
         for name in args.campaigns or CAMPAIGNS:

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import forked  # noqa: E402
 from faults import CAMPAIGNS, Fleet, children, contents, wait_for_steps  # noqa: E402
 
 
@@ -120,7 +120,7 @@ def test_another_number_of_processes_with_the_same_global_batch_continues_at_the
     command = [sys.executable, str(Path(__file__).parents[2] / 'main_multi_gpu.py'), f'-cfg={fleets[1].settings}',
                f'-data_path={fleets[1].folder}/data', f'-output={folder}', '-device=cpu', '-nprocs=2', '-accum_iter=1',
                '-num_workers=0']
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr
     resumed = re.search(r'resumed from \S+ 1 epochs, \d+ steps, (\d) of them in epoch 2', done.stdout)
     assert 'trained by 1 processes so far, by 2 from now on' in done.stdout
@@ -133,17 +133,18 @@ def test_when_a_dataloader_worker_dies_every_rank_ends(fleets):
     fleet = fleets[2]
     process = fleet.start(fleet.new(), '-num_workers=1', '-opts', 'TRAIN.NUM_EPOCHS', '1000')
     wait_for_steps(process, 3, 0)
-    rank = children(process)[0]
+    rank = children(process.pid)[0]
+    command, commands = Path(f'/proc/{rank}/cmdline').read_bytes(), set()
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:  # finished workers are not missed
-        listing = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(rank)], capture_output=True, text=True)
-        for line in listing.stdout.splitlines():
-            if 'training.peers' not in line:  # the process that watches the other ranks
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(line.split()[0]), signal.SIGKILL)
+        for worker in children(rank):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                commands.add(Path(f'/proc/{worker}/cmdline').read_bytes())
+                os.kill(worker, signal.SIGKILL)
         time.sleep(0.05)
     assert fleet.end(process) == 1
     assert 'a DataLoader worker exited with status -9' in process.errors
+    assert commands - {b''} == {command}  # forked: a worker that is started anew imports Paddle first
 
 
 def test_a_second_signal_ends_the_run_at_once(fleets, stopped):
