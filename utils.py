@@ -222,13 +222,25 @@ def sigmoid(logits):
 def setup_logging(verbose):
     """Logs to standard output, and keeps the lines for `log_to_file`; without `verbose`, only warnings are logged."""
     console = logging.StreamHandler(sys.stdout)
-    console.handleError = lambda record: None  # a closed pipe or a full disk does not stop a run, see `log_to_file`
+    console.handleError = lambda record: _drop_closed_pipe()
     console.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%m-%d %H:%M:%S'))
     kept = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
     for source in _LOGGERS:
         source.handlers[:] = [console, kept]
         source.propagate = False
         source.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _drop_closed_pipe():
+    """Called when the console cannot be written to, which does not stop a run, see `log_to_file`.
+
+    If the reader of a pipe has closed it, as `head` does, what is still buffered must not fail at the end of the run.
+    """
+    if isinstance(sys.exc_info()[1], BrokenPipeError):
+        with contextlib.suppress(OSError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, sys.stdout.fileno())
+            os.close(nothing)
 
 
 def log_to_file(path):
