@@ -59,7 +59,7 @@ VARIANTS = (
     Variant('3x3, no shortcut', 'k3_no_shortcut', 3, 0, False))
 NETWORK = ['MODEL.LAYERS', '[2, 2]', 'MODEL.CHANNELS', '[16, 32]', 'MODEL.DROPPATH', '0', 'CURVES', 'False']
 ERF_IMAGES = 20
-COLOURS = 24  # of erf.png
+COLOURS = 8  # of erf.png, which is meant for a page of documentation
 
 
 def train(variant, seed, args):
@@ -137,22 +137,27 @@ def draw_accuracies(results, path):
         mean = values.mean(0)
         axes.errorbar(epochs, mean, [mean - values.min(0), values.max(0) - mean], capsize=2, linewidth=1.3,
                       linestyle='-' if variant.shortcut else '--', label=variant.title)
+    axes.set_xticks(range(1, values.shape[1] + 1))
     axes.set_xlabel('epoch')
     axes.set_ylabel('top-1 accuracy, %: mean and range of the seeds')
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    with atomic_file(path) as file:
-        figure.savefig(file, format='png', dpi=90)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format='png', dpi=90)
+    save_small(Image.open(drawn), path, 4 * COLOURS)
 
 
 def draw_fields(fields, path):
-    """Draws the fields side by side, with few colours, since the file is meant for a page of documentation."""
+    """Draws the fields side by side."""
     drawn = io.BytesIO()
     draw_receptive_fields([(variant.title.replace(', ', '\n'), field) for variant, field in fields.items()], drawn)
-    image = Image.open(drawn).convert('RGB')
-    image = image.resize((image.width * 2 // 3, image.height * 2 // 3), Image.LANCZOS).quantize(COLOURS, dither=0)
+    image = Image.open(drawn)
+    save_small(image.resize((image.width * 2 // 3, image.height * 2 // 3), Image.LANCZOS), path, COLOURS)
+
+
+def save_small(image, path, colours):
     with atomic_file(path) as file:
-        image.save(file, format='png', optimize=True)
+        image.convert('RGB').quantize(colours, dither=0).save(file, format='png', optimize=True)
 
 
 def main():
