@@ -53,6 +53,7 @@ def test_merged_kernels_are_the_sum_of_the_branches(random_run):
 
 def test_the_command_writes_figures_and_tables(random_run, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
+    monkeypatch.setattr(tool, 'CHANNELS', 1)  # each panel takes time to draw
     monkeypatch.setattr('sys.argv', ['show_kernels.py', f'-model={random_run}', '-compare=initial',
                                      f'-output={tmp_path / "kernels"}'])
     assert tool.main() == 0
