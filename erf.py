@@ -84,7 +84,8 @@ def read_arguments(argv=None):
     add('output', default='output/erf', metavar='DIR', help='folder to write (default %(default)s)')
     add('device', default='auto', help='auto, gpu, cpu, npu or xpu')
     args = parser.parse_args(argv)
-    args.stage = args.stage and _stages(args.stage)
+    if args.stage is not None:
+        args.stage = _stages(args.stage)
     if args.size < MIN_SIZE:
         raise UserError(f'-size={args.size}: must be at least {MIN_SIZE} pixels')
     if args.num_images < 1:
@@ -95,7 +96,7 @@ def read_arguments(argv=None):
 def _stages(text):
     stages = []
     for part in text.split(','):
-        if not re.fullmatch(r'\d+(-\d+)?', part):
+        if not re.fullmatch(r'\d{1,3}(-\d{1,3})?', part):
             raise UserError(f'-stage={text}: name stages by their numbers from 0, such as 3, 0,2 or 0-3')
         first, last = (part.split('-') * 2)[:2]
         stages += range(int(first), int(last) + 1)
@@ -155,7 +156,7 @@ def find_sources(args):
 
 
 def _source(model, cfg):
-    name = os.path.basename(os.path.normpath(model))
+    name = os.path.basename(os.path.abspath(model))
     if model.lower().endswith(('.yaml', '.yml')):
         require_path(model, 'no such file, and not')
         return Source(f'{os.path.splitext(name)[0]}-untrained', get_config(model), untrained=True)

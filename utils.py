@@ -24,6 +24,9 @@ _LOGGERS = (logger, logging.getLogger('large_kernel'))  # the latter reports whi
 
 # ---- devices and processes
 
+DEVICES = ('gpu', 'cpu', 'npu', 'xpu')
+
+
 def device_count(kind):
     """Number of devices of a kind ('gpu', 'xpu', 'npu') that this Paddle can use on this machine; 1 for 'cpu'."""
     if kind == 'gpu':
@@ -43,7 +46,8 @@ def resolve_device(name, half=False):
     Args:
         half: whether half precision is asked for, which no CPU has.
     Raises:
-        UserError: this machine has no such device, or with `half` GPUs that 'auto' would leave unused.
+        UserError: `name` is no kind of device, this machine has no such device, or with `half` GPUs that 'auto' would
+            leave unused.
     """
     if name == 'auto':
         unused = unused_gpus()
@@ -52,6 +56,8 @@ def resolve_device(name, half=False):
         if unused:
             logger.warning(f'computing on the CPU: {unused}; -device=cpu ends this warning')
         return 'gpu' if device_count('gpu') else 'cpu'
+    if name.split(':')[0] not in DEVICES:
+        raise UserError(f'-device={name}: choose auto, {", ".join(DEVICES)}')
     if not device_count(name):
         raise UserError(f'-device={name}: Paddle {paddle.__version__} finds no {name} on this machine; '
                         'use -device=cpu, or install the Paddle build for it')

@@ -135,7 +135,7 @@ def draw_receptive_fields(fields, file):
         fields: [(title, array [H, W])].
         file: PNG file to write, a path or a binary file.
     """
-    figure = _figure(0.6 + 2.5 * len(fields), 6)
+    figure = _figure(0.6 + 2.5 * len(fields), 6 if len(fields) < 7 else 6.4)  # wide figures have larger panels
     rows = figure.subplots(2, len(fields), squeeze=False)
     for axes, name, scaled in zip(rows, ('log10(x + 1), as published', 'x, the map itself'),
                                   (log_scaled, lambda field: field / (field.max() or 1))):

@@ -145,9 +145,19 @@ class WorkerPool:
         settings, pause = json.dumps({**self._settings, 'share': (number, self._count)}), 1
         while not self._closing:
             started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, '-c', START, ROOT, settings, stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE, limit=2**20, start_new_session=True)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, '-c', START, ROOT, settings, stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE, limit=2**20, start_new_session=True)
+            except OSError as error:  # no memory, or too many processes: this may pass
+                message = f'a worker cannot be started: {error.strerror}'
+                if not first.done():
+                    first.set_exception(UserError(message))
+                    return
+                print(f'serve.py: {message}; trying again in {pause} seconds', file=sys.stderr, flush=True)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
             worker = Process(process)
             self._workers.append(worker)
             try:
@@ -177,7 +187,9 @@ class WorkerPool:
     async def _serve(self, worker, first):
         """Receives a worker's messages until it ends; returns why it ended, if it said so."""
         message = ''
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, ValueError, KeyError):
+        # the last four: messages that no sound worker sends
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, ValueError, LookupError, TypeError,
+                                 AttributeError):
             while True:
                 header, _ = await receive_frame(worker.process.stdout)
                 worker.heard = time.monotonic()

@@ -29,6 +29,8 @@ try:
         text = data.decode()
         if text.startswith('die'):
             os._exit(9)
+        if text.startswith('garble'):
+            send([1, 2])
         if text.startswith('hang'):
             time.sleep(1000)
         if text.startswith('sleep'):

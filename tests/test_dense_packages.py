@@ -65,6 +65,9 @@ def test_the_schedules_are_the_official_ones():
     assert {name.split('replknet_')[1]: c['RepLKNetDet']['drop_path'] for name, c in detection.items()} == {
         '31b_1k_3x_coco': 0.6, '31b_22k_3x_coco': 0.4, '31l_22k_3x_coco': 0.7, 'xl_73m_3x_coco': 0.5}
     assert {(c['epoch'], c['LearningRate']['base_lr']) for c in detection.values()} == {(36, 4e-4)}
+    for config in detection.values():
+        assert config['RPNHead']['loss_rpn_bbox'] == 'SmoothL1Loss'
+        assert config['SmoothL1Loss'] == {'beta': pytest.approx(1 / 9), 'loss_weight': 1.0}
 
 
 @pytest.fixture(scope='module')
@@ -139,6 +142,7 @@ def test_paddledetection_takes_a_training_step(path, registered, monkeypatch):
     as_in_paddle_2_4(monkeypatch)
     paddle.seed(0)
     model = workspace.create(config.architecture)
+    assert model.rpn_head.loss_rpn_bbox.beta == pytest.approx(1 / 9)
     optimizer = workspace.create('OptimizerBuilder')(config['LearningRate']['base_lr'], model)
     before = values(model)
     rng = np.random.default_rng(0)

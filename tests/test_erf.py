@@ -1,5 +1,6 @@
 """Effective receptive fields: of networks whose field is known, against PyTorch, and the command erf.py."""
 import csv
+import io
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ import erf
 from config import get_config
 from deploy.predictor import load_model
 from errors import Interrupted, UserError, exit_status
+from evaluation.figures import draw_receptive_fields
 from evaluation.receptive_field import (
     FieldSum,
     area_ratios,
@@ -166,6 +168,13 @@ def test_only_the_log_scaled_map_depends_on_the_scale_of_the_gradients():
     assert small[.5].side <= raw[.5].side + 2 < large[.5].side
 
 
+def test_titles_of_many_maps_fit_into_the_figure():
+    pytest.importorskip('matplotlib')
+    drawn = io.BytesIO()
+    draw_receptive_fields([('run\nstage 1, no small kernels', np.eye(8))] * 8, drawn)
+    assert np.asarray(Image.open(drawn).convert('L'))[0].min() == 255  # nothing touches the border
+
+
 # ---- the command
 
 @pytest.fixture
@@ -279,6 +288,9 @@ def test_checkpoints_of_a_run_and_another_model(command, random_run, tiny_yaml, 
     (['-stage=4'], '-stage: RUN has the stages 0 to 3, not 4'),
     (['-stage=3-1'], '-stage=3-1: the range is empty'),
     (['-stage=last'], '-stage=last: name stages by their numbers from 0'),
+    (['-stage='], '-stage=: name stages by their numbers from 0'),
+    (['-stage=0-99999999999'], '-stage=0-99999999999: name stages by their numbers from 0'),
+    (['-device=tpu'], '-device=tpu: choose auto, gpu, cpu, npu, xpu'),
     (['-size=16'], '-size=16: must be at least 32 pixels'),
     (['-num_images=0'], '-num_images=0: must be at least 1'),
     (['-images', 'nowhere.txt'], 'nowhere.txt: '),
@@ -293,6 +305,11 @@ def test_mistakes_on_the_command_line(command, random_run, tmp_path, arguments, 
     assert status == 2 and not out
     assert err.splitlines()[-1].startswith(message.replace('RUN', str(random_run)).replace('FILE', str(file))), err
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_is_named_after_its_folder_also_from_within(random_run, monkeypatch):
+    monkeypatch.chdir(random_run)
+    assert erf._source('.', None).label == random_run.name
 
 
 def test_merged_weights_and_no_small_kernel(command, random_run, tmp_path):

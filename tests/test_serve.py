@@ -256,6 +256,16 @@ def test_the_page_in_a_browser(service, files):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')
+def test_a_key_that_no_header_takes_is_answered_like_a_wrong_one(files, tmp_path):
+    (tmp_path / 'key').write_text('secret')
+    with Service(f'-api_key_file={tmp_path}/key') as own, Browser(f'http://127.0.0.1:{own.port}/') as page:
+        page.value('void (document.querySelector("#key").value = "ключ")')
+        page.choose('#files', files[0])
+        page.until('document.querySelector("article .error")')
+        assert 'API key is missing or wrong' in page.value('document.querySelector("article .error").textContent')
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')
 def test_the_page_on_a_phone_in_chinese(service, files):
     with Browser(f'http://127.0.0.1:{service.port}/', 390, 800, 'zh-CN', touch=True) as page:
         assert page.value('document.documentElement.lang') == 'zh-CN'

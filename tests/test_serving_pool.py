@@ -1,4 +1,6 @@
 """serve.py as a process, with workers that need no Paddle: limits, timeouts, lost workers, stopping."""
+import asyncio
+import errno
 import importlib.util
 import os
 import signal
@@ -8,7 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from service import Service, raw_request
+from service import FAKE, Service, raw_request
+
+from errors import UserError
+from serving import pool
+from serving.limits import Limits
+from serving.metrics import Metrics
 
 pytestmark = [
     pytest.mark.skipif(not all(map(importlib.util.find_spec, ('starlette', 'uvicorn', 'python_multipart'))),
@@ -92,6 +99,43 @@ def test_a_full_queue_is_answered_with_retry_after(crowd):
         status, headers, answer = service.post([b'x'] * 4, '/batch')  # all or none
         assert status == 503 and 'queue is full' in answer['error'] and name_of(busy.result())
         assert service.metric('queue_images') == 0 and service.metric('held_bytes') == 0
+
+
+def test_a_worker_that_sends_nonsense_is_replaced():
+    with Service() as service:
+        status, _, answer = service.post([b'garble'])
+        assert status == 500 and 'two worker processes ended on it' in answer['error']
+        assert name_of(service.post([b'next'])) == 'next'
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_a_worker_that_cannot_be_started(failing, monkeypatch, capsys):
+    start, calls = asyncio.create_subprocess_exec, []
+
+    async def flaky(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == failing + 1:
+            raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')
+        return await start(*arguments, **options)
+
+    async def run():
+        workers = pool.WorkerPool({'batch_size': 1, 'cfg': None}, 1, Limits(), Metrics())
+        try:
+            await workers.start()
+            answer, = workers.submit([b'sleep 0.2'], {})
+            workers._workers[0].process.kill()
+            return await asyncio.wait_for(answer, 30)
+        finally:
+            await workers.close()
+
+    monkeypatch.setattr(pool, 'START', FAKE)
+    monkeypatch.setattr(asyncio, 'create_subprocess_exec', flaky)
+    if failing:  # a restart: it is tried again
+        assert asyncio.run(run())['top'][0]['name'] == 'sleep 0.2' and len(calls) == 3
+        assert 'a worker cannot be started: Resource temporarily unavailable; trying again' in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match='a worker cannot be started: Resource temporarily unavailable'):
+            asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_slow_clients_are_cut_off_and_others_are_served_meanwhile():

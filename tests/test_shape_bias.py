@@ -133,6 +133,11 @@ def test_mistakes_are_one_line(stimuli, random_run, tmp_path, monkeypatch):
     refused('line 1 does not have the scores of 1000 classes', f'-predictions={tmp_path / "p.jsonl"}')
     (tmp_path / 'p.csv').write_text('picture,label\n')
     refused('has no columns object_response', f'-predictions={tmp_path / "p.csv"}')
+    (tmp_path / 'cut.csv').write_text('object_response,category,imagename\ncat,cat,cat1-dog3.png\ncat,ca')
+    refused('cut.csv: has a line without object_response', f'-predictions={tmp_path / "cut.csv"}')
+    top = [{'class': k, 'score': 1e-3} for k in range(1000)]
+    (tmp_path / 'number.jsonl').write_text(json.dumps({'picture': 5, 'top': top}) + '\n')
+    refused('line 1 does not have the scores', f'-predictions={tmp_path / "number.jsonl"}')
     (stimuli / 'dog').mkdir()
     (stimuli / 'cat' / 'cat1-dog3.png').rename(stimuli / 'dog' / 'cat1-dog3.png')
     refused('has the shape cat, but is in the folder dog', stimuli, f'-model={random_run}')

@@ -53,6 +53,7 @@ def test_merged_kernels_are_the_sum_of_the_branches(random_run):
 
 def test_the_command_writes_figures_and_tables(random_run, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
+    monkeypatch.setattr(tool, 'CHANNELS', 1)  # each panel takes time to draw
     monkeypatch.setattr('sys.argv', ['show_kernels.py', f'-model={random_run}', '-compare=initial',
                                      f'-output={tmp_path / "kernels"}'])
     assert tool.main() == 0
@@ -66,6 +67,21 @@ def test_the_command_writes_figures_and_tables(random_run, tmp_path, monkeypatch
         'initial', '0', 'large')]
     assert len(large) == 5 and large[-1] == 1 and large == sorted(large)
     assert np.asarray(Image.open(tmp_path / 'kernels' / 'stage0.png').convert('RGB')).std() > 10
+
+
+def test_the_same_model_twice_has_rows_of_its_own(random_run, tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    monkeypatch.setattr(tool, 'draw_stage', lambda kernels, path: None)
+    monkeypatch.setattr(tool, 'draw_reach', lambda kernels, path: None)
+    monkeypatch.setattr('sys.argv', ['show_kernels.py', f'-model={random_run}', f'-compare={random_run}',
+                                     f'-output={tmp_path / "kernels"}'])
+    assert tool.main() == 0
+    with open(tmp_path / 'kernels' / 'reach.csv') as file:
+        shares = {name: [] for name in (f'{random_run} (-compare)', f'{random_run} (-model)')}
+        for row in csv.DictReader(file):
+            shares[row['model']].append(row['share'])
+    first, second = shares.values()
+    assert first == second != []
 
 
 @pytest.mark.parametrize(('flags', 'message'), [

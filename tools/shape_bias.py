@@ -137,10 +137,11 @@ def decisions_in_file(path):
             if not {*COLUMNS} <= {*(rows.fieldnames or ())}:
                 raise UserError(f'-predictions={path}: has no columns {", ".join(COLUMNS)}; name decisions from this '
                                 'script or a .jsonl file from predict.py -topk=1000')
-            if 'subj' in rows.fieldnames:
-                rows = list(rows)
-                if len({row['subj'] for row in rows}) > 1:
-                    raise UserError(f'-predictions={path}: has decisions of several subjects; give a file with one')
+            rows, subjects = list(rows), 'subj' in rows.fieldnames
+            if any(row[column] is None for row in rows for column in COLUMNS):
+                raise UserError(f'-predictions={path}: has a line without {", ".join(COLUMNS)}; is it incomplete?')
+            if subjects and len({row['subj'] for row in rows}) > 1:
+                raise UserError(f'-predictions={path}: has decisions of several subjects; give a file with one')
             return {row['imagename']: row['object_response'] for row in rows}
         for number, line in enumerate(file, 1):
             try:
@@ -149,7 +150,7 @@ def decisions_in_file(path):
                     continue
                 scores = {entry['class']: entry['score'] for entry in record['top']}
                 probabilities = np.array([scores[k] for k in range(COUNT)])
-                picture = record['picture']
+                picture = os.fspath(record['picture'])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f'-predictions={path}: line {number} does not have the scores of {COUNT} classes; '
                                 'write the file with predict.py -topk=1000 -output=NAME.jsonl') from None

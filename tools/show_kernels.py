@@ -216,6 +216,8 @@ def main():
     names = [os.path.basename(os.path.normpath(name)) for name, _ in pairs]
     if len(set(names)) < len(names):
         names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):  # the same model twice, or a run folder with the name of INITIAL
+        names = [f'{name} ({flag})' for name, flag in zip(names, ('-compare', '-model'))]
     kernels = [kernel for name, (_, network) in zip(names, pairs) for kernel in kernels_of(network, name)]
     with atomic_folder(args.output) as folder:
         write_tables(kernels, folder)
