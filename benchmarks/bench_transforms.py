@@ -113,11 +113,11 @@ def stages(paths, size):
         'pil: read and decode': lambda i: decode_image(paths[i]),
         'pil: crop and resize': lambda i: random_resized_crop(whole[i], size, np.random.default_rng(i)),
         'pil: augment': lambda i: policy(cropped[i], np.random.default_rng(i)),
-        'pil: normalise': lambda i: normalize(cropped[i], MEAN, STD),
+        'normalise': lambda i: normalize(cropped[i], MEAN, STD),
         'evaluation: resize and crop': lambda i: eval_geometry(whole[i], size),
     }
     try:
-        transform = train_transform(size, backend='cv2')
+        train_transform(size, backend='cv2')
     except UserError:
         return sequence
     arrays, small = [np.asarray(image) for image in whole], [np.asarray(image) for image in cropped]
@@ -131,8 +131,7 @@ def stages(paths, size):
         return source.crop(draw_crop(source.width, source.height, np.random.default_rng(index)), size)
 
     return {**sequence, 'cv2: read and decode': decode, 'cv2: crop and resize': crop,
-            'cv2: augment': lambda i: policy(small[i], np.random.default_rng(i)),
-            'cv2: normalise': lambda i: transform._normalized(small[i])}
+            'cv2: augment': lambda i: policy(small[i], np.random.default_rng(i))}
 
 
 # ---- measurement

@@ -17,6 +17,7 @@ from paddle.base.multiprocess_utils import _cleanup_mmap
 
 from errors import UserError
 from image_files.decode import DataError, ShardError
+from loading.batches import collate, normalized
 from utils import logger
 
 PREFETCH_FACTOR = 2  # batches prefetched per worker
@@ -58,9 +59,9 @@ class _ErrorsAsValues(paddle.io.Dataset):
     def _sample(self, key):
         worker = paddle.io.get_worker_info()
         if worker is None or self.progress is None:
-            return self.dataset[key]
+            return self.dataset.levels(key)
         with self.progress.of(worker.id, key[1] if isinstance(key, tuple) else key):
-            return self.dataset[key]
+            return self.dataset.levels(key)
 
 
 class _Progress:
@@ -85,16 +86,18 @@ class _Progress:
 
 
 def _collate(samples):
-    """Samples -> [images, labels, messages about replaced images, error message or ''], as in `DataLoader`."""
+    """Samples -> [images, labels, erased, messages about replaced images, error message or ''] of `DataLoader`.
+
+    `images` and `erased` are those of `batches.collate`.
+    """
     for sample in samples:
         if isinstance(sample, DataError):
-            return [np.zeros(1, np.float32), np.zeros(1, np.int64), '', str(sample)]
+            return [np.zeros(1, np.float32), np.zeros(1, np.int64), [], '', str(sample)]
     images, labels, replaced = zip(*samples)
-    images = np.stack(images)
-    if images.ndim == 5:
-        images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
     labels = np.array(labels)  # uint8 [n, classes] where an image has several
-    return [images, labels.astype(np.int64 if labels.ndim == 1 else np.float32), '\n'.join(filter(None, replaced)), '']
+    labels = labels.astype(np.int64 if labels.ndim == 1 else np.float32)
+    images, erased = collate(images)
+    return [images, labels, erased, '\n'.join(filter(None, replaced)), '']
 
 
 def _exit_with_parent(_):
@@ -181,6 +184,9 @@ def _give_up(reason, where='', detail=''):
 class DataLoader(paddle.io.DataLoader):
     """Paddle's DataLoader for the datasets of this module; a worker's DataError is raised in the main process.
 
+    Workers pass images on as uint8, and the device of the main process normalises them: see loading/batches.py. On a
+    GPU, batches arrive through pinned memory while it computes.
+
     Yields images, float32 [n, 3, H, W], or [views x n, 3, H, W] with the first view of all images before the second,
     and labels, int64 [n], or float32 [n, classes] where an image has several.
     Workers are started for each iteration, in about 0.1 s: Paddle's persistent workers take longer to resume and fail
@@ -215,7 +221,7 @@ class DataLoader(paddle.io.DataLoader):
             signal.signal(signal.SIGCHLD, handler)
         self.replaced = 0
         with _exit_if_one_dies(getattr(batches, '_workers', []), progress, self.dataset.dataset):
-            for images, labels, replaced, error in batches:
+            for images, labels, erased, replaced, error in batches:
                 if error:
                     raise DataError(error)
                 for message in filter(None, replaced.split('\n')):
@@ -223,7 +229,7 @@ class DataLoader(paddle.io.DataLoader):
                     if message not in self._reported:
                         self._reported.add(message)
                         logger.warning(f'{message}; another image of its class takes its place')
-                yield images, labels
+                yield normalized(images, erased, self.dataset.dataset.transform), labels
 
 
 def clear_shared_memory(folder='/dev/shm', seconds=3600):
