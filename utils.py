@@ -124,6 +124,30 @@ def all_reduce_sum(values):
     return tensor.tolist()
 
 
+def all_reduce_measured(measured, values):
+    """`all_reduce_sum` of float32 numbers that the device has computed and of other numbers, with one wait for it.
+
+    Args:
+        measured: tensor [n].
+        values: list of numbers.
+    Returns:
+        two lists of floats.
+    """
+    if world_size() == 1:
+        return measured.tolist(), [float(v) for v in values]
+    tensor = paddle.concat([measured.astype('float64'), to_device(np.array(values, np.float64))])
+    dist.all_reduce(tensor)
+    sums = tensor.tolist()
+    return sums[:measured.shape[0]], sums[measured.shape[0]:]
+
+
+def to_device(array):
+    """A tensor of an array on the current device; without waiting for what a GPU still computes."""
+    if not paddle.get_device().startswith('gpu'):
+        return paddle.to_tensor(array)
+    return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
+
+
 def all_reduce_array(array, largest=False):
     """Sums an array of the same shape over all processes, or takes the largest of each element; in its own dtype."""
     if world_size() == 1:

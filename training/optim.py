@@ -120,7 +120,7 @@ def gradient_norm(parameters):
 
 
 @paddle.no_grad()
-def clip_gradients(parameters, limit, mode='norm'):
+def clip_gradients(parameters, limit, mode, norm=None):
     """Clips the gradients in place.
 
     Paddle's optimizers would clip each parameter group by its own norm.
@@ -128,16 +128,13 @@ def clip_gradients(parameters, limit, mode='norm'):
     Args:
         limit: largest norm over all gradients (mode 'norm'), or largest absolute value of an element (mode 'value').
         mode: 'norm' or 'value'.
-    Returns:
-        the norm before clipping, see `gradient_norm`.
+        norm: result of `gradient_norm`, for mode 'norm'.
     """
-    norm = gradient_norm(parameters)
     if mode == 'norm':
         scale = paddle.clip(limit / (norm + 1e-6), max=1.0)
         change_gradients(parameters, lambda gradient: gradient.multiply_(scale))
     else:
         change_gradients(parameters, lambda gradient: gradient.clip_(-limit, limit))
-    return norm
 
 
 @paddle.no_grad()
@@ -148,11 +145,15 @@ def change_gradients(parameters, change):
             change(parameter.grad)
 
 
-def nonfinite_gradients(model):
-    """Describes, for an error message, in which parts of a model gradients are not finite."""
-    parts, trained = {}, [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    for name, parameter in trained:
-        if not bool(paddle.isfinite(parameter.grad.astype('float32')).all()):
+def nonfinite_gradients(model, masters):
+    """Describes, for an error message, in which parts of a model gradients are not finite.
+
+    `masters` is as for `parameter_groups`; the gradients are theirs.
+    """
+    gradients = ((name, masters.get(name, parameter).grad) for name, parameter in model.named_parameters())
+    parts, trained = {}, [(name, gradient) for name, gradient in gradients if gradient is not None]
+    for name, gradient in trained:
+        if not bool(paddle.isfinite(gradient).all()):
             part = '.'.join(name.split('.')[:2 if name.startswith(('stages', 'transitions')) else 1])
             parts.setdefault(part, []).append(name)
     broken = sum(map(len, parts.values()))
