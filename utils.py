@@ -124,21 +124,24 @@ def all_reduce_sum(values):
     return tensor.tolist()
 
 
-def all_reduce_measured(measured, values):
-    """`all_reduce_sum` of float32 numbers that the device has computed and of other numbers, with one wait for it.
+def all_reduce_measured(measured, values, own=None):
+    """`all_reduce_sum` of a number that the device has computed and of other numbers, with one wait for the device.
 
     Args:
-        measured: tensor [n].
-        values: list of numbers.
+        measured: float32 scalar tensor.
+        values: numbers.
+        own: float32 scalar tensor to read with them, which is not summed, or None.
     Returns:
-        two lists of floats.
+        list of floats: the sums of measured and of values, and own or None.
     """
     if world_size() == 1:
-        return measured.tolist(), [float(v) for v in values]
-    tensor = paddle.concat([measured.astype('float64'), to_device(np.array(values, np.float64))])
+        read = (measured if own is None else paddle.stack([measured, own])).numpy().ravel().tolist()
+        return [read[0], *(float(v) for v in values), None if own is None else read[1]]
+    tensor = paddle.concat([measured.reshape([1]).astype('float64'), to_device(np.array(values, np.float64))])
     dist.all_reduce(tensor)
-    sums = tensor.tolist()
-    return sums[:measured.shape[0]], sums[measured.shape[0]:]
+    if own is None:
+        return [*tensor.tolist(), None]
+    return paddle.concat([tensor, own.reshape([1]).astype('float64')]).tolist()
 
 
 def to_device(array):

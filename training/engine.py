@@ -12,6 +12,8 @@ from training.progress import Progress, epoch_metrics, epoch_sums
 
 SLOW_STEP_SECONDS = 3  # after a step this slow, the ranks meet before they exchange gradients: see utils.barrier
 MAX_SKIPPED_STEPS = 100  # training stops after this many overflowing steps in a row
+OVERFLOWS = (f'{MAX_SKIPPED_STEPS} steps in a row overflowed under loss scaling; try AMP_DTYPE bfloat16 or a lower '
+             'TRAIN.BASE_LR')
 
 
 def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=None, votes=list, after_step=None):
@@ -51,26 +53,23 @@ def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=No
         reporting = on_report is not None and (done % settings.report_freq == 0 or done == steps)
         norm = _finish_gradients(parts, measure=reporting)
 
-        # The only wait for the device in a step, and one small exchange. All ranks learn of a loss that is not finite,
-        # so none is left waiting; the norm of the gradients is the same on all of them.
-        measured = paddle.stack([my_loss] if norm is None else [my_loss, norm])
-        (loss_sum, *norms), (images, seconds, *voted) = utils.all_reduce_measured(
-            measured, [my_images, time.perf_counter() - began, *votes()])
+        # one small exchange, the step's only wait for the device; all ranks learn of a loss that is not finite, so none
+        # is left waiting; all have the same norm
+        loss_sum, images, seconds, *voted, norm_value = utils.all_reduce_measured(
+            my_loss, [my_images, time.perf_counter() - began, *votes()], norm)
         slow, began = seconds / world > SLOW_STEP_SECONDS, time.perf_counter()
         if scaler is None and not math.isfinite(loss_sum):
             raise TrainingStopped(f'step {step} (epoch {epoch}): {_broken_loss(parts, float(my_loss), lr)}')
 
-        applied = scaler is None or math.isfinite(norms[0])
+        applied = scaler is None or math.isfinite(norm_value)
         _apply_gradients(parts, norm, applied)
         _count_step(sums, applied, loss_sum, images, lr)
         if sums['skipped_in_a_row'] == MAX_SKIPPED_STEPS:
-            raise TrainingStopped(f'step {step} (epoch {epoch}): {MAX_SKIPPED_STEPS} steps in a row overflowed under '
-                                  'loss scaling; try AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR')
-        loss = loss_sum / images
-        progress.step(images, loss=loss, lr=lr)
+            raise TrainingStopped(f'step {step} (epoch {epoch}): {OVERFLOWS}')
+        progress.step(images, loss=loss_sum / images, lr=lr)
         if reporting:
-            on_report(step=step + 1, epoch=epoch - 1 + done / steps, loss=loss, lr=lr, grad_norm=norms[0] / world,
-                      images_per_s=sums['images'] / sums['seconds'],
+            on_report(step=step + 1, epoch=epoch - 1 + done / steps, loss=loss_sum / images, lr=lr,
+                      grad_norm=norm_value, images_per_s=sums['images'] / sums['seconds'],
                       **({} if scaler is None else {'loss_scale': scaler.value}))
         if after_step is not None:
             after_step(*voted)
