@@ -15,9 +15,16 @@ from training.ema import ModelEMA
 from training.engine import _apply_gradients, _finish_gradients, train_one_epoch
 from training.flat import ALIGNMENT, FlatParameters
 from training.masters import MasterWeights
-from training.optim import build_optimizer, clip_gradients, flatten, gradient_norm, parameter_groups
+from training.optim import (
+    build_optimizer,
+    clip_gradients,
+    flatten,
+    gradient_norm,
+    parameter_groups,
+    set_weight_decay,
+)
 from training.run import Start
-from training.setup import build_training
+from training.setup import TrainingParts, build_training
 
 
 def batches(steps=2):
@@ -64,7 +71,7 @@ def assert_same(found, right):
 
 
 @pytest.mark.parametrize('opts', [[], ['TRAIN.OPTIMIZER.NAME', 'momentum', 'TRAIN.LAYER_DECAY', 0.7],
-                                  ['TRAIN.OPTIMIZER.NAME', 'lion', 'TRAIN.ACCUM_ITER', 2],
+                                  ['TRAIN.OPTIMIZER.NAME', 'lion', 'TRAIN.ACCUM_ITER', 2], ['TRAIN.FREEZE', 2],
                                   ['TRAIN.GRAD_CLIP', 0.01, 'TRAIN.GRAD_CLIP_MODE', 'value']])
 def test_training_is_the_same_bit_for_bit(opts):
     results = []
@@ -137,6 +144,35 @@ def test_what_paddle_replaces_becomes_a_view_again():
     with paddle.no_grad():
         group.whole.scale_(2.0)
     np.testing.assert_array_equal(layer.weight.numpy(), np.full((3, 2), 2.0))
+
+
+@pytest.mark.parametrize('name', ['adamw', 'momentum', 'lion'])
+def test_a_weight_that_no_loss_depends_on_keeps_its_value(name):
+    results = []
+    for flat in (True, False):
+        paddle.seed(0)
+        model = paddle.nn.LayerDict({'used': paddle.nn.Linear(3, 2), 'unused': paddle.nn.Linear(3, 2),
+                                     'frozen': paddle.nn.Linear(3, 2), 'later': paddle.nn.Linear(3, 2)})
+        for parameter in model['frozen'].parameters():
+            parameter.stop_gradient = True
+        before = {key: value.numpy() for key, value in model.state_dict().items()}
+        groups = parameter_groups(model, 0.5)
+        long, groups = flatten(name, groups, model) if flat else ((), groups)
+        optimizer = build_optimizer(name, groups)
+        set_weight_decay(optimizer, 0.5)
+        optimizer.set_lr(0.1)
+        parts = TrainingParts(model, None, optimizer, None, Amp(get_config(), 'cpu'), flat=tuple(long))
+        for step in range(4):
+            y = model['used'](paddle.ones([1, 3])) + model['frozen'](paddle.ones([1, 3]))
+            (y if step < 2 else y + model['later'](paddle.ones([1, 3]))).sum().backward()
+            _apply_gradients(parts, _finish_gradients(parts, measure=False), True)
+            after = {key: value.numpy() for key, value in model.state_dict().items()}
+            changed = {key for key in after if (after[key] != before[key]).any()}
+            assert changed == {f'{key}.{kind}' for key in ('used', 'later')[:1 + (step > 1)]
+                               for kind in ('weight', 'bias')}
+        results.append(after)
+    if name == 'lion':  # the others count the steps of a long parameter, and add the decay to the momentum
+        assert_same(*results)
 
 
 def test_averages_follow_statistics_that_paddle_replaces():

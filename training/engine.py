@@ -158,6 +158,8 @@ def _apply_gradients(parts, norm, applied):
         if settings.grad_clip:
             clip_gradients(parts.trained_parameters, settings.grad_clip, settings.grad_clip_mode, norm)
         parts.optimizer.step()
+        for group in parts.flat:
+            group.keep_unused()
         parts.masters.update_model()
         if parts.ema is not None:
             parts.ema.update(parts.bare_model, parts.masters.by_name, parts.flat)
