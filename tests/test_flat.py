@@ -96,6 +96,44 @@ def test_optimizers_of_single_parameters_continue_bit_for_bit(name):
     assert_same(arrays(its_state), arrays(state))
 
 
+@pytest.mark.parametrize(('name', 'betas'), [('nadam', (0.9, 0.999)), ('adan', (0.98, 0.92, 0.99))])
+def test_nadam_and_adan_update_long_parameters_on_gpus(name, betas):
+    """Bit for bit as single ones where no tensor ends within a vector register, as a GPU does it everywhere."""
+    def train(model, device, steps, saved=None):
+        groups = parameter_groups(model, 0.1, layer_decay=1.0)
+        flat, groups = flatten(name, groups, model, device=device)
+        optimizer = build_optimizer(name, groups, betas=betas)
+        long = () if device == 'cpu' else flat
+        if saved is not None:
+            checkpoint.load_optimizer_arrays(optimizer, model, saved, 'saved', flat=long)
+        optimizer.set_lr(0.01)
+        for step in steps:
+            paddle.seed(step)
+            model(paddle.randn([4, 64])).square().sum().backward()
+            for group in flat:
+                group.collect()
+            operators = launches(optimizer.step) if paddle.version.full_version >= '3' else optimizer.step()
+            optimizer.clear_grad()
+            for group in flat:
+                group.whole.grad.zero_()
+        return checkpoint.optimizer_arrays(optimizer, model, flat=long), operators
+
+    results, counts = [], []
+    for first, second in (('cpu', 'cpu'), ('gpu', 'gpu'), ('cpu', 'gpu'), ('gpu', 'cpu')):
+        paddle.seed(0)
+        before, model = (paddle.nn.Sequential(*(paddle.nn.Linear(64, 64) for _ in range(4))) for _ in range(2))
+        saved, _ = train(before, first, range(3))
+        model.set_state_dict(before.state_dict())
+        found, operators = train(model, second, range(3, 5), saved)
+        counts.append(operators)
+        results.append({**{key: value.numpy() for key, value in model.state_dict().items()},
+                        **{f'{key}/{kind}': array for key, kinds in found['accumulators'].items()
+                           for kind, array in kinds.items()}})
+    for one in results[1:]:
+        assert_same(one, results[0])
+    assert counts[0] is None or 3 * counts[1] < counts[0]
+
+
 def test_checkpoints_of_both_kinds_continue_each_other():
     parts, state = training()
     train_one_epoch(parts, batches(), epoch=1, first_step=0)
