@@ -41,8 +41,9 @@ def draw_masks(layers, samples):
     dropping = [layer.rate for layer in layers if layer.drops]
     if not dropping:
         return [None] * len(layers)
-    keep, scale = _keep_and_scale(tuple(dropping), paddle.get_device())
-    masks = iter(((paddle.rand([len(dropping), samples, 1, 1, 1]) < keep).astype('float32') * scale).unbind())
+    with paddle.amp.auto_cast(enable=False):
+        keep, scale = _keep_and_scale(tuple(dropping), paddle.get_device())
+        masks = iter(((paddle.rand([len(dropping), samples, 1, 1, 1]) < keep).astype('float32') * scale).unbind())
     return [next(masks) if layer.drops else None for layer in layers]
 
 
