@@ -30,13 +30,14 @@ class _ErrorsAsValues(paddle.io.Dataset):
     Paddle would print an error that a worker raises as pages of traceback.
 
     Args:
-        dataset: ImageNet2012Dataset.
+        dataset: ImageNet2012Dataset, or one without `levels` whose images are normalised already.
         replace: whether other images of their class replace images that cannot be decoded.
     """
 
     def __init__(self, dataset, replace):
         super().__init__()
         self.dataset, self.replace = dataset, replace
+        self._read = getattr(dataset, 'levels', dataset.__getitem__)
         self.progress = None  # of all workers, set for each iteration
 
     def __len__(self):
@@ -59,9 +60,9 @@ class _ErrorsAsValues(paddle.io.Dataset):
     def _sample(self, key):
         worker = paddle.io.get_worker_info()
         if worker is None or self.progress is None:
-            return self.dataset.levels(key)
+            return self._read(key)
         with self.progress.of(worker.id, key[1] if isinstance(key, tuple) else key):
-            return self.dataset.levels(key)
+            return self._read(key)
 
 
 class _Progress:
@@ -229,7 +230,7 @@ class DataLoader(paddle.io.DataLoader):
                     if message not in self._reported:
                         self._reported.add(message)
                         logger.warning(f'{message}; another image of its class takes its place')
-                yield normalized(images, erased, self.dataset.dataset.transform), labels
+                yield normalized(images, erased, getattr(self.dataset.dataset, 'transform', None)), labels
 
 
 def clear_shared_memory(folder='/dev/shm', seconds=3600):
