@@ -35,9 +35,9 @@ def normalized(pixels, erased, transform):
 
     Args:
         pixels, erased: see `collate`.
-        transform: has `mean` and `std`, unless the images are normalised already.
+        transform: has `levels`, `mean` and `std`, unless the images are as it returns them already.
     """
-    if pixels.dtype != paddle.uint8:
+    if pixels.dtype != paddle.uint8 or not hasattr(transform, 'levels'):
         return pixels
     if not pixels.place.is_cpu_place():
         return _look_up(pixels, erased, tuple(transform.mean), tuple(transform.std))
