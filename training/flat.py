@@ -69,6 +69,7 @@ class FlatParameters:
         move(self.members.values(), self._weights)
         self._unused = []
 
+    @paddle.no_grad()
     def collect(self):
         """Copies what is not a view (yet): the gradients of a first backward pass, and weights that Paddle replaced.
 
