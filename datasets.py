@@ -116,13 +116,20 @@ class ImageNet2012Dataset(paddle.io.Dataset):
         Raises:
             DataError: the image is missing or corrupt.
         """
+        return self._sample(key, self.transform)
+
+    def levels(self, key):
+        """The same with the image as `transforms.Levels`; as it is, if the transform does not have `levels`."""
+        return self._sample(key, getattr(self.transform, 'levels', self.transform))
+
+    def _sample(self, key, transform):
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         try:
             image = getattr(self.transform, 'open', decode_image)(self.path(index), self.exif)
             if self.train:
-                pixels = self.transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
+                pixels = transform(image, random_generator(self.seed, STREAM_AUGMENT, epoch, index, *copy))
             else:
-                pixels = self.transform(image)
+                pixels = transform(image)
         except DataError as error:
             raise type(error)(f'{self._where(index)}{error}') from error
         return pixels, self.labels[index]
@@ -204,7 +211,8 @@ def get_dataloader(config, dataset, mode='train', rank=0, world_size=1):
         sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE_EVAL, rank, world_size)
     workers = config.DATA.NUM_WORKERS
     views = max(1, config.TRAIN.AUG_SPLITS) if mode == 'train' else 1
-    image_bytes = 4 * 3 * config.DATA.IMAGE_SIZE ** 2 * views
+    erasing = mode == 'train' and config.TRAIN.RANDOM_ERASE_PROB > 0  # takes 8 bytes for up to a third of the values
+    image_bytes = (4 if erasing else 1) * 3 * config.DATA.IMAGE_SIZE ** 2 * views
     processes = min(world_size, device_count('gpu') or world_size)  # on this machine
     # each worker fills one batch in addition to those prefetched
     needed = processes * workers * (PREFETCH_FACTOR + 1) * sampler.batch_size * image_bytes

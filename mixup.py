@@ -3,6 +3,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from utils import to_device
+
 MODES = ('batch', 'pair', 'elem')
 
 
@@ -54,7 +56,7 @@ class Mixup:
         """Mixes one batch.
 
         Args:
-            images: float32 tensor [N, C, H, W].
+            images: float32 tensor [N, C, H, W] on the current device.
             labels: int64 tensor [N], or [N, num_classes] with 1 for each of several labels of an image.
             rng: np.random.Generator.
 
@@ -63,7 +65,7 @@ class Mixup:
         """
         batch, _, height, width = images.shape
         draws = self._draw(batch, height, width, rng)
-        flat = paddle.to_tensor(np.concatenate([array.ravel() for array in draws]), place=images.place)  # one copy
+        flat = to_device(np.concatenate([array.ravel() for array in draws]))  # one copy
         parts = paddle.split(flat, [array.size for array in draws])
         rows, columns, lam = (part.reshape(array.shape) for part, array in zip(parts, draws))
         weight = rows * columns  # the partner's weight at each pixel, [1 or N, 1, H, W]

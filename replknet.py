@@ -16,6 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from drop_path import DropPath, draw_masks
 from large_kernel import DepthwiseConv2D, accepts_nchw16c, as_planes, computed, conv_block, map_layout, operator_in_use
 from large_kernel.autotune import measuring_for_training
 from large_kernel.conv_norm_act import NORMS
@@ -67,23 +68,6 @@ class ConvBN(nn.Layer):
             to_blocks: whether the result may be in the NCHW16c layout where x is not, see `conv_block`.
         """
         return conv_block(x, self.conv, self.norm, self.activation, pre_norm, residual, to_blocks)
-
-
-@accepts_nchw16c()
-class DropPath(nn.Layer):
-    """Stochastic depth: drops a residual branch for whole samples while training (arXiv 1603.09382)."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        """[N, ...] -> the same shape; kept samples are scaled by 1 / (1 - rate)."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        mask = paddle.rand([x.shape[0]] + [1] * (x.ndim - 1)) < keep
-        return x * (mask.astype(x.dtype) / keep)
 
 
 @accepts_nchw16c(may_defer=lambda layer: layer.merged)  # else the branches are added in Python
@@ -177,10 +161,10 @@ class RepLKBlock(nn.Layer):
         self.pw_conv_2 = ConvBN(dw_channels, channels, 1)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
-        """[N, channels, H, W] -> the same shape."""
+    def forward(self, x, mask=None):
+        """[N, channels, H, W] -> the same shape; `mask` is that of `DropPath`."""
         y = self.large_kernel(self.pw_conv_1(x, self.pre_large_kernel_bn))
-        return x + self.drop_path(self.pw_conv_2(y)) if self.training else self.pw_conv_2(y, residual=x)
+        return x + self.drop_path(self.pw_conv_2(y), mask) if self.training else self.pw_conv_2(y, residual=x)
 
 
 @accepts_nchw16c()
@@ -194,10 +178,10 @@ class ConvFFN(nn.Layer):
         self.pw_conv_2 = ConvBN(hidden_channels, channels, 1)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
-        """[N, channels, H, W] -> the same shape."""
+    def forward(self, x, mask=None):
+        """[N, channels, H, W] -> the same shape; `mask` is that of `DropPath`."""
         y = self.pw_conv_1(x, self.pre_ffn_bn)
-        return x + self.drop_path(self.pw_conv_2(y)) if self.training else self.pw_conv_2(y, residual=x)
+        return x + self.drop_path(self.pw_conv_2(y), mask) if self.training else self.pw_conv_2(y, residual=x)
 
 
 @accepts_nchw16c()
@@ -226,13 +210,20 @@ class RepLKNetStage(nn.Layer):
 
     def forward(self, x):
         """[N, channels, H, W] -> the same shape; the norm is not applied."""
-        for block in self.blocks:
-            x = _recompute(block, x) if self.recompute and self.training else block(x)
+        if not self.training:
+            for block in self.blocks:
+                x = block(x)
+            return x
+        masks = [None] * len(self.blocks)
+        if paddle.in_dynamic_mode():  # a traced batch may have any size
+            masks = draw_masks([block.drop_path for block in self.blocks], x.shape[0])
+        for block, mask in zip(self.blocks, masks):
+            x = _recompute(block, x, mask) if self.recompute else block(x, mask)
         return x
 
 
-def _recompute(block, x):
-    """`block(x)`, with activations that are recomputed for the gradients instead of kept."""
+def _recompute(block, x, mask):
+    """`block(x, mask)`, with activations that are recomputed for the gradients instead of kept."""
     from paddle.distributed.fleet.utils import recompute
 
     passes = itertools.count()
@@ -241,7 +232,7 @@ def _recompute(block, x):
     kind = tuple(x.shape), x.dtype, autocast_dtype()
     if kind not in seen and not operator_in_use():  # then the convolutions may be measured
         with _as_in_first_pass(block, random_state), measuring_for_training(), paddle.no_grad():
-            block(x)
+            block(x, mask)
         seen.add(kind)
 
     products = is_active()
@@ -249,7 +240,7 @@ def _recompute(block, x):
     def forward(x):
         with _as_in_first_pass(block, random_state) if next(passes) else contextlib.nullcontext():
             with bf16_products(products):
-                return block(x)
+                return block(x, mask)
 
     # The reentrant kind runs a backward pass inside the backward pass, which DataParallel does not support, and Paddle
     # 2.6 cannot preserve the random state on the CPU.

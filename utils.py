@@ -130,6 +130,33 @@ def all_reduce_sum(values):
     return tensor.tolist()
 
 
+def all_reduce_measured(measured, values, own=None):
+    """`all_reduce_sum` of a number that the device has computed and of other numbers, with one wait for the device.
+
+    Args:
+        measured: float32 scalar tensor.
+        values: numbers.
+        own: float32 scalar tensor to read with them, which is not summed, or None.
+    Returns:
+        list of floats: the sums of measured and of values, and own or None.
+    """
+    if world_size() == 1:
+        read = (measured if own is None else paddle.stack([measured, own])).numpy().ravel().tolist()
+        return [read[0], *(float(v) for v in values), None if own is None else read[1]]
+    tensor = paddle.concat([measured.reshape([1]).astype('float64'), to_device(np.array(values, np.float64))])
+    dist.all_reduce(tensor)
+    if own is None:
+        return [*tensor.tolist(), None]
+    return paddle.concat([tensor, own.reshape([1]).astype('float64')]).tolist()
+
+
+def to_device(array):
+    """A tensor of an array on the current device; without waiting for what a GPU still computes."""
+    if not paddle.get_device().startswith('gpu'):
+        return paddle.to_tensor(array)
+    return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
+
+
 def all_reduce_array(array, largest=False):
     """Sums an array of the same shape over all processes, or takes the largest of each element; in its own dtype."""
     if world_size() == 1:

@@ -58,7 +58,13 @@ def step_parts(parts, batches, step):
         loss = parts.criterion(state.pop('logits'), batches[0][1])
         (loss if parts.scaler is None else parts.scaler.scale(loss)).backward()
         float(loss)
-    return dict(zip(PARTS, (forward, backward, lambda: engine._optimizer_step(parts, measure=False))))
+
+    def update():
+        if hasattr(engine, '_optimizer_step'):  # of an earlier checkout
+            engine._optimizer_step(parts, measure=False)
+        else:
+            engine._apply_gradients(parts, engine._finish_gradients(parts, measure=False), True)
+    return dict(zip(PARTS, (forward, backward, update)))
 
 
 def launches(run):

@@ -12,6 +12,7 @@ HOPELESS = 3.0  # a candidate whose first run takes this many times the best tim
 
 _logger = logging.getLogger('large_kernel')
 _choices = {}  # {key: {name: seconds}}, see `choose`
+_restored = {}  # the same from another process, to be taken in place of a measurement
 share = None  # in a run of several processes: callable(key as text, measure) -> `measure()` of the first that has asked
 for_training = False  # within `measuring_for_training`
 
@@ -43,21 +44,35 @@ def choose(candidates, x, weight, stride, training):
     key = (device, str(x.dtype), tuple(shape), weight.shape[-1], stride, training)
     if key not in _choices:
         measure = functools.partial(_measure, candidates, shape, x.dtype, weight, stride, training, warm_up=not on_cpu)
+        if key in _restored:
+            measure = functools.partial(_restored.get, key)
         _choices[key] = measure() if share is None else share(json.dumps(key), measure)
-        _logger.info('large_kernel: %s', _describe(key))
+        if key not in _restored:
+            _logger.info('large_kernel: %s', _describe(key))
     return _fastest(key)
 
 
 def choices():
-    """The choices made so far, {key as text: {name: seconds}}, for `restore`."""
-    return {json.dumps(key): times for key, times in _choices.items()}
+    """The choices made so far, {key as text, with the name of the card: {name: seconds}}, for `restore`."""
+    return {json.dumps((f'{device} {_card(device)}'.strip(), *rest)): times
+            for (device, *rest), times in {**_restored, **_choices}.items()}
 
 
 def restore(saved):
-    """Takes over the result of `choices` from another process, so that the same choices need not be made again."""
+    """Takes over the result of `choices` from another process, so that the same choices need not be made again.
+
+    Those of another model of card, or of an earlier version that did not name it, are left out.
+    """
     for text, times in saved.items():
         device, dtype, shape, *rest = json.loads(text)
-        _choices[(device, dtype, tuple(shape), *rest)] = dict(times)
+        kind, _, card = device.partition(' ')
+        if card == _card(kind):
+            _restored[(kind, dtype, tuple(shape), *rest)] = dict(times)
+
+
+def _card(kind):
+    """Name of the model of the current device; '' for other kinds than 'gpu'."""
+    return paddle.device.cuda.get_device_name() if kind == 'gpu' else ''
 
 
 def _fastest(key):

@@ -9,10 +9,10 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from large_kernel import operators
-from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, dtype_name, is_float, runs_custom
+from large_kernel import build, operators
+from large_kernel.conv import DepthwiseConv2D, as_dtype, as_float32, depthwise_conv2d, dtype_name, is_float, runs_custom
 from large_kernel.packed import PackedConv2D, is_same
-from large_kernel.products import convolve
+from large_kernel.products import takes_bf16_products
 from large_kernel.sequence import BLOCK, Deferred, computed
 
 NORMS = (nn.BatchNorm2D, nn.SyncBatchNorm)
@@ -66,7 +66,7 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
         with _around(conv, can_fuse(x, conv, norm, pre_norm, residual)), each_convolution(None):
             return conv_block(x, conv, norm, activation, pre_norm, residual, to_blocks)
     blocked = len(x.shape) == 5
-    if can_fuse(x, conv, norm, pre_norm, residual):
+    if (norm is None or not norm.training) and can_fuse(x, conv, norm, pre_norm, residual):
         run, dtype = operators.run_fused, x.dtype
         if type(x) is Deferred and x.takes(residual):
             run = Deferred.then
@@ -79,10 +79,25 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
                  blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
         return y if type(y) is Deferred or _is_half(y) else as_dtype(y, dtype)
     x = as_planes(x)
-    x = convolve(conv, x if pre_norm is None else norm_act(x, pre_norm))
+    x = _convolve(x if pre_norm is None else norm_act(x, pre_norm), conv)
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
     x = x if residual is None else as_planes(residual) + x
     return _as_blocks(x) if blocked else x
+
+
+def _convolve(x, conv):
+    """conv(x); the operator at once where `conv` is a plain layer, since the call of a layer takes three times longer.
+    """
+    if not paddle.in_dynamic_mode() or conv._forward_pre_hooks or conv._forward_post_hooks:
+        return conv(x)
+    own = conv._parameters  # attribute access on a Layer is slow, and a network's forward pass has hundreds
+    if type(conv) is DepthwiseConv2D:
+        return depthwise_conv2d(x, own['weight'], own.get('bias'), conv._stride[0])
+    if type(conv) is nn.Conv2D and own.get('bias') is None and is_same(conv):
+        if takes_bf16_products(x, own['weight'], conv._stride[0]):
+            return operators.run_pointwise_bf16(x, own['weight'])
+        return operators.run_dense(x, own['weight'], conv._stride, conv._updated_padding)
+    return conv(x)
 
 
 def norm_act(x, norm, activation=''):
@@ -91,22 +106,32 @@ def norm_act(x, norm, activation=''):
     Args:
         x: [N, C, H, W]; `norm`, `activation`: as in `conv_block`.
     """
-    if not _trains_fused(x, norm):
+    if not _trains_plainly(norm):
         return _ACTIVATIONS[activation](norm(x))
-    return operators.run_batch_norm(x, *_tensors(norm), float(norm._momentum), norm._epsilon, activation)
+    own = norm._parameters
+    weight, bias, mean, variance = own.get('weight'), own.get('bias'), own['_mean'], own['_variance']
+    if _trains_fused(x, weight, bias, mean, variance):
+        return operators.run_batch_norm(x, weight, bias, mean, variance, float(norm._momentum), norm._epsilon,
+                                        activation)
+    return _ACTIVATIONS[activation](F.batch_norm(x, mean, variance, weight, bias, True, norm._momentum, norm._epsilon,
+                                                 norm._data_format, norm._use_global_stats))
 
 
-def _trains_fused(x, norm):
-    """Whether `norm_act` uses the operator: for an `nn.BatchNorm2D` without hooks, training in float32, in dygraph."""
-    if not (type(norm) is nn.BatchNorm2D and norm.training and not norm._use_global_stats and paddle.in_dynamic_mode()):
-        return False
-    if norm._forward_pre_hooks or norm._forward_post_hooks or norm._data_format != 'NCHW':
-        return False
-    values = [x, norm.weight, norm.bias, norm._mean, norm._variance]
-    if any(v is None or v.dtype != paddle.float32 for v in values):
+def _trains_plainly(norm):
+    """Whether a call of this layer would do no more than `F.batch_norm` with statistics of the batch, in dygraph."""
+    return (type(norm) is nn.BatchNorm2D and norm.training and not norm._use_global_stats and paddle.in_dynamic_mode()
+            and norm._data_format == 'NCHW' and not norm._forward_pre_hooks and not norm._forward_post_hooks)
+
+
+def _trains_fused(x, *tensors):
+    """Whether `norm_act` uses the operator: in float32, with weight, bias and statistics `tensors`."""
+    direct = build.direct  # checks everything in C++
+    if direct:
+        return direct.accepts_norm(x, *tensors)
+    if any(tensor is None or as_dtype(tensor, paddle.float32) is not tensor for tensor in (x, *tensors)):
         return False
     n, channels, height, width = x.shape
-    return channels == norm._num_features and n * height * width > 1 and runs_custom(x)
+    return tensors[0].shape[0] == channels and n * height * width > 1 and runs_custom(x)
 
 
 def as_planes(x, dtype=None):

@@ -6,11 +6,8 @@ losses need no scaling.
 import contextlib
 
 import paddle
-from paddle import nn
 
-from large_kernel import operators
 from large_kernel.conv import runs_custom
-from large_kernel.packed import is_same
 
 _active = False
 
@@ -34,14 +31,14 @@ def is_active():
     return _active
 
 
-def convolve(conv, x):
-    """`conv(x)` of a convolution layer, with products in bfloat16 where `bf16_products` asks for it."""
-    if not (_active and type(conv) is nn.Conv2D and conv._kernel_size[0] == conv._stride[0] == 1 and conv.bias is None
-            and is_same(conv) and paddle.in_dynamic_mode() and not conv._forward_pre_hooks
-            and not conv._forward_post_hooks):
-        return conv(x)
-    weight = conv.weight
-    if (x.dtype != paddle.float32 or weight.dtype != paddle.float32 or len(x.shape) != 4 or 0 in x.shape
-            or x.shape[1] != weight.shape[1] or not runs_custom(x)):
-        return conv(x)
-    return operators.run_pointwise_bf16(x, weight)
+def takes_bf16_products(x, weight, stride):
+    """Whether products in bfloat16 are asked for and the operator computes them: of a 1x1 convolution in float32.
+
+    Args:
+        x: [N, C, H, W] in dygraph; `weight`: [C_out, C, K, K] of a dense convolution with "same" padding.
+    """
+    if not _active or weight.shape[2] != 1 or stride != 1:
+        return False
+    shape = x.shape
+    return (x.dtype == paddle.float32 and weight.dtype == paddle.float32 and len(shape) == 4 and 0 not in shape
+            and shape[1] == weight.shape[1] and runs_custom(x))

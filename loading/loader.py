@@ -17,6 +17,7 @@ from paddle.base.multiprocess_utils import _cleanup_mmap
 
 from errors import UserError
 from image_files.decode import DataError, ShardError
+from loading.batches import collate, normalized
 from utils import logger
 
 PREFETCH_FACTOR = 2  # batches prefetched per worker
@@ -29,13 +30,14 @@ class _ErrorsAsValues(paddle.io.Dataset):
     Paddle would print an error that a worker raises as pages of traceback.
 
     Args:
-        dataset: ImageNet2012Dataset.
+        dataset: ImageNet2012Dataset, or one without `levels` whose images are normalised already.
         replace: whether other images of their class replace images that cannot be decoded.
     """
 
     def __init__(self, dataset, replace):
         super().__init__()
         self.dataset, self.replace = dataset, replace
+        self._read = getattr(dataset, 'levels', dataset.__getitem__)
         self.progress = None  # of all workers, set for each iteration
 
     def __len__(self):
@@ -57,10 +59,10 @@ class _ErrorsAsValues(paddle.io.Dataset):
 
     def _sample(self, key):
         if self.progress is None:
-            return self.dataset[key]
+            return self._read(key)
         worker = paddle.io.get_worker_info()
         with self.progress.of(worker.id if worker else 0, key[1] if isinstance(key, tuple) else key):
-            return self.dataset[key]
+            return self._read(key)
 
 
 class _Progress:
@@ -88,16 +90,18 @@ class _Progress:
 
 
 def _collate(samples):
-    """Samples -> [images, labels, messages about replaced images, error message or ''], as in `DataLoader`."""
+    """Samples -> [images, labels, erased, messages about replaced images, error message or ''] of `DataLoader`.
+
+    `images` and `erased` are those of `batches.collate`.
+    """
     for sample in samples:
         if isinstance(sample, DataError):
-            return [np.zeros(1, np.float32), np.zeros(1, np.int64), '', str(sample)]
+            return [np.zeros(1, np.float32), np.zeros(1, np.int64), [], '', str(sample)]
     images, labels, replaced = zip(*samples)
-    images = np.stack(images)
-    if images.ndim == 5:
-        images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
     labels = np.array(labels)  # uint8 [n, classes] where an image has several
-    return [images, labels.astype(np.int64 if labels.ndim == 1 else np.float32), '\n'.join(filter(None, replaced)), '']
+    labels = labels.astype(np.int64 if labels.ndim == 1 else np.float32)
+    images, erased = collate(images)
+    return [images, labels, erased, '\n'.join(filter(None, replaced)), '']
 
 
 def _exit_with_parent(_):
@@ -184,6 +188,9 @@ def _give_up(reason, where='', detail=''):
 class DataLoader(paddle.io.DataLoader):
     """Paddle's DataLoader for the datasets of this module; a worker's DataError is raised in the main process.
 
+    Workers pass images on as uint8, and the device of the main process normalises them: see loading/batches.py. On a
+    GPU, batches arrive through pinned memory while it computes.
+
     Yields images, float32 [n, 3, H, W], or [views x n, 3, H, W] with the first view of all images before the second,
     and labels, int64 [n], or float32 [n, classes] where an image has several.
     Workers are started for each iteration, in about 0.1 s: Paddle's persistent workers take longer to resume and fail
@@ -218,7 +225,7 @@ class DataLoader(paddle.io.DataLoader):
             signal.signal(signal.SIGCHLD, handler)
         self.replaced = 0
         with _exit_if_one_dies(getattr(batches, '_workers', []), progress, self.dataset.dataset):
-            for images, labels, replaced, error in batches:
+            for images, labels, erased, replaced, error in batches:
                 if error:
                     raise DataError(error)
                 for message in filter(None, replaced.split('\n')):
@@ -226,7 +233,7 @@ class DataLoader(paddle.io.DataLoader):
                     if message not in self._reported:
                         self._reported.add(message)
                         logger.warning(f'{message}; another image of its class takes its place')
-                yield images, labels
+                yield normalized(images, erased, getattr(self.dataset.dataset, 'transform', None)), labels
 
 
 def clear_shared_memory(folder='/dev/shm', seconds=3600):

@@ -17,6 +17,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(build, 'reason_unavailable', lambda: 'no C++ compiler')
     monkeypatch.setattr(conv, '_warned', True)
     monkeypatch.setattr(autotune, '_choices', {})
+    monkeypatch.setattr(autotune, '_restored', {})
     return autotune._choices
 
 
@@ -114,7 +115,7 @@ def test_loading_kernels_counts_against_no_candidate(monkeypatch):
     assert calls.count('hopeless') == 1
 
 
-def test_choices_do_not_name_the_number_of_the_device_and_can_be_restored(measured, monkeypatch):
+def test_choices_name_the_card_but_not_its_number_and_can_be_restored_on_such_a_card(measured, monkeypatch):
     class Place(str):
         def is_cpu_place(self):
             return False
@@ -122,12 +123,29 @@ def test_choices_do_not_name_the_number_of_the_device_and_can_be_restored(measur
     class Map:
         place, shape, dtype = Place('Place(gpu:3)'), [2, 4, 8, 8], paddle.float16
 
-    weight, asked = paddle.zeros([4, 1, 5, 5]), []
-    monkeypatch.setattr(autotune, 'share', lambda key, measure: asked.append(key) or {'fft': 2.0, 'native': 1.0})
-    assert autotune.choose({}, Map(), weight, 1, True) == 'native'
-    assert asked == ['["gpu", "paddle.float16", [2, 4, 8, 8], 5, 1, true]'] == list(autotune.choices())
+    def choose():
+        measured.clear()  # as in a new process
+        return autotune.choose({}, Map(), weight, 1, True)
+
+    key = '["gpu", "paddle.float16", [2, 4, 8, 8], 5, 1, true]'
+    weight, card = paddle.zeros([4, 1, 5, 5]), ['Card A 80GB']
+    times = {'fft': 2.0, 'native': 1.0}
+    monkeypatch.setattr(paddle.device.cuda, 'get_device_name', lambda: card[0])
+    monkeypatch.setattr(autotune, '_measure', lambda *args, **kwargs: times)
+    asked = []
+    # the ranks of a run share what one of them has measured or restored, also where their cards differ
+    monkeypatch.setattr(autotune, 'share', lambda key, measure: asked.append(key) or measure())
+    assert choose() == 'native'
     saved = autotune.choices()
-    measured.clear()
+    assert saved == {key.replace('gpu', 'gpu Card A 80GB'): times} and asked == [key]
+    times = {'fft': 1.0, 'native': 2.0}
     autotune.restore(saved)
-    assert autotune.choose({}, Map(), weight, 1, True) == 'native' and len(asked) == 1
-    assert autotune.choices() == saved and 'native for [2, 4, 8, 8]' in autotune.describe()
+    assert autotune.choices() == saved  # also what this process has not needed yet
+    assert choose() == 'native' and 'native for [2, 4, 8, 8]' in autotune.describe()
+    autotune._restored.clear()
+    card[0] = 'Card B'
+    autotune.restore(saved)
+    assert choose() == 'fft'
+    autotune.restore({key: {'fft': 2.0, 'native': 1.0}})  # of an earlier version
+    assert choose() == 'fft' and list(autotune.choices()) == [key.replace('gpu', 'gpu Card B')]
+    assert asked == [key] * 4

@@ -375,7 +375,7 @@ def test_batches_go_through_pipes_where_shared_memory_is_short(config, monkeypat
     config.DATA.NUM_WORKERS = 1
     dataset = get_dataset(config, 'val')
     assert get_dataloader(config, dataset, 'val').use_shared_memory
-    monkeypatch.setattr(datasets, 'free_shared_memory', lambda: 2 * 3 * 4 * 3 * 32 * 32)
+    monkeypatch.setattr(datasets, 'free_shared_memory', lambda: 2 * 3 * 3 * 32 * 32)
     monkeypatch.setattr(datasets.logger, 'propagate', True)
     loader = get_dataloader(config, dataset, 'val')
     assert not loader.use_shared_memory and '/dev/shm' in caplog.text
@@ -393,8 +393,8 @@ def test_protocol_and_transform_follow_the_config(config):
     assert datasets.eval_protocol(config) == 'warp'
     config.DATA.EVAL_PROTOCOL = 'crop'
     assert datasets.eval_protocol(config) == 'crop'
-    keywords = datasets.get_transform(config, 'val').keywords
-    assert keywords['protocol'] == 'crop' and keywords['crop_pct'] == 0.875
+    transform = datasets.get_transform(config, 'val')
+    assert transform.protocol == 'crop' and transform.crop_pct == 0.875
     train = datasets.get_transform(config, 'train')
     assert train.image_size == 384 and train.views == 1
     assert train.augment.magnitude == 9 and train.re_mode == 'pixel'

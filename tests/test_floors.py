@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; inference is below training, so it never impor
     {'errors', 'paddle_env', 'atomic_file'},
     {'large_kernel', 'image_files', 'opencv', 'settings'},
     {'config', 'utils'},
-    {'replknet', 'auto_augment', 'transforms', 'datasets', 'loading', 'mixup', 'losses'},
+    {'replknet', 'drop_path', 'auto_augment', 'transforms', 'datasets', 'loading', 'mixup', 'losses'},
     {'port_weights'},
     {'run_folder'},
     {'zoo', 'fuse'},

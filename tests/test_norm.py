@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from large_kernel import build, conv_block
+from large_kernel import DepthwiseConv2D, build, conv_block
 from large_kernel.conv_norm_act import norm_act
 
 import paddle  # isort: skip
@@ -191,3 +191,26 @@ def test_a_traced_training_step_is_that_of_the_layers():
     traced = paddle.jit.to_static(copy.deepcopy(net), full_graph=True)
     got, want = traced(x), net(x)
     np.testing.assert_allclose(got.numpy(), want.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize('conv', [lambda: nn.Conv2D(4, 4, 3, 2, 1, bias_attr=False), lambda: nn.Conv2D(4, 4, 1),
+                                  lambda: DepthwiseConv2D(4, 5, bias_attr=False), lambda: DepthwiseConv2D(4, 3, 2),
+                                  lambda: nn.Conv2D(4, 4, 3, padding=1, padding_mode='reflect', bias_attr=False),
+                                  lambda: nn.Conv2D(4, 8, 3, padding=1, groups=2, bias_attr=False)])
+def test_in_training_layers_compute_the_same_with_and_without_their_call(conv):
+    """Layers with hooks are called as layers, plain ones are not."""
+    paddle.seed(0)
+    conv, x, results = conv(), paddle.randn([2, 4, 9, 8]), []
+    for hooked in (False, True):
+        norm, calls = nn.BatchNorm2D(conv._out_channels), []
+        hooks = [layer.register_forward_post_hook(lambda *_, calls=calls: calls.append(1))
+                 for layer in (conv, norm) if hooked]
+        conv.clear_gradients()
+        y = conv_block(x, conv, norm, 'relu')
+        y.square().sum().backward()
+        results.append([y.numpy(), conv.weight.grad.numpy(), norm._mean.numpy(), norm._variance.numpy()])
+        assert len(calls) == 2 * hooked
+        for hook in hooks:
+            hook.remove()
+    for plain, called in zip(*results):
+        np.testing.assert_allclose(plain, called, rtol=1e-4, atol=1e-5)

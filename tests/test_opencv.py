@@ -94,12 +94,6 @@ def test_the_random_draws_are_those_of_pillow_and_the_pixels_nearly(cv2, setting
     assert np.mean(wrong) < 0.08 and max(wrong) < 0.2  # of values with a standard deviation of about 1
 
 
-def test_normalisation_is_that_of_pillow(cv2, photo_path):
-    pillow, opencv = (train_transform(96, backend=backend) for backend in ('pil', 'cv2'))
-    image = decode_image(photo_path)
-    assert np.array_equal(pillow._normalized(image), opencv._normalized(np.asarray(image)))
-
-
 @pytest.mark.parametrize('side', [40, 60, 96, 110, 130, 150, 210, 300, 427])
 def test_resizing_is_as_close_to_pillows_bicubic_filter_as_pillows_bilinear_one(cv2, side, photo_path):
     image = decode_image(photo_path).crop((100, 0, 100 + side, side))

@@ -7,8 +7,7 @@ import pytest
 from paddle import nn
 
 from config import get_config
-from large_kernel import bf16_products, build
-from large_kernel.products import convolve
+from large_kernel import bf16_products, build, conv_block
 from port_weights.safe_load import read_checkpoint
 from replknet import RepLKNet
 from training import amp
@@ -30,7 +29,7 @@ def test_outputs_and_gradients_are_those_of_rounded_numbers(n, channels, out_cha
     dy = paddle.randn([n, out_channels, side, side + 1])
     x.stop_gradient = False
     with bf16_products():
-        y = convolve(conv, x)
+        y = conv_block(x, conv)
     y.backward(dy)
     a, w, g = rounded(x.detach()), rounded(conv.weight.detach())[:, :, 0, 0], rounded(dy)
     for found, terms in ((y, ('nchw,oc->nohw', a, w)), (x.grad, ('nohw,oc->nchw', g, w)),
@@ -46,10 +45,10 @@ def test_gradients_that_nobody_needs_are_not_computed():
     conv.weight.stop_gradient = True
     x.stop_gradient = False
     with bf16_products():
-        convolve(conv, x).sum().backward()
+        conv_block(x, conv).sum().backward()
     assert conv.weight.grad is None and x.grad is not None
     with bf16_products(), paddle.no_grad():
-        assert convolve(conv, x).stop_gradient
+        assert conv_block(x, conv).stop_gradient
 
 
 def test_others_are_computed_by_their_layers(monkeypatch):
@@ -60,12 +59,12 @@ def test_others_are_computed_by_their_layers(monkeypatch):
     layers[-1].register_forward_post_hook(lambda *_: called.append(1))
     with bf16_products():
         for conv in layers:
-            np.testing.assert_array_equal(convolve(conv, x).numpy(), conv(x).numpy())
+            np.testing.assert_array_equal(conv_block(x, conv).numpy(), conv(x).numpy())
     assert len(called) == 2
     plain = nn.Conv2D(16, 16, 1, bias_attr=False)
     monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'native')
     with bf16_products():
-        np.testing.assert_array_equal(convolve(plain, x).numpy(), plain(x).numpy())
+        np.testing.assert_array_equal(conv_block(x, plain).numpy(), plain(x).numpy())
 
 
 def gradients(products=False, recompute=False, round_weights=False):

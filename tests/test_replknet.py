@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from config import get_config
+from drop_path import DropPath, draw_masks
 from port_weights.load import load_weights
 from port_weights.names import to_paddle_names
 from port_weights.safe_load import find_weights, read_checkpoint
@@ -190,7 +191,6 @@ def test_drop_path_rates_rise_linearly_and_a_pair_shares_one():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    from replknet import DropPath
     paddle.seed(1)
     x = paddle.ones([4000, 2, 1, 1])
     y = DropPath(0.25)(x).numpy().reshape(4000, 2)
@@ -208,6 +208,32 @@ def test_initial_weights_have_the_official_distribution():
         assert np.abs(values).max() <= fan_in ** -0.5
         assert np.abs(values).max() > 0.95 * fan_in ** -0.5
     assert np.abs(model.head.bias.numpy()).max() > 0  # the official code leaves PyTorch's uniform bias
+
+
+def test_masks_drawn_together_are_those_of_single_layers():
+    layers = [DropPath(rate) for rate in (0.0, 0.1, 0.3, 0.3, 0.5, 0.7)]
+    layers[2].eval()
+    paddle.seed(5)
+    masks = draw_masks(layers, 7)
+    after = paddle.rand([2]).numpy()
+    paddle.seed(5)
+    ones = paddle.ones([7, 1, 1, 1])
+    for layer, mask in zip(layers, masks):
+        assert (mask is None) == (layer.rate == 0 or not layer.training)
+        alone = layer(ones).numpy()
+        assert layer(ones, mask).numpy().tobytes() == alone.tobytes() and (mask is None or 0 <= alone.min() < 1)
+    np.testing.assert_array_equal(paddle.rand([2]).numpy(), after)
+    assert draw_masks(layers[:1], 7) == [None]
+
+
+def test_a_stage_in_training_is_the_sequence_of_its_blocks():
+    stage, x = small(drop_path=0.8).stages[2], paddle.randn([4, 8, 8, 8])
+    paddle.seed(3)
+    found = stage(x).numpy()
+    paddle.seed(3)
+    for block in stage.blocks:
+        x = block(x)
+    assert found.tobytes() == x.numpy().tobytes()
 
 
 @pytest.mark.parametrize('drop_path', [0.0, 0.5])

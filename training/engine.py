@@ -12,6 +12,8 @@ from training.progress import Progress, epoch_metrics, epoch_sums
 
 SLOW_STEP_SECONDS = 3  # after a step this slow, the ranks meet before they exchange gradients: see utils.barrier
 MAX_SKIPPED_STEPS = 100  # training stops after this many overflowing steps in a row
+OVERFLOWS = (f'{MAX_SKIPPED_STEPS} steps in a row overflowed under loss scaling; try AMP_DTYPE bfloat16 or a lower '
+             'TRAIN.BASE_LR')
 
 
 def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=None, votes=list, after_step=None):
@@ -47,26 +49,27 @@ def train_one_epoch(parts, loader, *, epoch, first_step, sums=None, on_report=No
         start = (step - first_step) * settings.accum_iter
         group = range(start, min(start + settings.accum_iter, len(loader)))
         my_loss, my_images = _accumulate_gradients(parts, batches, epoch, group, wait_for_ranks=slow)
-
-        # one small exchange per step; all ranks learn of a loss that is not finite, so none is left waiting
-        loss_sum, images, broken, seconds, *voted = utils.all_reduce_sum(
-            [my_loss, my_images, not math.isfinite(my_loss), time.perf_counter() - began, *votes()])
-        slow, began = seconds / world > SLOW_STEP_SECONDS, time.perf_counter()
-        if broken and scaler is None:
-            raise TrainingStopped(f'step {step} (epoch {epoch}): {_broken_loss(parts, my_loss, lr)}')
-
         done = step + 1 - first_step
         reporting = on_report is not None and (done % settings.report_freq == 0 or done == steps)
-        applied, norm = _optimizer_step(parts, measure=reporting)
+        norm = _finish_gradients(parts, measure=reporting)
+
+        # one small exchange, the step's only wait for the device; all ranks learn of a loss that is not finite, so none
+        # is left waiting; all have the same norm
+        loss_sum, images, seconds, *voted, norm_value = utils.all_reduce_measured(
+            my_loss, [my_images, time.perf_counter() - began, *votes()], norm)
+        slow, began = seconds / world > SLOW_STEP_SECONDS, time.perf_counter()
+        if scaler is None and not math.isfinite(loss_sum):
+            raise TrainingStopped(f'step {step} (epoch {epoch}): {_broken_loss(parts, float(my_loss), lr)}')
+
+        applied = scaler is None or math.isfinite(norm_value)
+        _apply_gradients(parts, norm, applied)
         _count_step(sums, applied, loss_sum, images, lr)
         if sums['skipped_in_a_row'] == MAX_SKIPPED_STEPS:
-            raise TrainingStopped(f'step {step} (epoch {epoch}): {MAX_SKIPPED_STEPS} steps in a row overflowed under '
-                                  'loss scaling; try AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR')
-        loss = loss_sum / images
-        progress.step(images, loss=loss, lr=lr)
+            raise TrainingStopped(f'step {step} (epoch {epoch}): {OVERFLOWS}')
+        progress.step(images, loss=loss_sum / images, lr=lr)
         if reporting:
-            on_report(step=step + 1, epoch=epoch - 1 + done / steps, loss=loss, lr=lr, grad_norm=float(norm),
-                      images_per_s=sums['images'] / sums['seconds'],
+            on_report(step=step + 1, epoch=epoch - 1 + done / steps, loss=loss_sum / images, lr=lr,
+                      grad_norm=norm_value, images_per_s=sums['images'] / sums['seconds'],
                       **({} if scaler is None else {'loss_scale': scaler.value}))
         if after_step is not None:
             after_step(*voted)
@@ -93,7 +96,7 @@ def _accumulate_gradients(parts, batches, epoch, group, wait_for_ranks):
         epoch, group: the epoch, and the range of the micro-batches' indices in it.
         wait_for_ranks: whether the ranks meet before they exchange gradients.
     Returns:
-        sum of the loss over the images of this rank, and their number.
+        sum of the loss over the images of this rank, a float32 scalar tensor, and their number.
     """
     loss_sum, images_seen = paddle.zeros([]), 0
     for index, (images, labels) in zip(group, batches):
@@ -111,24 +114,24 @@ def _accumulate_gradients(parts, batches, epoch, group, wait_for_ranks):
             (loss if parts.scaler is None else parts.scaler.scale(loss)).backward()
         loss_sum = loss_sum + loss.detach() * len(group) * labels.shape[0]
         images_seen += labels.shape[0]
-    return float(loss_sum), images_seen
+    return loss_sum, images_seen
 
 
 def _broken_loss(parts, loss, lr):
     """The message for a loss that is not finite on some rank; every rank calls it with its own loss."""
     ranks = [str(rank) for rank, value in enumerate(utils.all_gather_values(loss)) if not math.isfinite(value)]
-    return (f'the loss is not finite on rank {", ".join(ranks)}, lr {lr:.3g}, {nonfinite_gradients(parts.bare_model)}; '
-            'lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP, or check the data')
+    where = nonfinite_gradients(parts.bare_model, parts.masters.by_name)
+    return (f'the loss is not finite on rank {", ".join(ranks)}, lr {lr:.3g}, {where}; lower TRAIN.BASE_LR, set '
+            'TRAIN.GRAD_CLIP, or check the data')
 
 
-def _optimizer_step(parts, measure):
-    """Clips and applies the gradients, updates the moving average, and clears the gradients.
+def _finish_gradients(parts, measure):
+    """Collects the gradients of an optimizer step and divides them by the loss scale.
 
     Args:
-        measure: whether the norm of the gradients is needed.
+        measure: whether the norm of the gradients is needed for a report.
     Returns:
-        whether the step was applied, which it is not when it overflows under loss scaling; and the norm of the
-        gradients before clipping, or None where nothing needs it.
+        their norm before clipping, a float32 scalar tensor; None where nothing needs it.
     """
     settings, scaler, parameters = parts.settings, parts.scaler, parts.trained_parameters
     parts.masters.take_gradients()
@@ -136,23 +139,32 @@ def _optimizer_step(parts, measure):
         group.collect()
     if scaler is not None:
         scaler.unscale(parameters)
-    norm = None
-    if settings.grad_clip:
-        norm = clip_gradients(parameters, settings.grad_clip, settings.grad_clip_mode)
-    elif measure or scaler is not None:
-        norm = gradient_norm(parameters)
-    finite = True
-    if scaler is not None:  # the gradients, and so this decision, are the same on every rank
-        finite = math.isfinite(norm)
-        scaler.update(finite)
-    if finite:
+    clips = settings.grad_clip and settings.grad_clip_mode == 'norm'
+    return gradient_norm(parameters) if measure or clips or scaler is not None else None
+
+
+def _apply_gradients(parts, norm, applied):
+    """Clips and applies the gradients, updates the moving average, and clears the gradients.
+
+    Args:
+        norm: see `_finish_gradients`.
+        applied: whether to apply them, which a step that overflows under loss scaling does not; then the loss scale
+            changes and nothing else.
+    """
+    settings = parts.settings
+    if parts.scaler is not None:
+        parts.scaler.update(applied)
+    if applied:
+        if settings.grad_clip:
+            clip_gradients(parts.trained_parameters, settings.grad_clip, settings.grad_clip_mode, norm)
         parts.optimizer.step()
+        for group in parts.flat:
+            group.keep_unused()
         parts.masters.update_model()
         if parts.ema is not None:
             parts.ema.update(parts.bare_model, parts.masters.by_name, parts.flat)
     parts.optimizer.clear_grad()
     parts.masters.clear_gradients()
-    return finite, norm
 
 
 def _count_step(sums, applied, loss_sum, images, lr):

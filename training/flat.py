@@ -67,13 +67,29 @@ class FlatParameters:
         self.whole.grad = paddle.zeros_like(self.whole)
         self._gradients = views(self.whole.grad, self._shapes)
         move(self.members.values(), self._weights)
+        self._unused = []
 
+    @paddle.no_grad()
     def collect(self):
-        """Copies what is not a view (yet): the gradients of a first backward pass, and weights that Paddle replaced."""
+        """Copies what is not a view (yet): the gradients of a first backward pass, and weights that Paddle replaced.
+
+        Weights without a gradient are remembered for `keep_unused`.
+        """
         move(self.members.values(), self._weights)
         gradients = [parameter.grad for parameter in self.members.values()]
+        self._unused = [(view.tensor, view.tensor.clone()) for gradient, view in zip(gradients, self._weights)
+                        if gradient is None]
         move((gradient for gradient in gradients if gradient is not None),
              (view for gradient, view in zip(gradients, self._gradients) if gradient is not None))
+
+    @paddle.no_grad()
+    def keep_unused(self):
+        """Gives the weights that no loss depends on their values back, after a step of the optimizer, which decays all.
+
+        An optimizer of single parameters leaves them out.
+        """
+        for weight, value in self._unused:
+            paddle.assign(value, output=weight)
 
     def unpacked(self, state):
         """An optimizer's state dict, with the entries of the members in place of those of `whole`."""

@@ -8,9 +8,6 @@ from training.flat import FlatParameters
 from training.optimizers import Adan, Lamb, Lion, NAdam
 
 MAX_LAYER_ID = 13
-# LAMB scales each parameter's step by its norm. The others' roots and quotients are rounded differently at the end of a
-# tensor than within it (on CPUs), so that runs would not continue bit for bit as before.
-PER_PARAMETER = ('lamb', 'nadam', 'adan')
 
 
 def layer_id(name, num_stages=4):
@@ -62,18 +59,29 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, masters=None):
     return list(groups.values())
 
 
-def flatten(name, groups, model, masters=None):
+def updates_single_parameters(name, device):
+    """Whether the optimizer `name` is to update each parameter on its own, not as part of a long one.
+
+    LAMB scales the step of each parameter by its norm. NAdam and Adan take square roots, which on a CPU are rounded
+    differently in the last elements of a tensor (those that do not fill a vector register), so that runs would not
+    continue bit for bit as before; a GPU computes all elements alike.
+    """
+    return name == 'lamb' or name in ('nadam', 'adan') and device == 'cpu'
+
+
+def flatten(name, groups, model, masters=None, device='cpu'):
     """Makes the parameters of each group of `parameter_groups` views of a long one.
 
     Args:
-        name: of the optimizer; those in PER_PARAMETER get the single parameters all the same.
+        name: of the optimizer; see `updates_single_parameters`.
         groups, masters: see `parameter_groups`.
+        device: kind of device in use ('gpu', 'cpu', ...).
     Returns:
         list of FlatParameters, and the groups for `build_optimizer`.
     """
     names = {id((masters or {}).get(name, parameter)): name for name, parameter in model.named_parameters()}
     flat = [FlatParameters({names[id(parameter)]: parameter for parameter in group['params']}) for group in groups]
-    if name in PER_PARAMETER:
+    if updates_single_parameters(name, device):
         return flat, groups
     return flat, [{**group, 'params': [one.whole]} for one, group in zip(flat, groups)]
 
@@ -120,7 +128,7 @@ def gradient_norm(parameters):
 
 
 @paddle.no_grad()
-def clip_gradients(parameters, limit, mode='norm'):
+def clip_gradients(parameters, limit, mode, norm=None):
     """Clips the gradients in place.
 
     Paddle's optimizers would clip each parameter group by its own norm.
@@ -128,16 +136,13 @@ def clip_gradients(parameters, limit, mode='norm'):
     Args:
         limit: largest norm over all gradients (mode 'norm'), or largest absolute value of an element (mode 'value').
         mode: 'norm' or 'value'.
-    Returns:
-        the norm before clipping, see `gradient_norm`.
+        norm: result of `gradient_norm`, for mode 'norm'.
     """
-    norm = gradient_norm(parameters)
     if mode == 'norm':
         scale = paddle.clip(limit / (norm + 1e-6), max=1.0)
         change_gradients(parameters, lambda gradient: gradient.multiply_(scale))
     else:
         change_gradients(parameters, lambda gradient: gradient.clip_(-limit, limit))
-    return norm
 
 
 @paddle.no_grad()
@@ -148,11 +153,15 @@ def change_gradients(parameters, change):
             change(parameter.grad)
 
 
-def nonfinite_gradients(model):
-    """Describes, for an error message, in which parts of a model gradients are not finite."""
-    parts, trained = {}, [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    for name, parameter in trained:
-        if not bool(paddle.isfinite(parameter.grad.astype('float32')).all()):
+def nonfinite_gradients(model, masters):
+    """Describes, for an error message, in which parts of a model gradients are not finite.
+
+    `masters` is as for `parameter_groups`; the gradients are theirs.
+    """
+    gradients = ((name, masters.get(name, parameter).grad) for name, parameter in model.named_parameters())
+    parts, trained = {}, [(name, gradient) for name, gradient in gradients if gradient is not None]
+    for name, gradient in trained:
+        if not bool(paddle.isfinite(gradient).all()):
             part = '.'.join(name.split('.')[:2 if name.startswith(('stages', 'transitions')) else 1])
             parts.setdefault(part, []).append(name)
     broken = sum(map(len, parts.values()))

@@ -14,7 +14,7 @@ from training.ema import ModelEMA
 from training.flat import FlatParameters
 from training.freezing import freeze
 from training.masters import MasterWeights
-from training.optim import PER_PARAMETER, build_optimizer, flatten, parameter_groups
+from training.optim import build_optimizer, flatten, parameter_groups, updates_single_parameters
 from training.run_state import RunState
 from training.running_statistics import sync_batch_norm_works
 from training.schedules import build_schedule, build_weight_decay
@@ -126,7 +126,7 @@ def build_training(config, device, amp, start, loader, data):
     ema = ModelEMA(model, train.MODEL_EMA_DECAY) if train.MODEL_EMA else None  # in float32
     masters = amp.cast_weights(model)
     groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY, masters.by_name)
-    flat, groups = flatten(train.OPTIMIZER.NAME, groups, model, masters.by_name)
+    flat, groups = flatten(train.OPTIMIZER.NAME, groups, model, masters.by_name, device)
     optimizer = build_optimizer(train.OPTIMIZER.NAME, groups, betas=train.OPTIMIZER.BETAS, eps=train.OPTIMIZER.EPS)
     parts = TrainingParts(
         model=model, criterion=_build_criterion(config, data), optimizer=optimizer, lr_at=lr_at, amp=amp,
@@ -136,7 +136,7 @@ def build_training(config, device, amp, start, loader, data):
             accum_iter=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP, grad_clip_mode=train.GRAD_CLIP_MODE,
             seed=config.SEED, report_freq=config.REPORT_FREQ, total_steps=lr_at.total_steps))
     state = RunState(config, model, ema, optimizer, parts.scaler, steps_per_epoch, masters=masters.by_name,
-                     flat=() if train.OPTIMIZER.NAME in PER_PARAMETER else flat,
+                     flat=() if updates_single_parameters(train.OPTIMIZER.NAME, device) else flat,
                      own_statistics=world > 1 and not sync_bn, data=data.identity)
 
     if start.checkpoint is not None:

@@ -1,5 +1,5 @@
 // A direct entry from Python to the depthwise operator, which bypasses Paddle's dispatch of custom operators: a check
-// that covers all arguments in one call, and for calls without gradients the operator itself. Paddle's dispatch takes
+// that covers all arguments in one call, also for the batch norm, and for calls without gradients the operator itself. Paddle's dispatch takes
 // longer than a small layer, above all after a large map has evicted its code from the caches.
 #pragma once
 #if __has_include(<Python.h>)
@@ -77,6 +77,20 @@ PyObject* accepts(PyObject*, PyObject* const* from, Py_ssize_t count) {
   return PyBool_FromLong(a.read<fits>(from, count));
 }
 
+// accepts_norm(x, weight, bias, mean, variance): whether `batch_norm_act` takes these arguments.
+inline PyObject* accepts_norm(PyObject*, PyObject* const* from, Py_ssize_t count) {
+  bool good = count == 5 && is_chosen();
+  for (Py_ssize_t i = 0; good && i < count; i++) good = is_plain(from[i]);
+  if (good) {
+    const auto dims = paddle::pybind::CastPyArg2Tensor(from[0], 0).dims();
+    good = dims.size() == 4 && dims[0] * dims[2] * dims[3] > 1 && dims[1] > 0;
+    for (Py_ssize_t i = 1; good && i < count; i++) {
+      good = paddle::pybind::CastPyArg2Tensor(from[i], i).numel() == dims[1];
+    }
+  }
+  return PyBool_FromLong(good);
+}
+
 // forward(x, weight, bias, stride): the result, with stop_gradient set, or None if `accepts` would return False.
 template <Forward run, Fits fits>
 PyObject* forward(PyObject*, PyObject* const* from, Py_ssize_t count) {
@@ -104,6 +118,7 @@ PyObject* make_module() {
   }
   auto fast = [](auto* function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); };
   static PyMethodDef methods[] = {{"accepts", fast(accepts<fits>), METH_FASTCALL, nullptr},
+                                  {"accepts_norm", fast(accepts_norm), METH_FASTCALL, nullptr},
                                   {"forward", fast(forward<run, fits>), METH_FASTCALL, nullptr},
                                   {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "large_kernel_direct", nullptr, -1, methods};
