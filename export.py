@@ -239,18 +239,18 @@ def _complete_or_absent(output):
 def _write_programs(folder, config, options, model, twin, images):
     """Writes and checks the programs of `twin`, the model in the exported form; returns the certificate."""
     threads, size = paddle_env.set_threads(), config.DATA.IMAGE_SIZE
+    rounding, about, quantised = None, {}, None
+    if options.precision != 'fp32':
+        rounding = Rounding(model, images, options.precision, options.agreement, config.DATA.MULTI_LABEL)
+        about = {'rounding': {'compared_on': rounding.description, 'required_agreement': rounding.agreement}}
     comparison = Comparison(model, images, options)
     groups = comparison.check_groups(twin)
     before = {'form': 'merged' if is_merged(model) else 'training', **_costs(model, size, images.one)}
     after = {'form': options.form, **_costs(twin, size, images.one)}
     sides = None if options.dynamic else (size, size)
-    programs, rounding, about = {}, None, {}
-    quantised = None
-    if options.precision != 'fp32':
-        rounding = Rounding(model, images, options.precision, options.agreement, config.DATA.MULTI_LABEL)
-        about = {'compared_on': rounding.description, 'required_agreement': rounding.agreement}
-        if options.precision == 'int8':
-            quantised, about['int8'] = choose_int8_layers(twin, rounding)
+    if options.precision == 'int8':
+        quantised, about['rounding']['int8'] = choose_int8_layers(twin, rounding)
+    programs = {}
     for program in _programs(twin, options, quantised, rounding):
         files = program.save(folder, sides)
         run = program.load(folder, threads)
@@ -265,8 +265,7 @@ def _write_programs(folder, config, options, model, twin, images):
         'features': options.features, 'scores': 'sigmoid' if config.DATA.MULTI_LABEL else 'softmax',
         'image_size': list(sides) if sides else 'dynamic',
         'tolerance': options.tolerance, 'compared_on': images.description, 'groups': groups, 'programs': programs,
-        'before': before, 'after': after, 'operators': OPERATORS, 'precision': options.precision,
-        **({'rounding': about} if rounding else {}),
+        'before': before, 'after': after, 'operators': OPERATORS, 'precision': options.precision, **about,
         'environment': {'paddle': paddle.__version__, 'threads': threads,
                         'processor': paddle_env.cpu_info().get('model name', platform.machine())}}
 
