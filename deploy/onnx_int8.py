@@ -19,7 +19,8 @@ def write_onnx_int8(source, path, layers, batches):
         import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     except ImportError as error:
-        raise UserError(f'-format=onnx-int8 needs the package {error.name}: pip install onnx onnxruntime') from None
+        package = (error.name or 'onnxruntime').split('.')[0]
+        raise UserError(f'-format=onnx-int8 needs the package {package}: pip install onnx onnxruntime') from None
 
     class Reader(CalibrationDataReader):
         images = iter(batches)
