@@ -1,4 +1,4 @@
-"""Measures the speed of a model on this machine's CPU, in each form and backend, and where the time goes.
+"""Measures the speed of a model on this machine's CPU, in each form, backend and precision, and where the time goes.
 
     python benchmark.py -model=replknet_31b -image_size=224 -batch_size=1,8 -form=training,merged,fused \\
         -backend=dygraph,inference -threads=1,2 -output=31b.json
@@ -20,7 +20,7 @@ import numpy as np
 
 from atomic_file import atomic_file
 from benchmarks import harness
-from deploy.layout import FORMS
+from deploy.layout import FORMS, PRECISIONS
 from errors import ArgumentParser, UserError
 
 BACKENDS = ('dygraph', 'inference')
@@ -39,7 +39,8 @@ def build(case):
     from config import get_config
     from deploy.predictor import load_model
     from fuse import in_form, pack
-    from large_kernel import operator_in_use
+    from large_kernel import fastest_precision, operator_in_use
+    from large_kernel.quantise import quantise
     from replknet import VARIANTS, RepLKNet, build_replknet
     name = case['model']
     paddle.seed(0)
@@ -50,9 +51,15 @@ def build(case):
     else:
         model, _ = load_model(name)
     model.eval()
-    model = in_form(model, case['form'])
-    if operator_in_use() and (case['backend'] == 'inference' or case['form'] == 'fused'):
-        pack(model)  # as export.py and predict.py do
+    model, precision, quantised = in_form(model, case['form']), case['precision'], None
+    if precision != 'fp32' and not operator_in_use():
+        raise UserError(f'{precision} needs the C++ operator')
+    if precision == 'int8':  # for speed only: nothing is learnt about accuracy on random inputs
+        if case['form'] != 'fused':
+            raise UserError('int8 needs the fused form')
+        precision, quantised = fastest_precision(), quantise(model, [images_of(case)])
+    if operator_in_use() and (case['backend'] == 'inference' or case['form'] == 'fused' or precision != 'fp32'):
+        pack(model, precision, quantised)  # as export.py and predict.py do
     return model
 
 
@@ -197,7 +204,7 @@ def bench(case, args):
     if failed:
         raise harness.SystemFailed(failed['model'])
     answer, times = answers['model'], times['model']
-    row = {name: case[name] for name in ('form', 'backend', 'threads', 'size', 'batch')}
+    row = {name: case[name] for name in ('form', 'backend', 'precision', 'threads', 'size', 'batch')}
     row.update({f'p{p}_ms': round(float(np.percentile(times, p)), 3) for p in PERCENTILES})
     row.update(images_per_s=round(case['batch'] * 1000 / float(np.mean(times)), 3), calls=len(times),
                peak_mb=round(answer['peak_mb'] or 0), shares=answer['shares'], paddle=answer['paddle'])
@@ -222,6 +229,8 @@ def read_arguments(argv=None):
         add(flag, type=numbers, default=default, metavar='N,...', help='whole numbers (%(default)s)')
     for flag, choices in (('form', FORMS), ('backend', BACKENDS)):
         add(flag, default=','.join(choices), metavar='X,...', help='any of %(default)s')
+    add('precision', default='fp32', metavar='X,...', help=f'any of {",".join(PRECISIONS)} (%(default)s); bf16 needs a '
+        'merged or fused form, int8 the fused one, calibrated on the random inputs')
     add('budget', type=float, default=10.0, help='seconds of timed calls for each combination, at most 300 calls')
     add('patience', type=float, default=30.0, help='seconds to wait, for each combination, until other processes '
         'leave the cores idle')
@@ -234,10 +243,12 @@ def read_arguments(argv=None):
 def measure(args):
     """Measures all combinations of the arguments; yields a row of the results for each that could be measured."""
     forms, backends = harness.choose('form', args.form, FORMS), harness.choose('backend', args.backend, BACKENDS)
+    precisions = harness.choose('precision', args.precision, PRECISIONS)
     answers = {}
-    for size, batch, threads, form, backend in itertools.product(args.image_size, args.batch_size, args.threads, forms,
-                                                                 backends):
-        case = {'model': args.model, 'form': form, 'backend': backend, 'threads': threads, 'size': size, 'batch': batch}
+    for size, batch, threads, form, backend, precision in itertools.product(
+            args.image_size, args.batch_size, args.threads, forms, backends, precisions):
+        case = {'model': args.model, 'form': form, 'backend': backend, 'precision': precision, 'threads': threads,
+                'size': size, 'batch': batch}
         label = ', '.join(f'{name} {value}' for name, value in case.items() if name != 'model')
         print(label, file=sys.stderr)
         try:
@@ -245,7 +256,7 @@ def measure(args):
         except harness.SystemFailed as error:
             print(f'{label}: left out: {error}', file=sys.stderr)
             continue
-        same_input = answers.setdefault((size, batch), {})
+        same_input = answers.setdefault((size, batch, precision), {})
         same_input[label] = answer
         if label in harness.disagreement(same_input):
             print(f'{label}: its results differ from those of {next(iter(same_input))}', file=sys.stderr)
@@ -258,7 +269,7 @@ def print_results(header, rows):
         print(f'{name}: {text}')
     columns = [name for name in rows[0] if name not in ('shares', 'paddle')]
     print('\n' + harness.table(columns, [[row[name] for name in columns] for row in rows]))
-    columns = columns[:5]  # the combination
+    columns = columns[:6]  # the combination
     print(harness.table([*columns, *KINDS], [
         [*(row[name] for name in columns), *(f'{row["shares"][k]:.0%}' if row['shares'] else '-' for k in KINDS)]
         for row in rows]))

@@ -3,10 +3,12 @@
     python export.py -pretrained=replknet_31b_1k_224 -output=export/31b            # or a run folder, or a checkpoint
     python export.py -cfg=./configs/replknet_31b.yaml -pretrained=W.pdparams -output=export/31b -format=paddle,onnx
     python export.py -pretrained=output/RUN -output=export/run -form=merged -dynamic
+    python export.py -pretrained=output/RUN -output=export/int8 -precision=int8 -pictures=typical_images
 
 The output folder contains `model`, a Paddle program that uses the large-kernel operator; `model_native`, a Paddle
 program that uses standard operators only; `model.onnx` with `-format=onnx`; and `certificate.json`. If a program
-differs from the original model by more than the tolerance, nothing is exported and the exit status is 1.
+differs from the original model by more than the tolerance, nothing is exported and the exit status is 1. With
+`-precision=bf16` or `int8`, `model` is rounded, and must decide nearly all images as float32 does.
 docs/export.md describes how to use the files.
 """
 from errors import default_interrupt
@@ -24,7 +26,7 @@ import shutil
 import sys
 import tempfile
 from argparse import ArgumentTypeError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional, Tuple
 
 import numpy as np
@@ -33,30 +35,30 @@ import paddle
 import utils
 from atomic_file import atomic_file
 from config import config_text, get_config
-from datasets import get_dataset, get_transform, source_name
-from deploy.equivalence import compare_groups, compare_outputs, dygraph_program, latency_ms, multiply_accumulates
-from deploy.layout import CERTIFICATE, FORMS, is_export
+from deploy.comparison_images import comparison_images
+from deploy.equivalence import (
+    CertificateError,
+    compare_groups,
+    compare_outputs,
+    dygraph_program,
+    latency_ms,
+    multiply_accumulates,
+)
+from deploy.layout import CERTIFICATE, FORMS, PRECISIONS, is_export
 from deploy.onnx_graph import write_onnx
+from deploy.onnx_int8 import write_onnx_int8
+from deploy.rounding import Rounding, choose_int8_layers, rounding_table
 from deploy.runtimes import load_onnx_program, load_paddle_program, save_paddle_program
 from errors import ArgumentParser, Interrupted, UserError, exit_status
 from fuse import WithFeatures, in_form, is_merged, pack
-from image_files.decode import decode_image
-from image_files.find import images_in
-from image_files.generated import generated_image
 from image_files.lists import CLASSES, read_class_names
-from large_kernel import load_operator
-from large_kernel.build import OPERATORS, BuildError
+from large_kernel import fastest_precision, load_operator
+from large_kernel.build import OPERATORS, BuildError, reason_unavailable
 from run_folder.layout import CONFIG
 from run_folder.metrics import best_checkpoint
 from zoo import ZOO, build_model, class_names_file, pretrained_weights, require_settings_file
 
-FORMATS = ('paddle', 'onnx')
-IMAGES = 8  # compared images, and as many random inputs of each size
-BATCH = 4
-
-
-class CertificateError(RuntimeError):
-    """The exported form differs from the original model; the text names the largest difference."""
+FORMATS = ('paddle', 'onnx', 'onnx-int8')
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ class ExportOptions:
         features: the programs also return the pooled features, [N, num_classes + C].
         dynamic: leave the height and width of the input free; otherwise they are DATA.IMAGE_SIZE.
         tolerance: largest difference of a logit, and of a feature map relative to its largest value.
-        pictures: folder of images to compare on; None for images of the validation list, or generated ones.
+        pictures: folder of images to compare and to calibrate on; None for images of the validation list, or
+            generated ones.
         overwrite: replace an export in the output folder.
         cfg: settings file that was named for the model, or None; it tells a published model, see `class_names_file`.
+        precision: of the program `model`: one of PRECISIONS, or 'auto' for the fastest of fp32 and bf16 here.
+        agreement: least share of images that a program in bf16 or int8 must decide as float32 does; None for
+            `deploy.rounding.AGREEMENT`.
     """
     form: str = 'fused'
     formats: Tuple[str, ...] = ('paddle',)
@@ -81,6 +87,8 @@ class ExportOptions:
     pictures: Optional[str] = None
     overwrite: bool = False
     cfg: Optional[str] = None
+    precision: str = 'fp32'
+    agreement: Optional[float] = None
 
 
 def read_arguments(argv=None):
@@ -95,7 +103,12 @@ def read_arguments(argv=None):
     add('output', metavar='DIR', required=True, help='folder to write')
     add('form', choices=FORMS, default='fused', help='fused (default): no batch norm is left; merged: the small '
         'kernels are merged into the large ones; training: unchanged')
-    add('format', type=_formats, default=['paddle'], metavar='X,Y', help='paddle (default), onnx, or both')
+    add('format', type=_formats, default=['paddle'], metavar='X,Y', help='paddle (default), onnx, onnx-int8 (with '
+        '-precision=int8), or several')
+    add('precision', choices=(*PRECISIONS, 'auto'), default='fp32', help='of `model`: fp32 (default), bf16, int8, or '
+        'auto for the fastest of fp32 and bf16 on this processor; the other programs are in fp32')
+    add('agreement', type=_share, metavar='X', help='least share of the images that bf16 or int8 must decide as fp32 '
+        'does (default 0.995 for bf16, 0.99 for int8)')
     add('features', action='store_true', help='append the pooled features to the logits, [N, classes + C], for '
         'predict.py -features')
     size = parser.add_mutually_exclusive_group()
@@ -103,7 +116,8 @@ def read_arguments(argv=None):
     add('dynamic', size, action='store_true', help='leave the height and width of the input free')
     add('tolerance', type=float, default=1e-4, help='largest difference of a logit, and of a feature map relative to '
         'its largest value (default 1e-4)')
-    add('pictures', metavar='DIR', help='folder of images to compare on, instead of the validation list')
+    add('pictures', metavar='DIR', help='folder of images to compare, and for int8 to calibrate on, instead of '
+        'the validation list')
     add('data_path', metavar='DIR', help='data folder, for its validation list (DATA.DATA_PATH)')
     add('overwrite', action='store_true', help='replace an export in the output folder')
     add('opts', nargs='+', default=[], metavar='KEY VALUE', help='any key of config.py')
@@ -124,6 +138,12 @@ def _formats(text):
     if not set(formats) <= set(FORMATS):
         raise ArgumentTypeError(f'{text!r}: choose from {", ".join(FORMATS)}')
     return formats
+
+
+def _share(text):
+    if not 0 <= float(text) <= 1:
+        raise ArgumentTypeError(f'{text}: a share is from 0 to 1')
+    return float(text)
 
 
 # ---- the export
@@ -148,8 +168,7 @@ def export(config, output, **options):
             raise UserError(f'-output={output}: exists; name another folder, or replace an export with -overwrite')
         if not is_export(output):
             raise UserError(f'-output={output}: contains no {CERTIFICATE}; -overwrite replaces exports only')
-    if options.features and 'onnx' in options.formats:
-        raise UserError('-features: needs -format=paddle; the ONNX file returns logits only')
+    options = replace(options, precision=_checked_precision(options))
     model = build_model(config, *pretrained_weights(config.MODEL.PRETRAINED))
     model.eval()
     twin = in_form(model, options.form, final_norm=options.features)
@@ -167,6 +186,31 @@ def export(config, output, **options):
         if names:
             shutil.copyfile(names, os.path.join(folder, CLASSES))
     return certificate
+
+
+def _checked_precision(options):
+    """The precision of `model`, one of PRECISIONS. Raises UserError for options that do not go together."""
+    precision, formats = options.precision, options.formats
+    if options.features and set(formats) != {'paddle'}:
+        raise UserError('-features: needs -format=paddle; the ONNX file returns logits only')
+    reason = reason_unavailable() if precision != 'fp32' else None
+    if precision == 'auto':
+        precision = fastest_precision() if not reason and 'paddle' in formats and options.form != 'training' else 'fp32'
+    if 'onnx-int8' in formats and precision != 'int8':
+        raise UserError('-format=onnx-int8: add -precision=int8, which chooses its layers')
+    if precision == 'fp32':
+        if options.agreement is not None:
+            raise UserError('-agreement: for -precision=bf16 or int8; float32 is checked with -tolerance')
+        return precision
+    if reason:
+        raise UserError(f'-precision={precision}: needs the C++ operator: {reason}')
+    if 'paddle' not in formats and 'onnx-int8' not in formats:
+        raise UserError(f'-precision={precision}: needs -format=paddle; model.onnx is in float32')
+    if precision == 'int8' and options.form != 'fused':
+        raise UserError(f'-precision=int8: needs -form=fused, not {options.form}')
+    if options.form == 'training':
+        raise UserError(f'-precision={precision}: needs -form=fused or merged, since branches are added in float32')
+    return precision
 
 
 @contextlib.contextmanager
@@ -195,17 +239,24 @@ def _complete_or_absent(output):
 def _write_programs(folder, config, options, model, twin, images):
     """Writes and checks the programs of `twin`, the model in the exported form; returns the certificate."""
     threads, size = paddle_env.set_threads(), config.DATA.IMAGE_SIZE
+    rounding, about, quantised = None, {}, None
+    if options.precision != 'fp32':
+        rounding = Rounding(model, images, options.precision, options.agreement, config.DATA.MULTI_LABEL)
+        about = {'rounding': {'compared_on': rounding.description, 'required_agreement': rounding.agreement}}
     comparison = Comparison(model, images, options)
     groups = comparison.check_groups(twin)
     before = {'form': 'merged' if is_merged(model) else 'training', **_costs(model, size, images.one)}
     after = {'form': options.form, **_costs(twin, size, images.one)}
     sides = None if options.dynamic else (size, size)
+    if options.precision == 'int8':
+        quantised, about['rounding']['int8'] = choose_int8_layers(twin, rounding)
     programs = {}
-    for program in _programs(twin, options):
+    for program in _programs(twin, options, quantised, rounding):
         files = program.save(folder, sides)
         run = program.load(folder, threads)
+        check = comparison.check_program if program.precision == 'fp32' else rounding.check
         programs[program.name] = {
-            'files': files, 'needs': program.needs, **comparison.check_program(program.name, run),
+            'files': files, 'needs': program.needs, **check(program.name, run),
             'bytes': sum(os.path.getsize(os.path.join(folder, file)) for file in files),
             'latency_ms': latency_ms(run, images.one)}
         del run  # before the next program is loaded
@@ -214,7 +265,7 @@ def _write_programs(folder, config, options, model, twin, images):
         'features': options.features, 'scores': 'sigmoid' if config.DATA.MULTI_LABEL else 'softmax',
         'image_size': list(sides) if sides else 'dynamic',
         'tolerance': options.tolerance, 'compared_on': images.description, 'groups': groups, 'programs': programs,
-        'before': before, 'after': after, 'operators': OPERATORS,
+        'before': before, 'after': after, 'operators': OPERATORS, 'precision': options.precision, **about,
         'environment': {'paddle': paddle.__version__, 'threads': threads,
                         'processor': paddle_env.cpu_info().get('model name', platform.machine())}}
 
@@ -236,11 +287,13 @@ class PaddleProgram:
         needs: what it needs to run, for the certificate.
         model: layer to trace, in eval mode.
         implementation: of the depthwise convolutions, see `save_paddle_program`.
+        precision: one of PRECISIONS.
     """
     name: str
     needs: str
     model: paddle.nn.Layer
     implementation: str
+    precision: str = 'fp32'
 
     def save(self, folder, size):
         """Writes the program into a folder for inputs of `size` (H, W), None for any; returns the new files."""
@@ -259,6 +312,7 @@ class OnnxProgram:
     model: paddle.nn.Layer
     name: str = 'model.onnx'
     needs: str = 'standard operators of ONNX'
+    precision: str = 'fp32'
 
     def save(self, folder, size):
         write_onnx(self.model, os.path.join(folder, self.name), size)
@@ -268,62 +322,54 @@ class OnnxProgram:
         return load_onnx_program(os.path.join(folder, self.name), threads)
 
 
-def _programs(twin, options):
-    """Yields the programs to export; the packed copy of the model exists only while its program is in use."""
+@dataclass(frozen=True)
+class OnnxInt8Program(OnnxProgram):
+    """An ONNX file whose 1x1 convolutions are in int8; attributes are those of `PaddleProgram`, and:
+
+    Attributes:
+        layers: names of these convolutions.
+        batches: arrays of images to calibrate on.
+    """
+    name: str = 'model_int8.onnx'
+    precision: str = 'int8'
+    layers: Tuple[str, ...] = ()
+    batches: Tuple[np.ndarray, ...] = ()
+
+    def save(self, folder, size):
+        with tempfile.TemporaryDirectory() as scratch:
+            source = os.path.join(scratch, 'model.onnx')
+            write_onnx(self.model, source, size)
+            write_onnx_int8(source, os.path.join(folder, self.name), self.layers, self.batches)
+        return [self.name]
+
+
+def _programs(twin, options, quantised, rounding):
+    """Yields the programs to export; the packed copy of the model exists only while its program is in use.
+
+    Args:
+        quantised: {name of a convolution: Quantised} of those in int8, or None.
+        rounding: `deploy.rounding.Rounding`, or None for float32.
+    """
     def traced(model):
         return WithFeatures(model) if options.features else model
 
     if 'paddle' in options.formats:
+        wide = fastest_precision() if options.precision == 'int8' else options.precision
         try:
             load_operator()
         except BuildError as error:
             print(f'`model` is not exported, because the operator is not available: {error}', file=sys.stderr)
         else:
             yield PaddleProgram('model', 'large_kernel.load_operator() before it is loaded',
-                                traced(pack(copy.deepcopy(twin))), 'custom')
+                                traced(pack(copy.deepcopy(twin), wide, quantised)), 'custom', options.precision)
         yield PaddleProgram('model_native', 'standard operators of Paddle', traced(twin), 'native')
     if 'onnx' in options.formats:
         yield OnnxProgram(twin)
+    if 'onnx-int8' in options.formats:
+        yield OnnxInt8Program(twin, layers=tuple(quantised), batches=rounding.calibration)
 
 
 # ---- the comparison
-
-@dataclass(frozen=True)
-class ComparisonImages:
-    """Batches of inputs, float32 [N, 3, H, W], to compare two forms of a model on, and a description of them."""
-    batches: Tuple[np.ndarray, ...]
-    description: str
-
-    @property
-    def one(self):
-        """The first image, [1, 3, H, W]."""
-        return self.batches[0][:1]
-
-
-def comparison_images(config, options):
-    """Preprocessed images from a folder, from the validation list, or generated; then as many random inputs."""
-    transform, size = get_transform(config, 'val'), config.DATA.IMAGE_SIZE
-    rng = np.random.default_rng(0)
-    val, source = os.path.join(config.DATA.DATA_PATH, source_name(config, 'val')), options.pictures
-    if source:
-        if not os.path.isdir(source):
-            raise FileNotFoundError(f'-pictures={source}: no such folder')
-        paths = images_in(source)
-        images = [transform(decode_image(paths[i], config.DATA.EXIF)) for i in _evenly_spaced(len(paths))]
-    elif config.DATA.DATA_PATH and os.path.exists(val):
-        dataset = get_dataset(config, 'val')
-        images, source = [dataset[i][0] for i in _evenly_spaced(len(dataset))], val
-    else:
-        images, source = [transform(generated_image(rng)) for _ in range(IMAGES)], 'generated'
-    sizes = [(size, size)] + [(size + 13, size + 37)] * options.dynamic
-    arrays = [np.stack(images), *(rng.standard_normal((IMAGES, 3, *s)).astype('float32') for s in sizes)]
-    batches = tuple(array[i:i + BATCH] for array in arrays for i in range(0, len(array), BATCH))
-    return ComparisonImages(batches, f'{len(images)} images ({source}) and {IMAGES * len(sizes)} random inputs')
-
-
-def _evenly_spaced(count):
-    return np.linspace(0, count - 1, min(count, IMAGES)).astype(int)
-
 
 class Comparison:
     """Checks other forms of a model against it. A difference over the tolerance raises CertificateError."""
@@ -346,7 +392,7 @@ class Comparison:
         """Differences of a program, a function of images, for its entry of the certificate."""
         logits, features, agreement = compare_outputs(self._expected, run, self._batches, self._model.num_classes)
         self._check({f'logits of {name}': logits.largest, f'features of {name}': features.relative})
-        return {'max_difference': float(logits.largest), 'mean_difference': float(logits.mean),
+        return {'precision': 'fp32', 'max_difference': float(logits.largest), 'mean_difference': float(logits.mean),
                 'top1_agreement': agreement}
 
     def _check(self, differences):
@@ -369,7 +415,7 @@ def table(certificate):
     lines += ['', f"{'in Python':16}{'parameters':>16}{'GMACs':>12}{'':12}{'MB':>8}{'ms':>9}"]
     lines += [f"{name:16}{c['parameters']:16,}{c['gmacs']:12.3f}{'':12}{c['bytes'] / 1e6:8.1f}{c['latency_ms']:9.1f}"
               for name, c in (('before', certificate['before']), ('after', certificate['after']))]
-    return '\n'.join(lines)
+    return '\n'.join(lines + rounding_table(certificate))
 
 
 def main():

@@ -191,7 +191,9 @@ def read_arguments(argv=None):
             ('batch_size', 16, 'images per forward pass'),
             ('num_workers', None, 'number of decoding threads'),
             ('device', 'auto', 'auto, gpu, cpu, npu or xpu'),
-            ('backend', 'auto', f'one of {", ".join(BACKENDS)}; auto chooses the faster one')):
+            ('backend', 'auto', f'one of {", ".join(BACKENDS)}; auto chooses the faster one'),
+            ('precision', None, 'fp32 (default), bf16, or auto for the fastest of both on this CPU; an export is '
+             'computed in its own, which may be int8')):
         kind = (float if flag == 'threshold' else
                 int if flag in ('topk', 'batch_size', 'num_workers', 'cam_stage') else str)
         parser.add_argument(f'-{flag}', f'--{flag}', default=default, type=kind, help=text)
@@ -241,12 +243,13 @@ def main():
     report = Report(args.report, labels) if args.report else None
     predictor = Predictor(args.model, args.cfg, device=args.device, batch_size=args.batch_size, topk=args.topk,
                           features=args.features, backend=args.backend, workers=args.num_workers, tta=args.tta,
-                          threshold=args.threshold)
+                          threshold=args.threshold, precision=args.precision)
     maps = None
     if args.cam:
         from evaluation.activation_maps import ActivationMaps  # imported only where used
         maps = ActivationMaps(args.cam, args.model, args.cfg, args.cam_stage)
-    print(f'weights of {predictor.origin}, {predictor.backend}', file=sys.stderr)
+    in_precision = '' if predictor.precision == 'fp32' else f', {predictor.precision}'
+    print(f'weights of {predictor.origin}, {predictor.backend}{in_precision}', file=sys.stderr)
     labels = fitting_labels(predictor, paths, labels)
     errors, accuracy, done = [], MultiLabelAccuracy() if predictor.multi_label else Accuracy(), 0
     try:

@@ -10,6 +10,10 @@ from paddle import nn
 TIMED_CALLS = 5  # after one untimed call
 
 
+class CertificateError(RuntimeError):
+    """The exported form differs from the original model; the text names the largest difference."""
+
+
 class Difference:
     """Accumulates the difference between expected and computed values over any number of arrays.
 

@@ -3,6 +3,7 @@ import os
 
 CERTIFICATE = 'certificate.json'  # config.yaml and classes.txt are named in run_folder/layout.py
 FORMS = ('training', 'merged', 'fused')  # see fuse.in_form
+PRECISIONS = ('fp32', 'bf16', 'int8')  # of dense convolutions, see large_kernel.pack_weights
 
 
 def is_export(path):

@@ -26,14 +26,14 @@ from config import get_config
 from datasets import get_transform
 from deploy.equivalence import dygraph_program
 from deploy.flip import flip_averaged
-from deploy.layout import CERTIFICATE, is_export
+from deploy.layout import CERTIFICATE, PRECISIONS, is_export
 from deploy.runtimes import load_paddle_program, save_paddle_program
 from errors import UserError, one_line
 from fuse import WithFeatures, fuse, pack
 from image_files.decode import DataError
 from image_files.lists import read_class_names
 from image_files.memory import check_type, described, listed, read_picture, snapshot
-from large_kernel import build, operator_in_use
+from large_kernel import build, fastest_precision, operator_in_use
 from run_folder.layout import CONFIG
 from run_folder.metrics import best_checkpoint
 from zoo import ZOO, build_model, class_names_file, pretrained_weights, require_path, settings_file
@@ -83,6 +83,9 @@ class Predictor:
         tta: 'flip' averages the probabilities of each image and its mirror image, see deploy/flip.py; the `logits` are
             then log-probabilities, and the features those of the image itself.
         threshold: for a model with several labels per image: leave out classes with a score below; None for 0.5.
+        precision: of the dense convolutions on the CPU: 'fp32', 'bf16' (weights and feature maps in bfloat16, sums in
+            float32; needs the C++ operator) or 'auto', the fastest of both here. None is 'fp32' for weights, and for
+            an export what it was exported in, which may also be 'int8'.
     Attributes:
         multi_label: whether the model has several labels per image: its scores are then sigmoids, otherwise a softmax.
         origin: path or zoo name of the weights, or path of the exported program.
@@ -92,17 +95,19 @@ class Predictor:
         transform: function from an RGB Pillow image to the model's input, float32 [3, H, W].
         features: whether predictions have features.
         network: the model in dygraph, for `evaluation.activation_maps`; None with Paddle Inference.
-        device, backend: the ones in use.
+        device, backend, precision: the ones in use.
     Raises:
         UserError, FileNotFoundError: an argument or a file cannot be used.
     """
 
     def __init__(self, model, cfg=None, device='auto', batch_size=16, topk=5, features=False, backend='auto',
-                 workers=None, tta='', threshold=None):
+                 workers=None, tta='', threshold=None, precision=None):
         if backend not in BACKENDS:
             raise UserError(f'-backend={backend}: choose from {", ".join(BACKENDS)}')
         if min(batch_size, topk, 1 if workers is None else workers) < 1:
             raise UserError('-batch_size, -topk and -num_workers must be at least 1')
+        if precision not in (None, 'auto', *PRECISIONS):
+            raise UserError(f'-precision={precision}: choose from {", ".join(PRECISIONS)}, auto')
         if tta not in ('', 'flip'):
             raise UserError(f'-tta={tta}: choose flip, or leave it out')
         if threshold is not None and not 0 <= threshold <= 1:
@@ -121,8 +126,9 @@ class Predictor:
         if self.device == 'cpu':
             paddle_env.set_threads()
         if exported:
-            self._load_export(model, cfg)
+            self._load_export(model, cfg, precision)
         else:
+            self.precision = _precision_of_weights(precision, self.device)
             self._load_weights(model, cfg)
         if threshold is not None and not self.multi_label:
             raise UserError(f'-threshold={threshold}: {model} has one label per image, so its scores add up to 1; '
@@ -144,7 +150,7 @@ class Predictor:
         self._configure(config, None if self.origin in ZOO else os.path.dirname(self.origin) or '.', cfg)
         network = fuse(network, final_norm=self.features)
         if operator_in_use():
-            pack(network)
+            pack(network, self.precision)
         if self.backend == 'dygraph':
             self.network = network
         if self.features:
@@ -152,8 +158,8 @@ class Predictor:
         self._compute = (dygraph_program(network) if self.backend == 'dygraph' else
                          _traced(network, config.DATA.IMAGE_SIZE))
 
-    def _load_export(self, folder, cfg):
-        name = _fastest_program(folder, self.features)
+    def _load_export(self, folder, cfg, precision):
+        name, self.precision = _fastest_program(folder, self.features, precision)
         self.origin = os.path.join(folder, name)
         self._configure(get_config(cfg or os.path.join(folder, CONFIG)), folder, cfg)
         if name == 'model':
@@ -280,23 +286,56 @@ def _traced(network, size):
         return load_paddle_program(path, paddle_env.set_threads())
 
 
-def _fastest_program(folder, features):
-    """Name of the exported Paddle program that was the fastest at export, among those that run here."""
+def _precision_of_weights(precision, device):
+    """The precision to load weights in, 'fp32' or 'bf16', from the argument of `Predictor`."""
+    reason = (f'on {device} it is not supported; use -device=cpu' if device != 'cpu' else
+              None if operator_in_use() else 'it needs the C++ operator: ' + (
+                  build.reason_unavailable() or 'LARGE_KERNEL_CONV_IMPL excludes it'))
+    if precision == 'auto':
+        return 'fp32' if reason else fastest_precision()
+    if precision == 'int8':
+        raise UserError('-precision=int8: needs images to calibrate on; export the model with `export.py '
+                        '-precision=int8 -pictures=DIR`, and name the export with -model')
+    if precision == 'bf16' and reason:
+        raise UserError(f'-precision=bf16: {reason}')
+    return precision or 'fp32'
+
+
+def _fastest_program(folder, features, precision=None):
+    """(name, precision) of the exported Paddle program that was the fastest at export, among those that run here.
+
+    Args:
+        precision: None for `model` if it runs here, where it was exported in another precision than float32; 'auto'
+            for any; or one of PRECISIONS.
+    """
     with open(os.path.join(folder, CERTIFICATE), encoding='utf-8') as file:
         certificate = json.load(file)
     if features and not certificate.get('features'):
         raise UserError(f'{folder}: this exported program returns no features; export it with -features, or name its '
                         'weights instead')
     programs, current = certificate['programs'], certificate.get('operators') == build.OPERATORS
+    precisions = {name: program.get('precision', 'fp32') for name, program in programs.items()}
     if 'model' in programs and not current:
         utils.logger.warning('%s: `model` was exported for another version of the operators and is not used; '
                              'export it again', folder)
-    names = [name for name in ('model', 'model_native') if name in programs]
+    paddle_programs = names = [name for name in ('model', 'model_native') if name in programs]
+    if precision in PRECISIONS:
+        names = [name for name in names if precisions[name] == precision]
+        if not names:
+            found = ', '.join(precisions[name] for name in paddle_programs) or 'none for Paddle'
+            raise UserError(f'-precision={precision}: {folder} contains no such program ({found}); export one with '
+                            f'`export.py -precision={precision}`')
     if not current or build.reason_unavailable() is not None:
         names = [name for name in names if name != 'model']
     if not names:
         raise UserError(f'{folder}: none of its programs ({", ".join(programs)}) runs here; export it again')
-    return min(names, key=lambda name: programs[name]['latency_ms'])
+    if precision is None and precisions.get('model', 'fp32') != 'fp32':
+        if names[0] != 'model':
+            utils.logger.warning('%s: `model`, in %s, does not run here; `model_native` is used, in float32', folder,
+                                 precisions['model'])
+        return names[0], precisions[names[0]]
+    name = min(names, key=lambda name: programs[name]['latency_ms'])
+    return name, precisions[name]
 
 
 def model_settings(model, cfg=None):

@@ -1,4 +1,5 @@
 """The depthwise convolution layer and the choice of its implementation."""
+import contextlib
 import functools
 import os
 import warnings
@@ -20,7 +21,8 @@ DTYPES = ('float32', 'float16', 'bfloat16')
 def conv_native(x, weight, bias, stride):
     """Paddle's own convolution; same arguments and result as `depthwise_conv2d`."""
     # Always in float32: in half precision Paddle has no such kernel for CPUs, and those for GPUs sum in half precision.
-    with paddle.amp.auto_cast(enable=False):
+    # Paddle 2.6 refuses the guard while a program is traced, where it has no effect.
+    with paddle.amp.auto_cast(enable=False) if paddle.in_dynamic_mode() else contextlib.nullcontext():
         y = F.conv2d(as_float32(x), as_float32(weight), as_float32(bias), stride=stride, padding=weight.shape[-1] // 2,
                      groups=weight.shape[0])
     return as_dtype(y, x.dtype)
