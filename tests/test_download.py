@@ -259,7 +259,8 @@ sys.exit(errors.exit_status(zoo.main))
 def start(server, folder):
     return subprocess.Popen([sys.executable, '-c', PROGRAM, '-download', 'tiny', server.url], cwd=folder, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                            env={**os.environ, 'PYTHONPATH': str(ROOT)},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
 
 
 def test_ctrl_c_keeps_the_partial_file(server, tmp_path):

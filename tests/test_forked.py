@@ -1,4 +1,5 @@
 """forked.py: a copy of the server is in the state of a process that was started anew."""
+import functools
 import json
 import os
 import signal
@@ -32,7 +33,9 @@ def test_a_copy_is_in_the_state_of_a_new_process(tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{tmp_path}/modules', 'ODD': os.fsdecode(b'caf\xe9')}
     for command in ([str(tmp_path / 'script.py'), 'a b', 'ü'], ['-c', STATE, 'x']):
         states = []
-        for start in (forked.Popen, subprocess.Popen):
+        # a shell that starts the tests in the background ignores SIGINT, and so would the new process
+        new = functools.partial(subprocess.Popen, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        for start in (forked.Popen, new):
             process = start([sys.executable, *command], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
             output, errors = process.communicate(timeout=60)
