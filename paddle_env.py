@@ -1,9 +1,9 @@
 """Environment settings for Paddle, most of them for the CPU. Every script imports this module before paddle.
 
 Paddle's x86-64 wheels bundle a 2019 version of MKL (libmklml) that uses slow code on processors not made by Intel: on
-an AMD processor with AVX-512, matrix products and 1x1 convolutions run at a third of their speed. MKL_DEBUG_CPU_TYPE=7
-selects MKL's AVX-512 code. MKL reads the variable at its first call, so this also works after paddle was imported, as
-long as no matrices have been multiplied yet.
+AMD processors, matrix products and 1x1 convolutions run at a third of their speed. MKL_DEBUG_CPU_TYPE=7 selects MKL's
+AVX-512 code, 5 its AVX2 code. MKL reads the variable at its first call, so this also works after paddle was imported,
+as long as no matrices have been multiplied yet.
 
 Paddle's CPU allocator returns every freed activation to glibc, which by default returns large blocks to the kernel.
 Each layer then takes page faults for the same memory again, which cost more than the computation of a batch norm or
@@ -71,12 +71,14 @@ def _configure_mkl():
     if platform.system() != 'Linux' or platform.machine() != 'x86_64':
         return f'{VARIABLE} left alone: not x86-64 Linux'
     info = cpu_info()
-    if info.get('vendor_id') not in ('AuthenticAMD', 'HygonGenuine') or 'avx512f' not in info.get('flags', '').split():
-        return f'{VARIABLE} left alone: not an AMD processor with AVX-512'
+    flags = set(info.get('flags', '').split())
+    code = '7' if 'avx512f' in flags else '5' if {'avx2', 'fma'} <= flags else None
+    if info.get('vendor_id') not in ('AuthenticAMD', 'HygonGenuine') or code is None:
+        return f'{VARIABLE} left alone: not an AMD processor with AVX2'
     if not _bundles_old_mkl():
         return f'{VARIABLE} left alone: this Paddle does not bundle libmklml'
-    os.environ[VARIABLE] = '7'
-    return f'{VARIABLE}=7 set: full-speed matrix products on this AMD processor'
+    os.environ[VARIABLE] = code
+    return f'{VARIABLE}={code} set: full-speed matrix products on this AMD processor'
 
 
 def _configure_malloc():

@@ -9,7 +9,7 @@ import pytest
 import paddle_env
 
 ROOT = Path(__file__).parent.parent
-AMD = {'vendor_id': 'AuthenticAMD', 'flags': 'fpu avx2 avx512f'}
+AMD = {'vendor_id': 'AuthenticAMD', 'flags': 'fpu avx2 fma avx512f'}
 
 
 @pytest.fixture
@@ -24,8 +24,10 @@ def machine(monkeypatch):
     return monkeypatch
 
 
-def test_set_on_amd_with_avx512(machine):
-    assert '7 set' in paddle_env._configure_mkl() and os.environ[paddle_env.VARIABLE] == '7'
+@pytest.mark.parametrize(('flags', 'code'), [('fpu avx2 fma avx512f', '7'), ('fpu avx2 fma', '5')])
+def test_set_on_amd(machine, flags, code):
+    machine.setattr(paddle_env, 'cpu_info', lambda: {**AMD, 'flags': flags})
+    assert f'{code} set' in paddle_env._configure_mkl() and os.environ[paddle_env.VARIABLE] == code
 
 
 def test_never_over_the_users_setting(machine):
@@ -36,7 +38,7 @@ def test_never_over_the_users_setting(machine):
 @pytest.mark.parametrize('target, value', [
     ('platform.system', lambda: 'Darwin'), ('platform.machine', lambda: 'aarch64'),
     ('paddle_env.cpu_info', lambda: {**AMD, 'vendor_id': 'GenuineIntel'}),
-    ('paddle_env.cpu_info', lambda: {**AMD, 'flags': 'fpu avx2'}), ('paddle_env.cpu_info', dict),
+    ('paddle_env.cpu_info', lambda: {**AMD, 'flags': 'fpu avx fma'}), ('paddle_env.cpu_info', dict),
     ('paddle_env._bundles_old_mkl', lambda: False),
 ])
 def test_left_alone_elsewhere(machine, target, value):
