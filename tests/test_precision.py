@@ -295,6 +295,10 @@ def test_near_ties_do_not_count_and_are_reported():
     assert cost['agreement'] == pytest.approx(2 / 3) and cost['agreement_with_near_ties'] == 0.5
     assert cost['accuracy'] == {'fp32': 0.5, 'rounded': 0.5}
     assert decisions(np.zeros((2, 1)))[1].tolist() == [True, True]
+    def text(cost):
+        return '\n'.join(rounding_table({'rounding': {'compared_on': 'X'}, 'programs': {
+            'model': {'precision': 'bf16', 'rounding': cost}}}))
+    assert 'says nothing' in text(rounding_cost(expected[1:2], found[1:2])) and 'says nothing' not in text(cost)
     several = rounding_cost(np.array([[3.0, 0.001], [-3, 2]]), np.array([[3.0, -0.001], [-3, -2]]), multi_label=True)
     assert (several['decided'], several['changed'], several['near_ties_changed']) == (3, 1, 1)
 
