@@ -79,7 +79,8 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
                  blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
         return y if type(y) is Deferred or _is_half(y) else as_dtype(y, dtype)
     x = computed(x)
-    dtype, wide = x.dtype, paddle.float32 if _is_half(x) else None  # Paddle's layers do not take bfloat16 on the CPU
+    # Paddle's batch norm takes no bfloat16 on the CPU
+    dtype, wide = x.dtype, paddle.float32 if blocked and _is_half(x) else None
     x = as_planes(x, wide)
     x = _convolve(x if pre_norm is None else norm_act(x, pre_norm), conv)
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
