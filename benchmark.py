@@ -258,7 +258,8 @@ def measure(args):
             continue
         same_input = answers.setdefault((size, batch, precision), {})
         same_input[label] = answer
-        if label in harness.disagreement(same_input):
+        # in bfloat16 and int8, the forms round different weights
+        if label in harness.disagreement(same_input, *() if precision == 'fp32' else (0.2,)):
             print(f'{label}: its results differ from those of {next(iter(same_input))}', file=sys.stderr)
         yield row
 

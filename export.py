@@ -141,9 +141,10 @@ def _formats(text):
 
 
 def _share(text):
-    if not 0 <= float(text) <= 1:
-        raise ArgumentTypeError(f'{text}: a share is from 0 to 1')
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise ArgumentTypeError(f'{text}: a share is a number from 0 to 1')
 
 
 # ---- the export

@@ -328,6 +328,9 @@ def _fastest_program(folder, features, precision=None):
     if not current or build.reason_unavailable() is not None:
         names = [name for name in names if name != 'model']
     if not names:
+        if precision in PRECISIONS:
+            reason = build.reason_unavailable() or 'it needs another version of the operators; export it again'
+            raise UserError(f'-precision={precision}: `model` in {folder} does not run here: {reason}')
         raise UserError(f'{folder}: none of its programs ({", ".join(programs)}) runs here; export it again')
     if precision is None and precisions.get('model', 'fp32') != 'fp32':
         if names[0] != 'model':

@@ -212,6 +212,9 @@ def rounding_table(certificate):
                   f"  the same decision for {cost['decided'] - cost['changed']} of {cost['decided']} "
                   f"({cost['agreement']:.2%}); for {cost['near_ties'] - cost['near_ties_changed']} of the "
                   f"{cost['near_ties']} near-ties, which do not count"]
+        if not cost['decided']:
+            lines.append('  float32 decides none of these images clearly, so this comparison says nothing; name '
+                         'typical ones with -pictures')
         if 'accuracy' in cost:
             lines.append(f"  top-1 accuracy {cost['accuracy']['rounded']:.2%}, in float32 "
                          f"{cost['accuracy']['fp32']:.2%}")

@@ -78,11 +78,14 @@ def conv_block(x, conv, norm=None, activation='', pre_norm=None, residual=None, 
                 [conv._kernel_size[0], conv._stride[0], activation, _epsilon(pre_norm), _epsilon(norm),
                  blocked or (to_blocks and conv._out_channels % BLOCK == 0), type(conv) is DepthwiseConv2D])
         return y if type(y) is Deferred or _is_half(y) else as_dtype(y, dtype)
-    x = as_planes(x)
+    x = computed(x)
+    # Paddle's batch norm takes no bfloat16 on the CPU
+    dtype, wide = x.dtype, paddle.float32 if blocked and _is_half(x) else None
+    x = as_planes(x, wide)
     x = _convolve(x if pre_norm is None else norm_act(x, pre_norm), conv)
     x = _ACTIVATIONS[activation](x) if norm is None else norm_act(x, norm, activation)
-    x = x if residual is None else as_planes(residual) + x
-    return _as_blocks(x) if blocked else x
+    x = x if residual is None else as_planes(residual, wide) + x
+    return _as_blocks(x if wide is None else as_dtype(x, dtype)) if blocked else x
 
 
 def _convolve(x, conv):

@@ -180,6 +180,8 @@ def test_the_products_compile_to_the_instructions_of_newer_processors(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for instruction in ('vdpbf16ps', 'vpdpbusd', 'tdpbf16ps', 'tdpbusd', 'ldtilecfg', 'tilerelease'):
         assert re.search(rf'^\s+{instruction}\b', done.stdout, re.M), instruction
+    # a configuration on the stack would lose the sizes of the tiles, see `AmxTiles`
+    assert re.search(r'^\s+ldtilecfg\s+\S*config\S*\(%rip\)', done.stdout, re.M)
 
 
 @pytest.mark.skipif(not COMPILER, reason='no C++ compiler')

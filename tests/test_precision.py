@@ -23,7 +23,7 @@ from deploy.rounding import Rounding, choose_int8_layers, decisions, rounding_co
 from deploy.runtimes import load_paddle_program
 from errors import UserError
 from export import CertificateError, export, read_arguments
-from fuse import fuse, pack
+from fuse import fuse, in_form, pack
 from large_kernel import PackedConv2D, build, fastest_precision
 from predict import Predictor
 from replknet import build_replknet
@@ -153,6 +153,18 @@ def test_an_export_is_computed_in_its_own_precision(bf16, monkeypatch, capsys):
     monkeypatch.setattr(predicting.build, 'reason_unavailable', lambda: 'no compiler')
     predictor = Predictor(str(bf16))
     assert predictor.precision == 'fp32' and predictor.origin.endswith('model_native')
+    with pytest.raises(UserError, match='-precision=bf16: `model` in .* does not run here: no compiler'):
+        Predictor(str(bf16), precision='bf16')
+
+
+def test_a_hook_on_a_norm_does_not_stop_a_model_in_bf16(model):
+    merged = pack(in_form(model, 'merged'), 'bf16')
+    want, block = dygraph_program(merged)(images()), merged.stages[1].blocks[0]
+    seen = []
+    for norm in (block.pre_large_kernel_bn, block.pw_conv_2.norm):  # around a map and before a residual
+        norm.register_forward_post_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    np.testing.assert_allclose(dygraph_program(merged)(images()), want, atol=5e-3 * np.abs(want).max())
+    assert seen == [paddle.float32] * 2
 
 
 def test_the_default_is_float32_as_before(run, model):
@@ -178,8 +190,8 @@ def test_options_that_do_not_go_together(run, tmp_path, options, words):
 
 
 @pytest.mark.parametrize(('flag', 'words'), [('-precision=int4', "invalid choice: 'int4'"),
-                                             ('-agreement=99', 'a share is from 0 to 1'),
-                                             ('-agreement=all', 'invalid')])
+                                             ('-agreement=99', 'a share is a number from 0 to 1'),
+                                             ('-agreement=all', 'all: a share is a number from 0 to 1')])
 def test_wrong_flags_are_one_line_errors(run, flag, words, capsys):
     with pytest.raises(SystemExit) as caught:
         read_arguments([f'-pretrained={run}', '-output=X', flag])
@@ -283,6 +295,10 @@ def test_near_ties_do_not_count_and_are_reported():
     assert cost['agreement'] == pytest.approx(2 / 3) and cost['agreement_with_near_ties'] == 0.5
     assert cost['accuracy'] == {'fp32': 0.5, 'rounded': 0.5}
     assert decisions(np.zeros((2, 1)))[1].tolist() == [True, True]
+    def text(cost):
+        return '\n'.join(rounding_table({'rounding': {'compared_on': 'X'}, 'programs': {
+            'model': {'precision': 'bf16', 'rounding': cost}}}))
+    assert 'says nothing' in text(rounding_cost(expected[1:2], found[1:2])) and 'says nothing' not in text(cost)
     several = rounding_cost(np.array([[3.0, 0.001], [-3, 2]]), np.array([[3.0, -0.001], [-3, -2]]), multi_label=True)
     assert (several['decided'], several['changed'], several['near_ties_changed']) == (3, 1, 1)
 

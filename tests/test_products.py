@@ -109,6 +109,8 @@ def test_amp_on_the_cpu_means_bfloat16_where_it_is_faster_or_asked_for(monkeypat
     mixed = amp.Amp(config, 'cpu')
     assert expected in lines[0] and mixed.bf16_products == ('products in bfloat16' in lines[0])
     assert mixed.scaler() is None and not mixed.enabled
+    config.EVAL = True
+    assert not amp.Amp(config, 'cpu').bf16_products and lines[1] == '-amp: evaluations on the CPU are in float32'
 
 
 @pytest.mark.parametrize('script', ['main_single_gpu.py', pytest.param('main_multi_gpu.py', marks=pytest.mark.long)])

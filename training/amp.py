@@ -48,12 +48,14 @@ def bf16_on_cpu(config):
     It does where the processor has instructions for them; elsewhere, where they are slower than float32, only if the
     settings ask for AMP_DTYPE bfloat16.
     """
-    asked = config.AMP and (config.AMP_DTYPE == 'bfloat16' or fastest_precision() == 'bf16')
+    asked = config.AMP and not config.EVAL and (config.AMP_DTYPE == 'bfloat16' or fastest_precision() == 'bf16')
     return asked and build.reason_unavailable() is None
 
 
 def on_cpu(config):
     """What -amp does on the CPU, in one line."""
+    if config.EVAL:
+        return 'evaluations on the CPU are in float32'
     if bf16_on_cpu(config):
         slow = '' if fastest_precision() == 'bf16' else ', slower than in float32 on this processor'
         return f'1x1 convolutions are trained with products in bfloat16{slow}; all else is in float32'

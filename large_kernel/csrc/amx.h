@@ -43,7 +43,8 @@ inline bool has_amx() {
 class AmxTiles {
  public:
   explicit AmxTiles(bool use) : used_(use) {
-    const AmxConfig config;
+    // Not on the stack: GCC takes it that the instruction reads 8 bytes, and leaves out the stores of all others.
+    static constexpr AmxConfig config;
     if (used_) _tile_loadconfig(&config);
   }
   ~AmxTiles() {
@@ -72,6 +73,7 @@ void amx_tile(const float* weight, std::ptrdiff_t weight_block, const float* x, 
   constexpr int row = kWords * sizeof(float);
   float* const sums = reinterpret_cast<float*>(to);
   float* const second = reinterpret_cast<float*>(to + pitch);
+  asm volatile("" ::: "memory");  // GCC's loads of tiles do not say that they read memory: all stores come before
   if (add) {
     _tile_loadd(0, sums, row);
     _tile_loadd(1, sums + 16 * kWords, row);

@@ -31,6 +31,7 @@ inline void require(bool condition, const char* message) {
 inline Tile& tile(int index) {
   require(thread.configured, "a tile is used before _tile_loadconfig or after _tile_release");
   require(index >= 0 && index < 8, "there are 8 tiles");
+  require(thread.rows[index] && thread.row_bytes[index], "a tile is used whose size is 0");
   return thread.tiles[index];
 }
 
