@@ -92,14 +92,22 @@ class WeightPrefetcher {
   int bytes_ = 0, streams_ = 0, each_ = 0, done_ = 0;
 };
 
+// The sum that the i-th product of a step belongs to. With 16 registers the products of a pixel follow each other:
+// otherwise GCC keeps all pixels of the tile in registers, and some of the sums in memory.
+template <int V>
+constexpr int nth_sum(int i) {
+  return kRegisters == 16 ? i % V * kTilePixels + i / V : i;
+}
+
 template <class P, int V, int... I>
 LK_INLINE void tile_step(Vec (&sum)[V * kTilePixels], const BlockedMatrix& weight, const float* x,
                          std::integer_sequence<int, I...>) {
-  ((sum[I] = P::multiply_add(sum[I],
-                             load(weight.data + I / kTilePixels * kLanes / kChannelBlock * weight.block +
-                                  I / kTilePixels * kLanes % kChannelBlock),
-                             P::splat(x + I % kTilePixels * kWords))),
-   ...);
+  auto add = [&](int s) {
+    const int vector = s / kTilePixels * kLanes;
+    sum[s] = P::multiply_add(sum[s], load(weight.data + vector / kChannelBlock * weight.block + vector % kChannelBlock),
+                             P::splat(x + s % kTilePixels * kWords));
+  };
+  (add(nth_sum<V>(I)), ...);
 }
 
 template <int V, int... I>
