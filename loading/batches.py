@@ -48,8 +48,8 @@ def normalized(pixels, erased, transform):
     if erased:
         positions, values = (tensor.numpy() for tensor in erased)
         images.reshape(-1)[positions] = values
-    return paddle.base.core.eager.Tensor(value=images, place=paddle.CPUPlace(), persistable=False, zero_copy=True,
-                                         name='', stop_gradient=True)
+    # A copy: a tensor that only refers to the array would free a Python object from Paddle's threads.
+    return paddle.to_tensor(images, place=paddle.CPUPlace())
 
 
 def _look_up(pixels, erased, mean, std):
