@@ -125,8 +125,6 @@ def run_in_processes(config, device):
 def _child(config, device):
     end_with_parent(multiprocessing.parent_process().pid)
     stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
-    # a process that was spawned spawns its own ones: every DataLoader worker would import Paddle, in every epoch
-    multiprocessing.set_start_method(None, force=True)
     sys.exit(exit_status(_run_rank, lambda: (config, device)))
 
 

@@ -3,8 +3,8 @@
 `Popen` and `run` are used like those of `subprocess`, for `[sys.executable, script, ...]` and `[sys.executable, '-c',
 code, ...]`. A server process imports Paddle and nothing of the project. For every command it is forked; the copy takes
 over the arguments, the environment, the working directory and the standard streams, and then runs the script as
-`__main__` up to the usual end of an interpreter. The ranks that a command starts with multiprocessing's `spawn` are
-copies of the same kind. The command is a child of the process that asked for it and has its own process id, so signals,
+`__main__` up to the usual end of an interpreter. The ranks that it starts with multiprocessing's `spawn` are new
+processes. The command is a child of the process that asked for it and has its own process id, so signals,
 timeouts and exit statuses are those of a real process.
 
 Copying is safe because the server has one thread and has computed nothing: no OpenMP or MKL pool exists yet. What a
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,8 +32,6 @@ LOADED = ('CUDA_', 'FLAGS_', 'GLIBC_', 'GLOG_', 'KMP_', 'LANG', 'LC_', 'LD_', 'M
           'PYTHON')
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36  # of <linux/prctl.h>
 REAL = 'TESTS_REAL_PROCESSES'
-STARTS_RANKS = ('main_multi_gpu.py', 'two_process_gradients.py', 'gradient_table.py')
-RANK_SERVER = 'rank server'  # its name in the list of processes
 
 
 def _read_when_loaded(environment):
@@ -147,36 +144,6 @@ def _run(args):
         exec(compile(code, '<string>', 'exec'), sys.modules['__main__'].__dict__)
 
 
-def _fork_ranks():
-    """Lets multiprocessing's `spawn` in this process use copies of it as it is now.
-
-    They are made by a child, so that they belong to the session of this process and do not inherit its state.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
-        ours.close()
-        ctypes.CDLL(None).prctl(PR_SET_NAME, RANK_SERVER.encode(), 0, 0, 0)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        streams = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):  # nobody waits for this process, which would keep pipes open
-            os.dup2(streams, fd)
-        request, fds = _serve(theirs)
-        _become(fds, **request)
-        _run(request['args'])
-        sys.exit()
-    theirs.close()
-    server, real = Server(ours), util.spawnv_passfds
-
-    def spawnv_passfds(path, args, passfds):
-        args = [os.fsdecode(arg) for arg in args]
-        if '--multiprocessing-fork' not in args:
-            return real(path, args, passfds)
-        return server.fork({fd: fd for fd in (0, 1, 2, *passfds)}, args=args[args.index('-c'):],
-                           env=dict(os.environ), cwd=os.getcwd(), new_session=False)
-
-    util.spawnv_passfds = spawnv_passfds
-
-
 def main():
     """The server: imports what takes long, and runs a command in every copy of itself."""
     connection = socket.socket(fileno=int(sys.argv[1]))
@@ -192,8 +159,6 @@ def main():
     assert len(os.listdir('/proc/self/task')) == 1, 'importing Paddle has started threads: forking is not safe'
     request, fds = _serve(connection)
     _become(fds, **request)
-    if os.path.basename(request['args'][0]) in STARTS_RANKS:
-        _fork_ranks()
     _run(request['args'])
 
 
@@ -258,7 +223,7 @@ def children(pid):
     """Process ids of the ranks or the DataLoader workers that a process has started, real or copied."""
     command = ['ps', '-ww', '-o', 'pid=,comm=,args=', '--ppid', str(pid)]
     return [int(line.split()[0]) for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-            if not any(name in line for name in (RANK_SERVER, 'resource_tracker', 'training.peers'))]
+            if not any(name in line for name in ('resource_tracker', 'training.peers'))]
 
 
 if __name__ == '__main__':
