@@ -13,6 +13,8 @@ def main():
         raise UserError(f'{conv.VARIABLE}={name}: expected one of {", ".join(conv.IMPLEMENTATIONS)}')
     reason = build.reason_unavailable()
     print(f'C++ operator: {build.load_operator() if reason is None else "not available: " + reason}')
+    for precision, name_of in (('bf16', 'bfloat16'), ('int8', 'int8')) if reason is None else ():
+        print(f'products in {name_of}: {build.instructions(precision) or "emulated, slower than float32"}')
     gpus = cuda.count()
     reasons = [cuda.reason_unavailable(device) for device in range(gpus)]
     for device, why in enumerate(reasons or [cuda.reason_unavailable()]):

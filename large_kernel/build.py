@@ -5,6 +5,7 @@ to any of them triggers a new build, and machines that share a home directory do
 LARGE_KERNEL_CACHE_DIR moves the cache.
 """
 import contextlib
+import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -222,6 +223,26 @@ def _direct_module(library):
         return importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     except ImportError:
         return None
+
+
+def instructions(precision):
+    """The processor's instructions with which the operator multiplies in a precision on this machine.
+
+    They need a processor that has them and a compiler that knows them, and AMX also needs Linux 5.16.
+
+    Args:
+        precision: 'bf16' or 'int8'.
+    Returns:
+        'AMX', 'AVX512_BF16', 'AVX512_VNNI' or 'AVX-VNNI'; None where products take several instructions of another
+        kind, where there is no operator, and for libraries of versions that do not tell.
+    """
+    if reason_unavailable() is not None:
+        return None
+    ask = getattr(ctypes.CDLL(str(load_operator())), f'large_kernel_{precision}_instructions', None)
+    if ask is None:
+        return None
+    ask.restype = ctypes.c_char_p
+    return ask().decode() or None
 
 
 def reason_unavailable():

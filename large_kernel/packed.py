@@ -4,7 +4,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-import paddle_env
+from large_kernel import build
 from large_kernel.conv import as_dtype, as_float32
 from large_kernel.sequence import BLOCK
 
@@ -141,6 +141,8 @@ def pack_weights(model, precision='fp32', quantised=None):
 
 
 def fastest_precision():
-    """'bf16' where this processor multiplies bfloat16 with instructions of its own (AVX512_BF16, AMX), else 'fp32'."""
-    flags = paddle_env.cpu_info().get('flags', '').split()
-    return 'bf16' if {'avx512_bf16', 'amx_bf16'} & set(flags) else 'fp32'
+    """'bf16' where the operator multiplies bfloat16 with the processor's own instructions, else 'fp32'.
+
+    See `build.instructions`.
+    """
+    return 'bf16' if build.instructions('bf16') else 'fp32'

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from large_kernel import build
+import paddle_env
+from large_kernel import build, fastest_precision
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
@@ -53,6 +54,28 @@ def environment(tmp_path, **extra):
 def python(arguments, env):
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(COMPILER is None, reason='needs a C++ compiler')
+def test_the_library_says_with_which_instructions_it_multiplies(monkeypatch, tmp_path):
+    source, library = tmp_path / 'some.cc', tmp_path / 'some.so'
+    source.write_text('extern "C" const char* large_kernel_bf16_instructions() { return "AMX"; }\n'
+                      'extern "C" const char* large_kernel_int8_instructions() { return ""; }\n')
+    subprocess.run([COMPILER, '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
+    monkeypatch.setattr(build, 'load_operator', lambda: library)
+    assert build.instructions('bf16') == 'AMX' and fastest_precision() == 'bf16'
+    assert build.instructions('int8') is None and build.instructions('fp8') is None
+    monkeypatch.setattr(build, 'reason_unavailable', lambda: 'no compiler')
+    assert build.instructions('bf16') is None and fastest_precision() == 'fp32'
+
+
+@needs_operator
+def test_instructions_are_those_of_this_processor():
+    flags = paddle_env.cpu_info().get('flags', '').split()
+    for precision, found in (('bf16', {'AMX': 'amx_bf16', 'AVX512_BF16': 'avx512_bf16'}),
+                             ('int8', {'AMX': 'amx_int8', 'AVX512_VNNI': 'avx512_vnni', 'AVX-VNNI': 'avx_vnni'})):
+        name = build.instructions(precision)
+        assert name is None or found[name] in flags
 
 
 @needs_operator

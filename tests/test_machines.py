@@ -13,8 +13,9 @@ import pytest
 
 from config import get_config
 from errors import UserError
+from large_kernel import build
 from port_weights.safe_load import read_checkpoint
-from training import agreement
+from training import agreement, amp
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -103,6 +104,19 @@ def test_a_problem_of_one_rank_ends_all_of_them(together):
     assert [str(result) for result in results] == ['rank 1 on a: x_list.txt: no such list file',
                                                    'x_list.txt: no such list file',
                                                    'rank 1 on a: x_list.txt: no such list file']
+
+
+def test_processors_that_would_multiply_differently_are_refused(together, monkeypatch):
+    def facts(fastest, *opts):
+        monkeypatch.setattr(amp, 'fastest_precision', lambda: fastest)
+        return {'facts': amp.Amp(get_config(None, opts), 'cpu').facts()}
+    if build.reason_unavailable() is None:
+        results = agreed(together, facts('bf16', 'AMP', True), facts('fp32', 'AMP', True))
+        assert all('the precision of 1x1 convolutions (the same everywhere with AMP_DTYPE bfloat16) is float32, '
+                   'not bfloat16;' in str(result) for result in results)
+    asked = ['AMP', True, 'AMP_DTYPE', 'bfloat16']
+    for opts in (), asked:
+        assert agreed(together, facts('bf16', *opts), facts('fp32', *opts))[1]['problem'] is None
 
 
 @pytest.mark.parametrize(('opts', 'refused'), [

@@ -23,6 +23,11 @@ class Amp:
         if config.AMP and not self.enabled:
             utils.log_once('-amp: ' + on_cpu(config))
 
+    def facts(self):
+        """Facts for `agreement.agree`: processors that differ must not multiply differently."""
+        return {'the precision of 1x1 convolutions (the same everywhere with AMP_DTYPE bfloat16)':
+                'bfloat16' if self.bf16_products else 'float32'}
+
     def autocast(self):
         """Context manager for a forward pass."""
         if not self.enabled:

@@ -48,7 +48,8 @@ def run(config, device):
         check_card(config, device)
         prepared = _prepare(config)
         if utils.world_size() > 1:
-            facts = {**data_facts(prepared.data), **model_facts(prepared.start.model, prepared.start.checkpoint)}
+            facts = {**data_facts(prepared.data), **model_facts(prepared.start.model, prepared.start.checkpoint),
+                     **amp.facts()}
     except (UserError, FileNotFoundError) as error:
         problem = str(error)
     if utils.world_size() > 1:

@@ -35,6 +35,12 @@ struct Bfloat16Product {
   typedef Bfloat16 Element;
   static constexpr int kPerWord = 2;
 
+#if defined(__AVX512BF16__) && LK_LANES == 16
+  static constexpr const char* kInstructions = "AVX512_BF16";
+#else
+  static constexpr const char* kInstructions = "";
+#endif
+
   static LK_INLINE Vec splat(const float* word) { return splat_word(word); }
   static LK_INLINE Vec multiply_add(Vec sum, Vec weight, Vec x) {
 #if defined(__AVX512BF16__) && LK_LANES == 16
@@ -54,6 +60,13 @@ struct Bfloat16Product {
 struct Int8Product {
   typedef uint8_t Element;  // of x
   static constexpr int kPerWord = 4;
+#if defined(__AVX512VNNI__) && LK_LANES == 16
+  static constexpr const char* kInstructions = "AVX512_VNNI";
+#elif defined(__AVXVNNI__) && LK_LANES == 8
+  static constexpr const char* kInstructions = "AVX-VNNI";
+#else
+  static constexpr const char* kInstructions = "";
+#endif
 
   static LK_INLINE Vec splat(const float* word) { return splat_word(word); }
   static LK_INLINE Vec multiply_add(Vec sum, Vec weight, Vec x) {

@@ -523,6 +523,15 @@ PD_BUILD_GRAD_OP(batch_norm_act)
     .Attrs({"momentum: float", "epsilon: float", "activation: std::string"})
     .SetKernelFn(PD_KERNEL(BatchNormActGrad));
 
+// The instructions with which this library multiplies on this machine, for `build.instructions`; "" for several of
+// another kind.
+extern "C" __attribute__((visibility("default"))) const char* large_kernel_bf16_instructions() {
+  return large_kernel::has_amx() ? "AMX" : large_kernel::Bfloat16Product::kInstructions;
+}
+extern "C" __attribute__((visibility("default"))) const char* large_kernel_int8_instructions() {
+  return large_kernel::has_amx() ? "AMX" : large_kernel::Int8Product::kInstructions;
+}
+
 #if __has_include(<Python.h>)
 static bool fits(const Tensor& x, const Tensor& weight, const Tensor* bias, int stride) {
   return shapes_fit(x.shape(), weight.shape(), stride) && (!bias || bias->shape() == Dims{x.shape()[1]});
