@@ -241,10 +241,12 @@ def _write_programs(folder, config, options, model, twin, images):
     """Writes and checks the programs of `twin`, the model in the exported form; returns the certificate."""
     threads, size = paddle_env.set_threads(), config.DATA.IMAGE_SIZE
     rounding, about, quantised = None, {}, None
+    original = dygraph_program(WithFeatures(model) if options.features else model)
     if options.precision != 'fp32':
-        rounding = Rounding(model, images, options.precision, options.agreement, config.DATA.MULTI_LABEL)
+        rounding = Rounding(model, images, options.precision, options.agreement, config.DATA.MULTI_LABEL,
+                            original)
         about = {'rounding': {'compared_on': rounding.description, 'required_agreement': rounding.agreement}}
-    comparison = Comparison(model, images, options)
+    comparison = Comparison(model, images, options, original)
     groups = comparison.check_groups(twin)
     before = {'form': 'merged' if is_merged(model) else 'training', **_costs(model, size, images.one)}
     after = {'form': options.form, **_costs(twin, size, images.one)}
@@ -375,8 +377,7 @@ def _programs(twin, options, quantised, rounding):
 class Comparison:
     """Checks other forms of a model against it. A difference over the tolerance raises CertificateError."""
 
-    def __init__(self, model, images, options):
-        original = dygraph_program(WithFeatures(model) if options.features else model)
+    def __init__(self, model, images, options, original):
         self._model, self._batches, self._tolerance = model, images.batches, options.tolerance
         self._expected = [original(batch) for batch in images.batches]
         if not all(np.isfinite(values).all() for values in self._expected):

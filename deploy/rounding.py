@@ -23,6 +23,9 @@ AGREEMENT = {'bf16': 0.995, 'int8': 0.99}  # least share of images with the same
 NEAR_TIE = 0.02  # difference of two scores (probabilities); fixed, so that a large error cannot excuse itself
 MOST_IMAGES, MOST_BYTES = 1000, 2**30  # compared images: at most this many, and of this size in memory
 CALIBRATION_IMAGES, RANKING_IMAGES = 64, 16
+# Features, and logits of inputs of other sizes, may differ from float32's by this share of their size (2-norms of a
+# batch): there are no decisions to compare. Correct programs stay far below it.
+DISTANCE = {'bf16': 0.25, 'int8': 0.5}
 
 
 def decisions(logits, multi_label=False):
@@ -66,6 +69,11 @@ def rounding_cost(expected, found, labels=None, multi_label=False):
     return cost
 
 
+def _distance(expected, found):
+    """The 2-norm of a difference, as a share of that of the expected values."""
+    return float(np.linalg.norm(found - expected) / (np.linalg.norm(expected) or 1))
+
+
 class Rounding:
     """Measures programs in a lower precision by the float32 model, on as many images as there are, up to 1,000.
 
@@ -75,6 +83,7 @@ class Rounding:
         precision: 'bf16' or 'int8'.
         agreement: least share of the decisions that must be the same; None for AGREEMENT.
         multi_label: see `decisions`.
+        original: the function that the programs compute, if it is not the model: with features after the logits.
     Attributes:
         calibration: batches of images to quantise on. They are not compared, unless there are too few others.
         description: of the compared images.
@@ -82,7 +91,7 @@ class Rounding:
         UserError: int8, and there are no images.
     """
 
-    def __init__(self, model, images, precision, agreement=None, multi_label=False):
+    def __init__(self, model, images, precision, agreement=None, multi_label=False, original=None):
         source = images.source
         if precision == 'int8' and source.name == 'generated':
             raise UserError('-precision=int8: needs images to calibrate on; name a folder of typical ones with '
@@ -97,10 +106,16 @@ class Rounding:
             name += '' if indices is rest else ', also calibrated on'
         self._labels = None if source.labels is None else source.labels[indices]
         self._batches, self._multi_label, self._classes = source.batches(indices), multi_label, model.num_classes
-        self._others = images.batches  # with random inputs and other sizes
         self.precision, self.agreement = precision, AGREEMENT[precision] if agreement is None else agreement
         self.description = f'{len(indices)} images ({name})'
         self._expected = self._logits(dygraph_program(model), 'float32')
+        # random inputs, which exceed the ranges of int8, and an image, enlarged to the other size if there is one
+        sizes, self._size = {batch.shape[2:] for batch in images.batches}, images.one.shape[2:]
+        self._inputs = [np.pad(images.one, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(size, self._size))], 'wrap')
+                        for size in sizes]
+        self._inputs += images.batches if precision == 'bf16' else []
+        original = original or dygraph_program(model)
+        self._outputs = [original(batch) for batch in self._inputs]
 
     def _logits(self, program, name):
         batches = tqdm(self._batches, name, unit='batch', leave=False, disable=not os.isatty(2))
@@ -120,19 +135,39 @@ class Rounding:
         """The entry of a program in the certificate.
 
         Raises:
-            CertificateError: too many decisions change, or an output is not finite.
+            CertificateError: too many decisions change, or an output is not finite or far from float32's.
         """
-        cost = self.cost(program, name)
-        if cost is None or not all(np.isfinite(program(images)).all() for images in self._others):
+        cost, distances = self.cost(program, name), self._distances(program)
+        if cost is None or distances is None:
             raise CertificateError(f'nothing is exported: in {self.precision}, outputs of {name} are not finite')
         if not self.holds(cost):
             raise CertificateError(
                 f'nothing is exported: in {self.precision}, {name} decides {cost["changed"]} of {cost["decided"]} '
                 f'{"classes of images" if self._multi_label else "images"} otherwise than float32, an agreement of '
                 f'{cost["agreement"]:.2%}; at least {self.agreement:.2%} is required (-agreement)')
+        for what, distance in distances.items():
+            if distance > DISTANCE[self.precision]:
+                raise CertificateError(f"nothing is exported: in {self.precision}, {what} of {name} differ from float32's "
+                                       f'by {distance:.0%} of their size, over the limit of '
+                                       f'{DISTANCE[self.precision]:.0%}')
         return {'precision': self.precision, 'max_difference': cost['max_difference'],
                 'mean_difference': cost['mean_difference'], 'top1_agreement': cost['agreement_with_near_ties'],
-                'rounding': cost}
+                'rounding': {**cost, 'distances': distances}}
+
+    def _distances(self, program):
+        """{what: the largest distance from float32's} of outputs without decisions; None if a value is not finite."""
+        found = {}
+        for inputs, expected in zip(self._inputs, self._outputs):
+            outputs = program(inputs)
+            if not np.isfinite(outputs).all():
+                return None
+            compared = {'features': slice(self._classes, None)} if expected.shape[1] > self._classes else {}
+            if inputs.shape[2:] != self._size:
+                compared['logits at another size'] = slice(self._classes)
+            for what, columns in compared.items():
+                distance = _distance(expected[:, columns], outputs[:, columns])
+                found[what] = max(distance, found.get(what, 0))
+        return found
 
 
 def choose_int8_layers(twin, rounding):

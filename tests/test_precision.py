@@ -137,6 +137,7 @@ def test_the_certificate_says_what_bf16_costs(bf16, data):
     assert native['precision'] == 'fp32' and native['max_difference'] < 1e-4 * program['rounding']['largest_logit']
     cost = program['rounding']
     assert cost['images'] == 24 == cost['decided'] + cost['near_ties'] and cost['changed'] == 0
+    assert 0 < cost['distances']['features'] < 0.15
     assert 0 < cost['mean_difference'] < cost['max_difference'] == program['max_difference']
     assert cost['accuracy'] == {'fp32': 1, 'rounded': 1}
     text = exporting.table(certificate)
@@ -275,6 +276,24 @@ def test_a_program_that_decides_otherwise_is_refused(run, model):
     with pytest.raises(CertificateError, match='in bf16, outputs of X are not finite'):
         rounding.check('X', lambda images: np.full((len(images), 4), np.nan))
     assert rounding.check('X', dygraph_program(model))['top1_agreement'] == 1
+
+
+def test_features_and_inputs_of_other_sizes_are_compared(run, model):
+    config = settings(run)
+    exact = dygraph_program(exporting.WithFeatures(model))
+    rounding = Rounding(model, comparison_images(config, exporting.ExportOptions(dynamic=True)), 'bf16', original=exact)
+    found = rounding.check('X', exact)['rounding']['distances']
+    assert found == {'features': 0, 'logits at another size': 0}
+
+    def wrong_features(images):
+        return np.concatenate([exact(images)[:, :4], exact(images)[:, :3:-1]], 1)
+
+    def wrong_size(images):
+        return exact(images) * (1 if images.shape[2] == config.DATA.IMAGE_SIZE else 0)
+    for program, what in ((wrong_features, 'features'), (wrong_size, '(logits at another size|features)')):
+        with pytest.raises(CertificateError, match=rf"{what} of X differ from float32's by \d+% of their size, "
+                           'over the limit of 25%'):
+            rounding.check('X', program)
 
 
 def test_without_images_int8_is_refused_and_bf16_compared_on_generated_ones(run, model, tmp_path):
