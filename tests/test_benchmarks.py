@@ -1,5 +1,6 @@
 """The benchmark scripts: they run, their files can be read, and their counts are right. Timings are not tested."""
 import csv
+import gzip
 import importlib.util
 import itertools
 import json
@@ -12,14 +13,19 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from PIL import Image
 
 import benchmark
+from config import get_config
+from datasets import get_dataset
 from deploy.equivalence import dygraph_program
+from errors import UserError
 from replknet import RepLKNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import bench_dwconv  # noqa: E402
 import harness  # noqa: E402
+import prepare_fashion  # noqa: E402
 
 TORCH = importlib.util.find_spec('torch') is not None
 
@@ -187,3 +193,19 @@ def test_mistakes_in_the_shapes_file_are_one_line_errors(run_script, tmp_path, l
 def test_wrong_flags_are_one_line_errors(run_script, script, flag, words):
     done = run_script(f'benchmarks/{script}', flag)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_fashion_mnist_becomes_a_data_folder(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    for part in 'train', 't10k':
+        (tmp_path / f'{part}-images-idx3-ubyte.gz').write_bytes(gzip.compress(bytes(16) + images.tobytes()))
+        (tmp_path / f'{part}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(bytes(8) + bytes([7, 0, 9])))
+    assert prepare_fashion.main([f'-output={tmp_path}/data', f'-source={tmp_path}', '-train=2']) == 0
+    assert capsys.readouterr().out == f'2 images to train on and 3 to evaluate in {tmp_path}/data\n'
+    config = get_config(None, ['DATA.DATA_PATH', f'{tmp_path}/data', 'MODEL.NUM_CLASSES', 10])
+    assert [get_dataset(config, mode).labels.tolist() for mode in ('train', 'val')] == [[7, 0], [7, 0, 9]]
+    np.testing.assert_array_equal(Image.open(tmp_path / 'data/val/00002.png'), images[2])
+    with pytest.raises(UserError, match='exists'):
+        prepare_fashion.main([f'-output={tmp_path}/data', f'-source={tmp_path}'])
+    with pytest.raises(UserError, match='no such file; install'):
+        prepare_fashion.main([f'-output={tmp_path}/other', f'-source={tmp_path}/none'])

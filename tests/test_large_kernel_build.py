@@ -22,8 +22,10 @@ TARGETS = {
     # the code for AVX-512 and AMX on any processor: wide vectors that the compiler splits, and a model of AMX
     'wide': ['-O1', NATIVE, '-Wno-psabi', '-DLK_LANES=16', f'-DLK_AMX_MODEL="{ROOT}/tests/amx_model/amx_model.h"'],
     'sanitized': ['-O1', NATIVE, '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
+    'aarch64': ['-O2', '-static'],
 }
-LONG = ('avx2', 'native', 'sanitized', 'wide')  # minutes each
+LONG = ('aarch64', 'avx2', 'native', 'sanitized', 'wide')  # minutes each
+FOREIGN = {'aarch64': ('aarch64-linux-gnu-g++', 'qemu-aarch64')}  # Debian's g++-aarch64-linux-gnu and qemu-user
 
 needs_operator = pytest.mark.skipif(build.reason_unavailable() is not None,
                                     reason=f'no C++ operator: {build.reason_unavailable()}')
@@ -177,9 +179,11 @@ def programs(tmp_path_factory, pytestconfig):
     empty = folder / 'empty.cc'
     empty.write_text('int main() {}\n')
     for target in TARGETS:
-        command = [COMPILER, *TARGETS[target], '-fopenmp', '-o', str(folder / target)]
+        needed = FOREIGN.get(target, (COMPILER,))
+        command = [needed[0], *TARGETS[target], '-fopenmp', '-o', str(folder / target)]
         wanted = pytestconfig.getoption('--long') or target not in LONG
-        if wanted and not subprocess.run([*command, str(empty)], capture_output=True).returncode:
+        if (wanted and all(map(shutil.which, needed))
+                and not subprocess.run([*command, str(empty)], capture_output=True).returncode):
             compilers[target] = subprocess.Popen(
                 [*command, '-ffp-contract=fast', '-std=c++17', '-Wall', '-Wextra', '-Werror',
                  '-I', str(ROOT / 'large_kernel' / 'csrc'), str(ROOT / 'tests' / 'sanitize' / 'main.cc')])
@@ -214,9 +218,10 @@ def test_kernels_alone(programs, target):
     if target == 'avx2' and 'avx2' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this processor has no AVX2')
     if target not in programs:
-        pytest.skip(f'{COMPILER} does not support {" ".join(TARGETS[target])}')
-    shapes = '2' if target == 'sanitized' else '3'
-    result = subprocess.run([str(programs[target]), shapes], env={**os.environ, 'OMP_NUM_THREADS': '3'},
-                            capture_output=True, text=True)
+        pytest.skip(f'needs {" and ".join(FOREIGN[target])}' if target in FOREIGN else
+                    f'{COMPILER} does not support {" ".join(TARGETS[target])}')
+    shapes = {'sanitized': '2', 'aarch64': '1'}.get(target, '3')
+    result = subprocess.run([*FOREIGN.get(target, ())[1:], str(programs[target]), shapes],
+                            env={**os.environ, 'OMP_NUM_THREADS': '3'}, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     assert result.stdout.count(', 0 failures') == 2  # one line for each size of the L1 cache

@@ -66,7 +66,7 @@ def on_cpu(config):
         return f'1x1 convolutions are trained with products in bfloat16{slow}; all else is in float32'
     if build.reason_unavailable() is not None:
         return f'computing in float32, because the C++ operator is not available: {build.reason_unavailable()}'
-    return 'computing in float32, because this processor has no instructions for bfloat16'
+    return 'computing in float32, because this processor, or the compiler, has no instructions for bfloat16'
 
 
 def check_card(config, device):

@@ -13,6 +13,10 @@
 static bool large_cache;  // code that depends on the size of the cache runs for both sizes
 #define LK_LARGE_L1 large_cache
 
+#if !defined(LK_LEAST_WEIGHT)  // in int8
+#define LK_LEAST_WEIGHT -128
+#endif
+
 #include "batch_norm.h"
 #include "conv_gemm.h"
 #include "depthwise.h"
@@ -293,7 +297,7 @@ bool run_words(const Shape& s, int out_channels, std::mt19937& random) {
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(words.data.get());
   for (int o = 0; o < out_channels; o++) {
     for (int k = 0; k < terms; k++) {
-      const float value = is_int8 ? pick(-128, 127) : pick(-1000, 1000) / 64;
+      const float value = is_int8 ? pick(LK_LEAST_WEIGHT, 127) : pick(-1000, 1000) / 64;
       const std::size_t word = ((std::size_t)o / 16 * rows + k / P::kPerWord) * 16 + o % 16, element = word * P::kPerWord + k % P::kPerWord;
       if (is_int8) {
         bytes[element] = (uint8_t)(int8_t)value;
@@ -490,6 +494,43 @@ bool run_shared(int count, int chunk, int threads, int present) {
   return good;
 }
 
+// The part of the table in bfloat16 and int8.
+int run_rounded(int shapes, std::mt19937& random, int& count) {
+  auto pick = [&](int n) { return (int)(random() % n); };
+  int bad = 0;
+  for (int i = 0; i < 2 * shapes; i++, count++) {
+    const int large[] = {7, 13, 27, 31}, small[] = {1, 3, 5};
+    const bool is_small = i % 3 == 0;
+    const Shape s = {1 + pick(3), 16 * (1 + pick(3)), 1 + pick(36), 1 + pick(36), is_small ? small[pick(3)] : large[pick(4)],
+                     is_small ? 1 + pick(2) : 1};
+    bad += !run_bfloat16(s, random);
+  }
+  bad += !run_bfloat16({1, 16, 56, 56, 31, 1}, random) + !run_bfloat16({2, 16, 14, 14, 27, 1}, random), count += 2;
+  for (int i = 0; i < shapes; i++) {
+    const bool window = i % 3 == 2;
+    const Shape s = {1 + pick(3), window ? 1 + pick(20) : 16 * (1 + pick(9)) - (i % 3 == 1 ? pick(9) : 0),
+                     1 + pick(i % 2 ? 20 : 8), 1 + pick(i % 2 ? 40 : 8), window ? 3 : 1, window ? 1 + pick(2) : 1};
+    const int wide = 16 * (1 + pick(7));
+#if defined(LK_AMX_MODEL)
+    lk_amx_enabled = i % 2 == 0 || pick(2);
+#endif
+    bad += !run_words<large_kernel::Bfloat16Product>(s, wide, random), count++;
+    bad += !run_words<large_kernel::Int8Product>(s, wide, random), count++;
+  }
+  for (int i = 0; i < shapes; i++, count++) {
+#if defined(LK_AMX_MODEL)
+    lk_amx_enabled = i % 2;
+#endif
+    const bool odd = i % 3;
+    bad += !run_pointwise_bf16(1 + pick(4), odd ? 1 + pick(70) : 16 * (1 + pick(4)), odd ? 1 + pick(70) : 32,
+                               1 + pick(90), random);
+  }
+  bad += !run_pointwise_bf16(3, 11, 2100, 400, random), count++;  // slices of the weight gradient
+  bad += !run_words<large_kernel::Bfloat16Product>({1, 2080, 2, 3, 1, 1}, 16, random), count++;  // several passes
+  bad += !run_words<large_kernel::Int8Product>({1, 4160, 2, 3, 1, 1}, 16, random), count++;
+  return bad;
+}
+
 // Runs the table and returns the number of failed cases; `shapes` of each kernel and stride.
 int run_all(int shapes) {
   std::mt19937 random(1 + large_cache);
@@ -565,36 +606,7 @@ int run_all(int shapes) {
       bad += !run_dense(s, widths[pick(6)], random);
     }
   }
-  for (int i = 0; i < 2 * shapes; i++, count++) {
-    const int large[] = {7, 13, 27, 31}, small[] = {1, 3, 5};
-    const bool is_small = i % 3 == 0;
-    const Shape s = {1 + pick(3), 16 * (1 + pick(3)), 1 + pick(36), 1 + pick(36), is_small ? small[pick(3)] : large[pick(4)],
-                     is_small ? 1 + pick(2) : 1};
-    bad += !run_bfloat16(s, random);
-  }
-  bad += !run_bfloat16({1, 16, 56, 56, 31, 1}, random) + !run_bfloat16({2, 16, 14, 14, 27, 1}, random), count += 2;
-  for (int i = 0; i < shapes; i++) {
-    const bool window = i % 3 == 2;
-    const Shape s = {1 + pick(3), window ? 1 + pick(20) : 16 * (1 + pick(9)) - (i % 3 == 1 ? pick(9) : 0),
-                     1 + pick(i % 2 ? 20 : 8), 1 + pick(i % 2 ? 40 : 8), window ? 3 : 1, window ? 1 + pick(2) : 1};
-    const int wide = 16 * (1 + pick(7));
-#if defined(LK_AMX_MODEL)
-    lk_amx_enabled = i % 2 == 0 || pick(2);
-#endif
-    bad += !run_words<large_kernel::Bfloat16Product>(s, wide, random), count++;
-    bad += !run_words<large_kernel::Int8Product>(s, wide, random), count++;
-  }
-  for (int i = 0; i < shapes; i++, count++) {
-#if defined(LK_AMX_MODEL)
-    lk_amx_enabled = i % 2;
-#endif
-    const bool odd = i % 3;
-    bad += !run_pointwise_bf16(1 + pick(4), odd ? 1 + pick(70) : 16 * (1 + pick(4)), odd ? 1 + pick(70) : 32,
-                               1 + pick(90), random);
-  }
-  bad += !run_pointwise_bf16(3, 11, 2100, 400, random), count++;  // slices of the weight gradient
-  bad += !run_words<large_kernel::Bfloat16Product>({1, 2080, 2, 3, 1, 1}, 16, random), count++;  // several passes
-  bad += !run_words<large_kernel::Int8Product>({1, 4160, 2, 3, 1, 1}, 16, random), count++;
+  bad += run_rounded(shapes, random, count);
   for (int tasks : {0, 1, 2, 7, 64, 1000}) {
     for (int threads : {1, 2, 5}) {
       for (int present : {1, 3}) bad += !run_shared(tasks, 1 + pick(20), threads, present), count++;
@@ -611,8 +623,17 @@ int run_all(int shapes) {
 
 }  // namespace
 
+// main [shapes of each kind] [rounded: bfloat16 and int8 only]
 int main(int argc, char** argv) {
   int bad = 0;
+  if (argc > 2) {
+    std::mt19937 random(0);
+    int count = 0;
+    bad = run_rounded(std::atoi(argv[1]), random, count);
+    std::printf("%d shapes, %d failures, %d lanes, %s\n", count, bad, large_kernel::kLanes,
+                large_kernel::has_amx() ? "AMX" : "no AMX");
+    return bad ? 1 : 0;
+  }
   for (bool large : {false, true}) {
     large_cache = large;
     bad += run_all(argc > 1 ? std::atoi(argv[1]) : 8);
