@@ -3,6 +3,7 @@
 The operator's own code, its gradients and the choice of it are those of a GPU; the kernels are emulated.
 """
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -259,3 +260,13 @@ print('imported', path)
                           env={**os.environ, 'LARGE_KERNEL_CACHE_DIR': str(tmp_path)})
     assert done.returncode == 0 and 'imported' in done.stdout, done.stderr
     assert done.stderr.count('built the CUDA operator') == 1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not has_nvcc(), reason='no nvcc')
+def test_the_kernels_stay_in_registers(tmp_path):
+    """The prototype that was measured on an H100 spills up to 96 bytes; sums in memory would take a kilobyte or more."""
+    command = nvcc.compile_command(nvcc.find(), KERNELS / 'float16.cu', tmp_path / 'float16.o', (9, 0))
+    done = subprocess.run([*command, '-Xptxas', '-v'], capture_output=True, text=True)
+    spilled = [int(count) for count in re.findall(r'(\d+) bytes spill loads', done.stderr)]
+    assert done.returncode == 0 and len(spilled) > 20 and max(spilled) <= 96, done.stderr[-2000:]
