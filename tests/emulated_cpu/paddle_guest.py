@@ -42,7 +42,7 @@ def copy(source, guest):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', 'test', '*.a'))
+        shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns('test', '*.a'))
     else:
         shutil.copy2(source, target)
 
