@@ -3,8 +3,9 @@
     apt-get install dataset-fashion-mnist
     python benchmarks/prepare_fashion.py -output=data/fashion
 
-writes data/fashion/{train,val}/NUMBER.png and the lists: the first 12,000 images of the training set and the first 2,000
-of the test set, or as many as -train and -val say. The files are those of Debian's package; -source names another folder.
+writes data/fashion/{train,val}/NUMBER.png and the lists: the first 12,000 images of the training set and the first
+2,000 of the test set, or as many as -train and -val say. The files are those of Debian's package; -source names another
+folder.
 
 Source: H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747 (MIT license).
 """

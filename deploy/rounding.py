@@ -147,8 +147,8 @@ class Rounding:
                 f'{cost["agreement"]:.2%}; at least {self.agreement:.2%} is required (-agreement)')
         for what, distance in distances.items():
             if distance > DISTANCE[self.precision]:
-                raise CertificateError(f"nothing is exported: in {self.precision}, {what} of {name} differ from float32's "
-                                       f'by {distance:.0%} of their size, over the limit of '
+                raise CertificateError(f'nothing is exported: in {self.precision}, {what} of {name} differ from '
+                                       f"float32's by {distance:.0%} of their size, over the limit of "
                                        f'{DISTANCE[self.precision]:.0%}')
         return {'precision': self.precision, 'max_difference': cost['max_difference'],
                 'mean_difference': cost['mean_difference'], 'top1_agreement': cost['agreement_with_near_ties'],

@@ -265,7 +265,7 @@ print('imported', path)
 @pytest.mark.long
 @pytest.mark.skipif(not has_nvcc(), reason='no nvcc')
 def test_the_kernels_stay_in_registers(tmp_path):
-    """The prototype that was measured on an H100 spills up to 96 bytes; sums in memory would take a kilobyte or more."""
+    """The prototype that was measured on an H100 spills up to 96 bytes; sums in memory would take a kilobyte."""
     command = nvcc.compile_command(nvcc.find(), KERNELS / 'float16.cu', tmp_path / 'float16.o', (9, 0))
     done = subprocess.run([*command, '-Xptxas', '-v'], capture_output=True, text=True)
     spilled = [int(count) for count in re.findall(r'(\d+) bytes spill loads', done.stderr)]
