@@ -75,7 +75,7 @@ def read_key(path):
 async def run(args, listener, key):
     from serving.app import Service
     from serving.pool import WorkerPool
-    from serving.server import serve
+    from serving.server import serve, start_listening
     limits = Limits(int(args.max_mb * 2**20), int(args.max_megapixels * 1e6), args.max_images, args.queue,
                     args.max_requests, args.timeout, args.slow)
     metrics = Metrics()
@@ -85,7 +85,7 @@ async def run(args, listener, key):
     pool = WorkerPool(settings, args.workers, limits, metrics)
     try:
         await pool.start()
-        listener.listen(2048)
+        listener = start_listening(listener, args.host, args.port)
         host, port = listener.getsockname()[:2]
         print(f'{pool.model["name"]} ({pool.model["backend"]}) on http://{f"[{host}]" if ":" in host else host}:{port}',
               flush=True)

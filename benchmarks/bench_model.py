@@ -9,12 +9,17 @@ weights. `custom` is a model as it is built, `packed` as predict.py prepares it,
 
 The suites are inference (merged form at batch 1 and 8, training form at batch 1), training (a step of AdamW, batch 4),
 batch (merged, 1 to 16), size (merged, 224 to 1024 pixels) and kernel (merged, 3 to 51 in all stages). The image size is
-that of the config file, except in the suite `size`. The suite erf is measured only when named, since it is slow: the
-effective receptive field of an image of 1024 pixels, in `custom` as erf.py computes it, in the others by plain
-differentiation with frozen weights.
+that of the config file, except in the suite `size`.
+
+Three more suites are measured only when named. rounded (merged, batch 1 and 8) and rounded-training (batch 4) compare
+bfloat16 and int8 with float32: -bf16 and -int8 are this project's -precision and -amp, torch-bf16 is torch's autocast
+with channels_last, and openvino-default is the precision that OpenVINO chooses, bfloat16 where the processor has it.
+erf is the effective receptive field of an image of 1024 pixels, in `custom` as erf.py computes it, in the others by
+plain differentiation with frozen weights.
 """
 import argparse
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -27,7 +32,7 @@ from harness import ArgumentParser
 
 _CUSTOM = {'LARGE_KERNEL_CONV_IMPL': 'custom', **harness.BOUND_PADDLE}
 _NATIVE = {'LARGE_KERNEL_CONV_IMPL': 'native', **harness.BOUND_PADDLE}
-SYSTEMS = {  # name: environment variables
+FLOAT32 = {  # name: environment variables
     'custom': _CUSTOM,
     'fft': {'LARGE_KERNEL_CONV_IMPL': 'fft', **harness.BOUND_PADDLE},
     'native': _NATIVE,
@@ -40,13 +45,25 @@ SYSTEMS = {  # name: environment variables
     'onnxruntime': {},
     'openvino': {},
 }
+ROUNDED = {
+    'custom-bf16': _CUSTOM,
+    'inference-bf16': _CUSTOM,
+    'inference-int8': _CUSTOM,
+    'torch-bf16': harness.BOUND,
+    'openvino-default': {},
+}
+SYSTEMS = {**FLOAT32, **ROUNDED}
 GROWTH = ('batch', 'size', 'kernel')
 PARTICIPANTS = {  # suite: systems
-    'inference': tuple(SYSTEMS),
+    'inference': tuple(FLOAT32),
     'training': ('custom', 'fft', 'stock', 'torch', 'torch-channels-last'),
     **dict.fromkeys(GROWTH, ('custom', 'inference', 'torch-channels-last', 'openvino')),
+    'rounded': ('inference', 'inference-bf16', 'inference-int8', 'torch-bf16', 'openvino', 'openvino-default'),
+    'rounded-training': ('custom', 'custom-bf16', 'torch-channels-last', 'torch-bf16'),
     'erf': ('custom', 'stock', 'torch-channels-last'),
 }
+WHEN_NAMED = ('rounded', 'rounded-training', 'erf')
+TOLERANCE = {**dict.fromkeys(GROWTH), **dict.fromkeys(('rounded', 'rounded-training'), 0.5)}  # other suites: 2e-3
 
 
 def cases_of(suite, config):
@@ -57,6 +74,8 @@ def cases_of(suite, config):
     return {
         'inference': [base, {**base, 'batch': 8}, {**base, 'merged': False}],
         'training': [{**base, 'merged': False, 'batch': 4}],
+        'rounded': [base, {**base, 'batch': 8}],
+        'rounded-training': [{**base, 'merged': False, 'batch': 4}],
         'batch': [{**base, 'batch': batch} for batch in (1, 2, 4, 8, 16)],
         'size': [{**base, 'size': size} for size in (224, 384, 512, 768, 1024)],
         'erf': [{**base, 'size': 1024}],
@@ -94,19 +113,24 @@ def paddle_model(case):
     return paddle, model
 
 
-def packed(model, case):
-    """The model as predict.py and export.py prepare it."""
+def packed(model, case, precision='fp32'):
+    """The model as predict.py and export.py prepare it; in int8 with the ranges of the case's images."""
     from fuse import fuse, pack
-    return pack(fuse(model) if case['merged'] else model)
+    from large_kernel import fastest_precision
+    from large_kernel.quantise import quantise
+    model, quantised = fuse(model) if case['merged'] else model, None
+    if precision == 'int8':
+        precision, quantised = fastest_precision(), quantise(model, [images_and_labels(case)[0]])
+    return pack(model, precision, quantised)
 
 
-def paddle_dynamic(case, folder, prepare=lambda model, case: model):
+def paddle_dynamic(case, folder, prepare=lambda model, case: model, bf16=False):
     paddle, model = paddle_model(case)
     images, labels = map(paddle.to_tensor, images_and_labels(case))
     version = f'paddlepaddle {paddle.__version__}'
     if case['suite'] == 'erf':
         return paddle_field(model, images), version
-    if case['suite'] != 'training':
+    if 'training' not in case['suite']:
         model.eval()
         model = prepare(model, case)
 
@@ -117,8 +141,11 @@ def paddle_dynamic(case, folder, prepare=lambda model, case: model):
     model.train()
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters(), weight_decay=0.05)
 
+    from large_kernel import bf16_products
+
     def step():
-        loss = paddle.nn.functional.cross_entropy(model(images), labels)
+        with bf16_products(bf16):
+            loss = paddle.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()
@@ -149,13 +176,17 @@ def paddle_packed(case, folder):
     return paddle_dynamic(case, folder, packed)
 
 
-def export_paddle(case, folder):
+def paddle_bf16_products(case, folder):
+    return paddle_dynamic(case, folder, bf16=True)
+
+
+def export_paddle(case, folder, precision='fp32'):
     _, model = paddle_model(case)
     from deploy.runtimes import save_paddle_program
     model.eval()
     implementation = os.environ['LARGE_KERNEL_CONV_IMPL']
     if implementation == 'custom':
-        model = packed(model, case)
+        model = packed(model, case, precision)
     save_paddle_program(model, os.path.join(folder, 'model'), (case['size'], case['size']), implementation)
 
 
@@ -184,7 +215,7 @@ def torch_model(case):
     return torch, model
 
 
-def torch_eager(case, folder, channels_last=False):
+def torch_eager(case, folder, channels_last=False, bf16=False):
     torch, model = torch_model(case)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images, labels = map(torch.from_numpy, images_and_labels(case))
@@ -200,17 +231,19 @@ def torch_eager(case, folder, channels_last=False):
             gradient, = torch.autograd.grad(centre, images)
             return profiles(torch.relu(gradient).sum((0, 1)).numpy())
         return field, version
-    if case['suite'] != 'training':
+    autocast = torch.autocast('cpu', torch.bfloat16, enabled=bf16)
+    if 'training' not in case['suite']:
         model.eval()
 
         def infer():
-            with torch.inference_mode():
-                return [model(images).numpy()]
+            with torch.inference_mode(), autocast:
+                return [model(images).float().numpy()]
         return infer, version
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)
 
     def step():
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        with autocast:
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -220,6 +253,10 @@ def torch_eager(case, folder, channels_last=False):
 
 def torch_channels_last(case, folder):
     return torch_eager(case, folder, channels_last=True)
+
+
+def torch_bf16(case, folder):
+    return torch_eager(case, folder, channels_last=True, bf16=True)
 
 
 def export_onnx(case, folder):
@@ -250,11 +287,18 @@ def openvino_model(case, folder):
     return infer, f'openvino {openvino.__version__.split("-")[0]}'
 
 
+def openvino_default(case, folder):
+    return openvino_model({**case, 'default_precision': True}, folder)
+
+
 MAKERS = {'packed': paddle_packed, 'inference': paddle_inference, 'inference-stock': paddle_inference,
           'torch': torch_eager, 'torch-channels-last': torch_channels_last, 'onnxruntime': onnxruntime_model,
-          'openvino': openvino_model}
+          'openvino': openvino_model, 'custom-bf16': paddle_bf16_products, 'inference-bf16': paddle_inference,
+          'inference-int8': paddle_inference, 'torch-bf16': torch_bf16, 'openvino-default': openvino_default}
 EXPORTERS = {'inference': export_paddle, 'inference-stock': export_paddle, 'onnxruntime': export_onnx,
-             'openvino': export_onnx}
+             'openvino': export_onnx, 'openvino-default': export_onnx,
+             'inference-bf16': functools.partial(export_paddle, precision='bf16'),
+             'inference-int8': functools.partial(export_paddle, precision='int8')}
 
 
 def child(name, folder, export):
@@ -339,7 +383,7 @@ def measure_group(cases, model, arguments):
             except harness.SystemFailed as error:
                 failed[key] = str(error)
         times, answers, reasons = harness.measure(jobs, arguments.rounds, arguments.budget, arguments.patience,
-                                                  alike=suite not in GROWTH)
+                                                  tolerance=TOLERANCE.get(suite, 2e-3))
     return times, answers, {**failed, **reasons}
 
 
@@ -347,7 +391,7 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     for flag, default, text in (
             ('cfg', os.path.join(harness.ROOT, 'configs', 'replknet_31b.yaml'), 'config file of the model'),
-            ('suites', ','.join(suite for suite in PARTICIPANTS if suite != 'erf'), 'suites to measure'),
+            ('suites', ','.join(suite for suite in PARTICIPANTS if suite not in WHEN_NAMED), 'suites to measure'),
             ('systems', ','.join(SYSTEMS), 'systems to time; those that are not installed are left out'),
             ('threads', 2, 'threads of each system, bound to cores'),
             ('rounds', 7, 'interleaved rounds; 0 takes the time of the first call'),

@@ -95,7 +95,7 @@ class System:
         return f'status {status}' + (f', {lines[-1]}' if lines else '')
 
 
-def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
+def measure(jobs, rounds, budget, patience, visit=0.1, tolerance=2e-3):
     """Times jobs in interleaved rounds.
 
     Args:
@@ -104,7 +104,8 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
         budget: seconds per job; a slow job takes part in fewer rounds, but at least in two.
         patience: seconds to wait, in total, for moments when other processes leave the cores idle.
         visit: seconds of calls per round, for calls that are shorter.
-        alike: all results must agree; a job whose results differ from the first one's is left out.
+        tolerance: of results, as a share of the largest; a job whose results differ from the first one's by more is
+            left out. None if they need not agree.
     Returns:
         ({name: milliseconds of all timed calls}, {name: the other answers}, {name: reason of a failure}).
     """
@@ -119,7 +120,7 @@ def measure(jobs, rounds, budget, patience, visit=0.1, alike=True):
         if not np.isfinite(np.concatenate([[0], *answer['sample']])).all():
             failed[name] = 'its results are not finite'
             del times[name], answers[name]
-    for name in disagreement(answers) if alike else ():
+    for name in disagreement(answers, tolerance) if tolerance else ():
         failed[name] = f'its results differ from those of {next(iter(answers))}'
         del times[name]
     for index in range(rounds):
@@ -261,8 +262,9 @@ def choose(flag, text, known):
 
 
 def openvino_settings(case):
-    """Settings of OpenVINO's CPU device: float32, with the number of threads of the case."""
-    return {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': case['threads'], 'PERFORMANCE_HINT': 'LATENCY'}
+    """Settings of OpenVINO's CPU device: the number of threads of the case, and float32 unless it is in bfloat16."""
+    precision = {} if case.get('default_precision') else {'INFERENCE_PRECISION_HINT': 'f32'}
+    return {**precision, 'INFERENCE_NUM_THREADS': case['threads'], 'PERFORMANCE_HINT': 'LATENCY'}
 
 
 def write_csv(path, header, rows):

@@ -18,7 +18,10 @@ COLOURS = {'custom': '#d55e00', 'inference': '#e69f00', 'torch-channels-last': '
 NAMES = {'custom': 'this project', 'packed': 'this project, packed', 'inference': 'this project, Paddle Inference',
          'fft': 'this project, fft', 'native': 'Paddle', 'stock': 'stock Paddle',
          'inference-stock': 'stock Paddle Inference', 'torch': 'torch', 'torch-channels-last': 'torch channels_last',
-         'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
+         'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO', 'custom-bf16': 'this project, bfloat16',
+         'inference-bf16': 'this project, Paddle Inference, bfloat16',
+         'inference-int8': 'this project, Paddle Inference, int8', 'torch-bf16': 'torch channels_last, bfloat16',
+         'openvino-default': "OpenVINO's default"}
 MODEL_NAMES = {**NAMES, 'native': 'this project, native'}
 
 
@@ -58,9 +61,9 @@ def model_tables(rows):
     sections = {}
     for suite in dict.fromkeys(row['suite'] for row in rows):
         chosen = [row for row in rows if row['suite'] == suite]
-        if suite in ('inference', 'training'):
+        if suite in ('inference', 'training', 'rounded', 'rounded-training'):
             ours = {(row['batch'], row['merged']): float(row['median_ms'])
-                    for row in chosen if row['system'] == 'custom'}
+                    for row in chosen if row['system'] == ('inference' if suite == 'rounded' else 'custom')}
             sections['training-step' if suite == 'training' else suite] = harness.table(
                 ['form', 'batch', 'system', 'ms', 'images/s', 'peak MB', 'ms over this project in Paddle'],
                 [['merged' if row['merged'] == 'True' else 'training', row['batch'], MODEL_NAMES[row['system']],

@@ -1,6 +1,7 @@
 """The server: uvicorn, with time limits for slow clients and a graceful shutdown."""
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -85,6 +86,28 @@ def listen(host, port):
     except (OSError, OverflowError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'-host={host} -port={port}: {reason}; choose another address or port') from None
+
+
+def start_listening(listener, host, port):
+    """Lets clients connect to the result of `listen(host, port)`.
+
+    A process that has bound the same address meanwhile may have been first: that is refused only now.
+
+    Returns:
+        `listener`, or with port 0, where the system chooses, a socket with another port if its choice was taken.
+    Raises:
+        UserError: another process listens there.
+    """
+    while True:
+        try:
+            listener.listen(2048)
+            return listener
+        except OSError as error:
+            listener.close()
+            if port or error.errno != errno.EADDRINUSE:
+                reason = f'{error.strerror}; choose another address or port'
+                raise UserError(f'-host={host} -port={port}: {reason}') from None
+            listener = listen(host, port)
 
 
 async def serve(application, listener, limits, stopping):

@@ -84,6 +84,16 @@ def test_bench_model(run_script, tiny_yaml, tmp_path, suite):
         assert int(row['peak_mb']) > 50
 
 
+@pytest.mark.long
+def test_bench_model_in_bfloat16_and_int8(run_script, tiny_yaml, tmp_path):
+    done = run_script('benchmarks/bench_model.py', f'-cfg={tiny_yaml}', '-suites=rounded,rounded-training',
+                      '-rounds=0', '-threads=1', '-patience=0', f'-output={tmp_path}/model.csv',
+                      '-systems=inference,inference-bf16,inference-int8,custom,custom-bf16')
+    assert done.returncode == 0 and 'left out' not in done.stderr, done.stderr
+    assert [row['system'] for row in read(tmp_path / 'model.csv')[1]] == [
+        *['inference', 'inference-bf16', 'inference-int8'] * 2, 'custom', 'custom-bf16']
+
+
 def test_benchmark_of_one_form_in_both_backends(run_script, tiny_yaml, tmp_path):
     done = run_script('benchmark.py', f'-model={tiny_yaml}', '-image_size=64', '-batch_size=2', '-form=fused',
                       '-threads=1', '-budget=1', '-patience=0', f'-output={tmp_path}/b.json', cwd=tmp_path)

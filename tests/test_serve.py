@@ -200,6 +200,19 @@ def test_a_port_that_is_taken(run_script, service):
     assert done.returncode == 2 and 'already in use; choose another' in done.stderr
 
 
+def test_two_services_that_start_at_the_same_port():
+    from serving.server import listen, start_listening
+    first = listen('127.0.0.1', 0)
+    port = first.getsockname()[1]
+    second, third = listen('127.0.0.1', port), listen('127.0.0.1', port)  # nobody listens yet
+    with start_listening(first, '127.0.0.1', 0) as own:
+        assert own is first
+        with pytest.raises(UserError, match=f'-host=127.0.0.1 -port={port}: Address already in use; choose another'):
+            start_listening(second, '127.0.0.1', port)
+        with start_listening(third, '127.0.0.1', 0) as other:  # the system has chosen a port that was then taken
+            assert other.getsockname()[1] != port and third.fileno() == -1
+
+
 def test_without_the_packages_the_message_names_the_file(run_script, tmp_path):
     (tmp_path / 'uvicorn.py').write_text("raise ImportError('no', name='uvicorn')")
     done = run_script('serve.py', '-model=x', PYTHONPATH=str(tmp_path))
