@@ -12,7 +12,17 @@
 # Linux then does not save the tile registers, so one thread at a time may use them. Bochs 3.0 also takes the signed
 # bytes of AMX's int8 products as unsigned: with AMX, `kernels` draws weights from 0 to 127, and `paddle` leaves int8 out.
 set -eu
+refuse() {
+    echo "$0: $1" >&2
+    exit 2
+}
+[ $# -eq 2 ] || refuse 'expected FOLDER, and kernels or paddle'
 folder=$1 what=$2
+case $what in kernels | paddle) ;; *) refuse "$what: expected kernels or paddle" ;; esac
+[ "$(id -u)" = 0 ] || refuse 'needs root, for debootstrap and chroot'
+for tool in debootstrap unshare "${CXX:-g++}"; do
+    command -v "$tool" > /dev/null || refuse "$tool is missing"
+done
 here=$(cd "$(dirname "$0")" && pwd) root=$(cd "$(dirname "$0")/../.." && pwd)
 processor=-march=sapphirerapids
 without_amx="$processor -mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
@@ -50,13 +60,9 @@ kernels)
     printf '%s\n' 'set -x' '/with_amx 4 rounded && /without_amx 4 rounded' > "$guest/run.sh"
     ;;
 paddle)
-    python=$(command -v python)
+    python=$(command -v python) || refuse 'python is missing'
     "$python" "$here/paddle_guest.py" "$guest" "$processor" "$without_amx"
     gcc -O1 -shared -fPIC "$here/permit_amx.c" -o "$guest/permit_amx.so"
-    ;;
-*)
-    echo "$0: $what: expected kernels or paddle" >&2
-    exit 2
     ;;
 esac
 
