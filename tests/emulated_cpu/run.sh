@@ -6,11 +6,13 @@
 #
 # FOLDER receives a Debian 13 with the emulator Bochs 3.0 and Linux 6.12, 2 GB, and with `paddle` an image of Python's
 # packages, 4 GB more; they are kept for the next time. The host needs debootstrap and a GCC that knows the processor
-# (11 or newer), for `paddle` also the Python in which Paddle is installed. Each takes up to half an hour.
+# (11 or newer), for `paddle` also the Python in which Paddle is installed. `kernels` takes a quarter of an hour,
+# `paddle` up to an hour.
 #
 # Bochs lacks a feature (XFD) without which Linux leaves AMX off: amx_state.c turns it on, and permit_amx.c grants it.
 # Linux then does not save the tile registers, so one thread at a time may use them. Bochs 3.0 also takes the signed
-# bytes of AMX's int8 products as unsigned: with AMX, `kernels` draws weights from 0 to 127, and `paddle` leaves int8 out.
+# bytes of AMX's int8 products as unsigned: with AMX, `kernels` draws weights from 0 to 127, and `paddle` leaves int8
+# out.
 set -eu
 refuse() {
     echo "$0: $1" >&2
