@@ -176,10 +176,6 @@ def paddle_packed(case, folder):
     return paddle_dynamic(case, folder, packed)
 
 
-def paddle_bf16_products(case, folder):
-    return paddle_dynamic(case, folder, bf16=True)
-
-
 def export_paddle(case, folder, precision='fp32'):
     _, model = paddle_model(case)
     from deploy.runtimes import save_paddle_program
@@ -255,10 +251,6 @@ def torch_channels_last(case, folder):
     return torch_eager(case, folder, channels_last=True)
 
 
-def torch_bf16(case, folder):
-    return torch_eager(case, folder, channels_last=True, bf16=True)
-
-
 def export_onnx(case, folder):
     torch, model = torch_model(case)
     images, _ = images_and_labels(case)
@@ -275,9 +267,10 @@ def onnxruntime_model(case, folder):
     return lambda: session.run(None, feed), f'onnxruntime {onnxruntime.__version__}'
 
 
-def openvino_model(case, folder):
+def openvino_model(case, folder, precision='f32'):
     import openvino
-    compiled = openvino.compile_model(os.path.join(folder, 'model.onnx'), 'CPU', harness.openvino_settings(case))
+    settings = harness.openvino_settings(case, precision)
+    compiled = openvino.compile_model(os.path.join(folder, 'model.onnx'), 'CPU', settings)
     request = compiled.create_infer_request()
     images, _ = images_and_labels(case)
 
@@ -287,14 +280,12 @@ def openvino_model(case, folder):
     return infer, f'openvino {openvino.__version__.split("-")[0]}'
 
 
-def openvino_default(case, folder):
-    return openvino_model({**case, 'default_precision': True}, folder)
-
-
 MAKERS = {'packed': paddle_packed, 'inference': paddle_inference, 'inference-stock': paddle_inference,
           'torch': torch_eager, 'torch-channels-last': torch_channels_last, 'onnxruntime': onnxruntime_model,
-          'openvino': openvino_model, 'custom-bf16': paddle_bf16_products, 'inference-bf16': paddle_inference,
-          'inference-int8': paddle_inference, 'torch-bf16': torch_bf16, 'openvino-default': openvino_default}
+          'openvino': openvino_model, 'inference-bf16': paddle_inference, 'inference-int8': paddle_inference,
+          'custom-bf16': functools.partial(paddle_dynamic, bf16=True),
+          'torch-bf16': functools.partial(torch_eager, channels_last=True, bf16=True),
+          'openvino-default': functools.partial(openvino_model, precision=None)}
 EXPORTERS = {'inference': export_paddle, 'inference-stock': export_paddle, 'onnxruntime': export_onnx,
              'openvino': export_onnx, 'openvino-default': export_onnx,
              'inference-bf16': functools.partial(export_paddle, precision='bf16'),

@@ -261,10 +261,10 @@ def choose(flag, text, known):
     return names
 
 
-def openvino_settings(case):
-    """Settings of OpenVINO's CPU device: the number of threads of the case, and float32 unless it is in bfloat16."""
-    precision = {} if case.get('default_precision') else {'INFERENCE_PRECISION_HINT': 'f32'}
-    return {**precision, 'INFERENCE_NUM_THREADS': case['threads'], 'PERFORMANCE_HINT': 'LATENCY'}
+def openvino_settings(case, precision='f32'):
+    """Settings of OpenVINO's CPU device: the number of threads of the case, and a precision; None for its default."""
+    hint = {'INFERENCE_PRECISION_HINT': precision} if precision else {}
+    return {**hint, 'INFERENCE_NUM_THREADS': case['threads'], 'PERFORMANCE_HINT': 'LATENCY'}
 
 
 def write_csv(path, header, rows):

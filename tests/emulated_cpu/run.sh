@@ -2,10 +2,11 @@
 # Runs tests on an emulated Intel Sapphire Rapids, whose AVX512_BF16, VNNI and AMX few machines have.
 #
 #   sudo sh tests/emulated_cpu/run.sh FOLDER kernels   tests/sanitize/main.cc in bfloat16 and int8, with AMX and without
-#   sudo sh tests/emulated_cpu/run.sh FOLDER paddle    test_products.py and test_precision.py, with AMX and without
+#   sudo env PATH="$PATH" sh tests/emulated_cpu/run.sh FOLDER paddle
+#                                                      test_products.py and test_precision.py, with AMX and without
 #
-# FOLDER receives a Debian 13 with the emulator Bochs 3.0 and Linux 6.12, 2 GB, and with `paddle` an image of Python's
-# packages, 4 GB more; they are kept for the next time. The host needs debootstrap and a GCC that knows the processor
+# FOLDER receives a Debian 13 with the emulator Bochs 3.0 and Linux 6.12, 2 GB, which is kept for the next time, and with
+# `paddle` an image of Python's packages, 4 GB more. The host needs debootstrap and a GCC that knows the processor
 # (11 or newer), for `paddle` also the Python in which Paddle is installed. `kernels` takes a quarter of an hour,
 # `paddle` up to an hour.
 #
