@@ -1,5 +1,7 @@
 """Shared by the main scripts: reads the settings, starts the processes of a run and waits for them to end."""
+import atexit
 import contextlib
+import ctypes
 import io
 import logging
 import multiprocessing
@@ -7,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing import resource_tracker
 
@@ -125,7 +128,25 @@ def run_in_processes(config, device):
 def _child(config, device):
     end_with_parent(multiprocessing.parent_process().pid)
     stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
-    sys.exit(exit_status(_run_rank, lambda: (config, device)))
+    end_process(exit_status(_run_rank, lambda: (config, device)))
+
+
+def end_process(status):
+    """Ends this process with a status. If it is one of several ranks, C++'s destructors do not run.
+
+    While they run, Paddle's threads still serve the other ranks; in rank 0, that is the store in which the ranks found
+    each other. If another rank closes its connection at that moment, such a thread uses what has been destroyed, and
+    signal 11 or 6 ends a rank that has finished its work.
+    """
+    if dist.is_initialized():
+        threading._shutdown()  # as the interpreter does at its end: waits for threads, then runs what atexit has
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or its reader is gone
+                stream.flush()
+        ctypes.CDLL(None).fflush(None)
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run_rank(settings):

@@ -10,7 +10,6 @@ Paddle's launcher can start the processes instead, also on several machines:
 import paddle_env  # noqa: I001 - sets the environment, so before paddle
 
 import signal
-import sys
 
 from training.signals import end_with_parent, stop
 
@@ -19,5 +18,5 @@ if __name__ == '__main__':
         end_with_parent(paddle_env.paddle_launcher())
     stop.listen(signal.SIGTERM, signal.SIGINT)  # before the imports that take long and start threads
     from errors import exit_status
-    from launcher import run_multi
-    sys.exit(exit_status(run_multi, __doc__))
+    from launcher import end_process, run_multi
+    end_process(exit_status(run_multi, __doc__))

@@ -13,6 +13,7 @@ import paddle.nn.functional as F
 
 import utils
 from config import get_config
+from launcher import end_process
 from replknet import RepLKNet
 from training.amp import Amp, LossScaler
 from training.engine import train_one_epoch
@@ -105,6 +106,8 @@ def table(world):
                 'processes': world, 'rank': rank, 'accumulation': accum, 'recompute': recompute, 'loss_scaling': scaled,
                 'gradient': max(deviation(*pair) for pair in zip(got, gradients)),
                 'statistic': deviation(moved, ranks[rank])}), flush=True)
+    if world > 1:
+        end_process(0)
 
 
 if __name__ == '__main__':

@@ -225,12 +225,15 @@ def test_time_and_memory_of_a_step_of_replknet_31b(device, half, record_property
 def in_each_process(rank_file):
     """Runs in two processes: SyncBatchNorm and an exchange of gradients."""
     import paddle.distributed as dist
+
+    from launcher import end_process
     dist.init_parallel_env()
     works = [sync_batch_norm_works(recompute) for recompute in (False, True)] if utils.device_count('gpu') else []
     model = paddle.DataParallel(paddle.nn.Linear(2, 1, bias_attr=False))
     model(paddle.full([1, 2], float(dist.get_rank() + 1))).sum().backward()
     with open(f'{rank_file}.{dist.get_rank()}', 'w') as file:
         json.dump({'works': works, 'gradient': model._layers.weight.grad.numpy().ravel().tolist()}, file)
+    end_process(0)
 
 
 @long

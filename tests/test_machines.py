@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from port_weights.safe_load import read_checkpoint
 from training import agreement, amp
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
 
 
 class Store:
@@ -210,6 +212,33 @@ def run_ranks(*arguments, cwd):
     finally:
         for process in processes:
             process.kill()
+
+
+SLOW_END = """
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* This library is loaded before all others, so its destructor runs after all of theirs. */
+__attribute__((destructor)) static void wait_after_all_destructors(void) {
+    const char *rank = getenv("PADDLE_TRAINER_ID");
+    if (rank && getppid() == atoi(getenv("TESTS_PARENT")))
+        sleep(strcmp(rank, "0") ? 1 : 3);
+}
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason='needs a C++ compiler')
+def test_rank_0_ends_well_after_the_others(list_dataset, random_run, tmp_path, monkeypatch):
+    """Whatever is destroyed when a process ends, the thread that serves the other ranks must not miss it."""
+    source, library = tmp_path / 'slow.cc', tmp_path / 'slow.so'
+    source.write_text(SLOW_END)
+    subprocess.run([*COMPILER.split(), '-shared', '-fPIC', '-o', library, source], check=True)
+    monkeypatch.setenv('LD_PRELOAD', str(library))
+    monkeypatch.setenv('TESTS_PARENT', str(os.getpid()))  # not in the processes that the ranks start
+    flags = [f'-data_path={list_dataset}', '-eval', f'-pretrained={random_run}/best.pdparams']
+    outcomes = run_ranks(flags, flags, cwd=tmp_path)
+    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
 
 
 def shuffled_copy(dataset, folder):

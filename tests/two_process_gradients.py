@@ -11,6 +11,7 @@ from paddle import nn
 import utils
 from config import get_config
 from errors import TrainingStopped
+from launcher import end_process
 from replknet import RepLKNet
 from training.amp import Amp
 from training.engine import evaluate, train_one_epoch
@@ -67,6 +68,7 @@ def wait(path):
     images, labels = (paddle.to_tensor(array) for array in data())
     evaluate(build(), [(images[dist.get_rank()::2], labels[dist.get_rank()::2])], 20, Amp(get_config(), 'cpu'))
     np.savez(f'{path}.{dist.get_rank()}.npz')
+    end_process(0)
 
 
 def worker(path):
@@ -92,6 +94,7 @@ def worker(path):
     np.savez(f'{path}.{rank}.npz', loss=metrics['loss'], images=metrics['images'], mean=norm[0]._mean.numpy(),
              exchanges=count_exchanges(mine), stopped=stopped,
              **{f'weight/{k}': v for k, v in weights.items()})
+    end_process(0)
 
 
 if __name__ == '__main__':
