@@ -4,8 +4,8 @@
         -backend=dygraph,inference -threads=1,2 -output=31b.json
 
 Every combination runs in a new process, one after the other, on random inputs. The shares of the time come from
-Paddle's profiler, in three additional calls. The share of a convolution includes the norm or activation that is
-computed with it; `other` includes the time between operators.
+Paddle's profiler, in three additional calls with an operator for each convolution. The share of a convolution includes
+the norm or activation that is computed with it; `other` includes the time between operators.
 """
 import argparse
 import contextlib
@@ -136,17 +136,25 @@ def _shares(events, kinds):
     return {kind: round(share / total, 4) for kind, share in shares.items()}
 
 
-def export_program(case, path):
-    """Saves the model of a case as a Paddle program; answers with the kinds of its convolutions."""
-    images, model = images_of(case), build(case)
-    import paddle
+def load_program(path, threads):
+    """Loads a program saved by `export_program`."""
+    from deploy.runtimes import load_paddle_program
+    from large_kernel.build import load_operator, reason_unavailable
+    if reason_unavailable() is None:
+        load_operator()  # registers the operator with Paddle Inference
+    return load_paddle_program(path, threads)
 
+
+def export_program(case, path):
+    """Saves the model of a case as a Paddle program; answers with the shares of its time."""
+    images, model, kinds = images_of(case), build(case), []
     from deploy.runtimes import save_paddle_program
     save_paddle_program(model, path, images.shape[2:])
-    kinds = []
-    with marked(kinds), paddle.no_grad():
-        model(paddle.to_tensor(images[:1]))
-    return list, {'kinds': kinds}
+    with marked(kinds):  # a second program, with an operator for each convolution
+        save_paddle_program(model, path + '_apart', images.shape[2:])
+    program = load_program(path + '_apart', case['threads'])
+    program(images)
+    return list, {'shares': time_shares(lambda: program(images), kinds)}
 
 
 def prepare(case, path):
@@ -154,20 +162,16 @@ def prepare(case, path):
     images = images_of(case)
     if case['backend'] == 'inference':
         harness.import_paddle(case['threads'])
-        from deploy.runtimes import load_paddle_program
-        from large_kernel.build import load_operator, reason_unavailable
-        if reason_unavailable() is None:
-            load_operator()  # registers the operator with Paddle Inference
-        program, kinds = load_paddle_program(path, case['threads']), case['kinds']
+        program = load_program(path, case['threads'])
     else:
         model = build(case)
         from deploy.equivalence import dygraph_program
-        program, kinds = dygraph_program(model), None
+        program = dygraph_program(model)
     import paddle
     harness.reset_peak_memory()
     program(images)  # the first call is a warm-up
-    return lambda: [program(images)], {'paddle': paddle.__version__,
-                                       'shares': time_shares(lambda: program(images), kinds)}
+    shares = case['shares'] if case['backend'] == 'inference' else time_shares(lambda: program(images))
+    return lambda: [program(images)], {'paddle': paddle.__version__, 'shares': shares}
 
 
 def child(folder, export):
@@ -197,7 +201,7 @@ def bench(case, args):
 
         if case['backend'] == 'inference':
             exporter = start('-export')
-            case = {**case, 'kinds': exporter.ask(setup=case)['kinds']}
+            case = {**case, 'shares': exporter.ask(setup=case)['shares']}
             exporter.close()
         times, answers, failed = harness.measure({'model': (start(), case)}, rounds=3, budget=args.budget,
                                                  patience=args.patience, visit=args.budget / 3)

@@ -53,31 +53,46 @@ def save_paddle_program(layer, prefix, size=None, implementation=None):
 
 
 def load_paddle_program(prefix, threads=1):
-    """Loads `prefix`.json (or .pdmodel) and `prefix`.pdiparams with Paddle Inference and oneDNN.
+    """Loads `prefix`.json (or .pdmodel) and `prefix`.pdiparams with Paddle Inference.
 
     For a program that contains the large-kernel operator, call `large_kernel.load_operator()` first.
     """
     from paddle import inference
-    config = inference.Config(program_file(prefix), prefix + '.pdiparams')
+    program = program_file(prefix)
+    config = inference.Config(program, prefix + '.pdiparams')
     config.disable_gpu()
-    config.enable_mkldnn()
+    if _has_standard_convolutions(program):
+        config.enable_mkldnn()
+    else:  # Paddle 3 enables it otherwise; beside the large-kernel operator it only costs time
+        config.disable_mkldnn()
     config.set_cpu_math_library_num_threads(threads)
     config.disable_glog_info()
     predictor = inference.create_predictor(config)
     images_handle = predictor.get_input_handle(predictor.get_input_names()[0])
     output_handle = predictor.get_output_handle(predictor.get_output_names()[0])
 
-    @_silent_stdout()
+    first = iter([_silent_stdout()])
+
     def run(images):
         images_handle.copy_from_cpu(images)
-        predictor.run()
+        with next(first, contextlib.nullcontext()):
+            predictor.run()
         return output_handle.copy_to_cpu()
     return run
 
 
+def _has_standard_convolutions(program):
+    """Whether a program contains convolutions of Paddle's own."""
+    with open(program, 'rb') as file:
+        content = file.read()
+    # the type of an operator in JSON, and in a .pdmodel, a protocol buffer, with its tag and length
+    return any(name in content for name in (b'.conv2d"', b'.depthwise_conv2d"', b'\x1a\x06conv2d',
+                                            b'\x1a\x10depthwise_conv2d'))
+
+
 @contextlib.contextmanager
 def _silent_stdout():
-    """Discards what native code prints to standard output: Paddle's oneDNN lists its features there."""
+    """Discards what native code prints to standard output: Paddle's oneDNN does so in its first call."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, 'w') as nothing:

@@ -57,8 +57,10 @@ def run_fused(x, weight, bias, residual, in_norm, out_norm, attributes):
 
 
 def run_fused_sequence(x, parameters, kernels, strides, parts, residuals, activations, epsilons):
-    """The operator behind `sequence.computed`; operator.cc describes the arguments. Not for tracing."""
-    return _RUN('fused_convs', x, parameters, kernels, strides, parts, residuals, activations, epsilons)[0]
+    """The operator behind `sequence.computed`; operator.cc describes the arguments."""
+    return _call('fused_convs', ('X', 'Parameters@VECTOR'), [x, parameters],
+                 ('kernels', 'strides', 'parts', 'residuals', 'activations', 'epsilons'),
+                 [kernels, strides, parts, residuals, activations, epsilons])
 
 
 def run_pointwise_bf16(x, weight):

@@ -2,7 +2,8 @@
 
 A convolution streams megabytes of weights through the caches and evicts the interpreter's code and data, so that each
 operator call spends 0.06 ms in Python alone, a twentieth of a network's time for one image. In a sequence, Python
-first describes all convolutions, and the operator then computes them in one go.
+first describes all convolutions, and the operator then computes them in one go. In programs, sequences save the time
+between two operators.
 """
 import paddle
 
@@ -10,7 +11,7 @@ from large_kernel import operators
 from large_kernel.conv import runs_custom
 
 BLOCK = 16  # channels per block in packed weights and NCHW16c feature maps; kChannelBlock in csrc
-_BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE = 1, 2, 4, 8, 16  # enum Part in operator.cc
+_BIAS, _IN_NORM, _OUT_NORM, _BLOCKED, _DEPTHWISE, _INT8 = 1, 2, 4, 8, 16, 32  # enum Part in operator.cc
 
 
 class Deferred:
@@ -40,7 +41,7 @@ class Deferred:
         kernel, stride, activation, in_epsilon, out_epsilon, blocked, depthwise = attributes
         sequence = self._sequence
         sequence.parameters.append(weight)
-        parts = _BLOCKED * blocked + _DEPTHWISE * depthwise
+        parts = _BLOCKED * blocked + _DEPTHWISE * depthwise + _INT8 * (weight.dtype == paddle.int8)
         if bias is not None:
             sequence.parameters.append(bias)
             parts += _BIAS
@@ -59,7 +60,7 @@ class Deferred:
         sequence.epsilons += (in_epsilon, out_epsilon)
 
         batch, _, *sides = self.shape[:4]
-        sides = [(side - 1) // stride + 1 for side in sides]
+        sides = [-1 if side < 0 else (side - 1) // stride + 1 for side in sides]  # -1: unknown in a program
         shape = weight.shape
         channels = shape[0] * (1 if len(shape) == 4 else BLOCK)
         shape = [batch, channels // BLOCK, *sides, BLOCK] if blocked else [batch, channels, *sides]
@@ -83,18 +84,19 @@ class _Sequence:
             self.parts[:count], self.residuals[:count], self.activations[:count], self.epsilons[:2 * count])
 
 
+@paddle.jit.not_to_static  # trace the Python code as is
 def defer(x):
-    """Starts a sequence at x where the C++ operator can run one, in dygraph; else returns x itself.
+    """Starts a sequence at x where the C++ operator can run one; else returns x itself.
 
     x must be float32, or bfloat16 in NCHW16c.
 
     For inference only, and for layers that pass their feature maps to `conv_block` and nothing else.
     """
-    can_defer = paddle.in_dynamic_mode() and runs_custom(x) and (
-        x.dtype == paddle.float32 or (len(x.shape) == 5 and x.dtype == paddle.bfloat16))
-    return Deferred(_Sequence(x), 0, x.shape) if can_defer else x
+    can_defer = x.dtype == paddle.float32 or (len(x.shape) == 5 and x.dtype == paddle.bfloat16)
+    return Deferred(_Sequence(x), 0, x.shape) if can_defer and runs_custom(x) else x
 
 
+@paddle.jit.not_to_static
 def computed(x):
     """The tensor of a feature map, deferred or not."""
     return x._sequence.value(x._index) if type(x) is Deferred else x

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import replknet
+from deploy.runtimes import load_paddle_program, save_paddle_program
 from fuse import fuse, pack
 from large_kernel import (
     DepthwiseConv2D,
@@ -19,6 +20,7 @@ from large_kernel import (
 )
 from large_kernel.conv_norm_act import PackedConv2D, can_fuse
 from large_kernel.layout import MapLayout
+from large_kernel.quantise import quantise
 from replknet import ConvBN, RepLKNet
 from tests.test_conv_norm_act import norm
 
@@ -244,6 +246,25 @@ def test_a_network_as_sequences_is_the_network(network, form, sequences, monkeyp
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
+@pytest.mark.parametrize('form', ['merged', 'fp32', 'bf16', 'int8'])
+def test_a_program_computes_in_sequences_what_the_network_computes(network, form, sequences, tmp_path):
+    network.structural_reparam()
+    images = [np.random.default_rng(0).standard_normal(s, np.float32) for s in ((2, 3, 64, 52), (1, 3, 33, 97))]
+    if form != 'merged':
+        network = fuse(network)
+        quantised = quantise(network, images[:1]) if form == 'int8' else None
+        pack(network, 'fp32' if form == 'fp32' else 'bf16', quantised)
+    save_paddle_program(network, str(tmp_path / 'model'))
+    assert sequences == [4 + 5, 2 + 5, 2 + 10, 2 + 5]
+    build.load_operator()
+    program = load_paddle_program(str(tmp_path / 'model'))
+    expected = [network(paddle.to_tensor(x)).numpy() for x in images]
+    for x, want in zip(images, expected):
+        np.testing.assert_allclose(program(x), want, rtol=1e-5, atol=1e-6)
+    translated = paddle.jit.to_static(network, full_graph=True)  # from its source
+    np.testing.assert_allclose(translated(paddle.to_tensor(images[0])).numpy(), expected[0], rtol=1e-5, atol=1e-6)
+
+
 def test_what_a_sequence_cannot_hold_is_called(network, sequences, monkeypatch):
     x = paddle.randn([1, 3, 64, 64])
     network(x)
@@ -326,6 +347,8 @@ def test_wrong_shapes_in_a_sequence_are_errors():
         operators.run_fused_sequence(computed(x), [conv.weight], [1], [1], [1], [-1], [''], [0.0, 0.0])
     with pytest.raises((RuntimeError, ValueError, OSError)):
         operators.run_fused_sequence(computed(x), [conv.weight], [1], [1], [0], [1], [''], [0.0, 0.0])
+    with pytest.raises((RuntimeError, ValueError, OSError)):
+        operators.run_fused_sequence(computed(x), [conv.weight, conv.bias], [1], [1], [0], [-1], [''], [0.0, 0.0])
 
 
 def test_conv_bn_trains_as_before():

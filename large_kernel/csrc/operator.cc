@@ -251,7 +251,23 @@ std::vector<Tensor> FusedConv(const Tensor& input, const Tensor& weight, const O
   return {y};
 }
 
-enum Part { kBias = 1, kInNorm = 2, kOutNorm = 4, kBlocked = 8, kDepthwise = 16 };
+enum Part { kBias = 1, kInNorm = 2, kOutNorm = 4, kBlocked = 8, kDepthwise = 16, kInt8 = 32 };
+
+// How many tensors a convolution of FusedConvs takes as in_norm and as out_norm. For int8 they are a `Quantisation`.
+std::size_t in_norm_size(int parts) { return parts & kInNorm ? (parts & kInt8 ? 2 : 4) : 0; }
+std::size_t out_norm_size(int parts) { return parts & kOutNorm ? (parts & kInt8 ? 1 : 4) : 0; }
+
+// The positions of the weights of FusedConvs in `parameters`.
+std::vector<std::size_t> weight_positions(const std::vector<int>& parts, std::size_t parameters) {
+  std::vector<std::size_t> positions;
+  std::size_t next = 0;
+  for (int of_one : parts) {
+    positions.push_back(next);
+    next += 1 + !!(of_one & kBias) + in_norm_size(of_one) + out_norm_size(of_one);
+  }
+  PD_CHECK(!parts.empty() && next == parameters, "fused_convs: ", parameters, " parameters where it takes ", next);
+  return positions;
+}
 
 // A sequence of FusedConv. Each attribute has one element per convolution, `epsilons` two. `parameters` holds for each
 // convolution its weight and, according to `parts`, the bias, in_norm and out_norm. Residual 0 is the input x, i > 0
@@ -271,18 +287,17 @@ std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& param
     needed[i] = i;
     if (residuals[i] >= 0) needed[residuals[i]] = i;
   }
+  weight_positions(parts, parameters.size());  // checks their number
   std::size_t next = 0;
   auto take = [&](std::size_t n) {
-    PD_CHECK(next + n <= parameters.size(), "fused_convs: too few parameters");
     next += n;
     return std::vector<Tensor>(parameters.begin() + (next - n), parameters.begin() + next);
   };
-  auto norm = [&](bool wanted, std::size_t n) { return wanted ? OptionalTensors(take(n)) : OptionalTensors(); };
+  auto norm = [&](std::size_t n) { return n ? OptionalTensors(take(n)) : OptionalTensors(); };
   for (std::size_t i = 0; i < count; i++) {
     const Tensor weight = take(1)[0];
     const auto bias = parts[i] & kBias ? OptionalTensor(take(1)[0]) : OptionalTensor();
-    const bool is_int8 = weight.dtype() == DataType::INT8;  // a `Quantisation` then takes the place of the norms
-    const auto before = norm(parts[i] & kInNorm, is_int8 ? 2 : 4), after = norm(parts[i] & kOutNorm, is_int8 ? 1 : 4);
+    const auto before = norm(in_norm_size(parts[i])), after = norm(out_norm_size(parts[i]));
     const auto residual = residuals[i] < 0 ? OptionalTensor() : OptionalTensor(values[residuals[i]]);
     values.push_back(FusedConv(values[i], weight, bias, residual, before, after, kernels[i], strides[i], activations[i],
                                epsilons[2 * i], epsilons[2 * i + 1], parts[i] & kBlocked, parts[i] & kDepthwise)[0]);
@@ -446,6 +461,23 @@ std::vector<DataType> FusedDtype(const DataType& x, const DataType& weight, cons
                                  float, bool nchw16c, bool) {
   return {result_dtype(x, weight, nchw16c)};
 }
+std::vector<Dims> FusedConvsShape(const Dims& x, const std::vector<Dims>& parameters, const std::vector<int>&,
+                                  const std::vector<int>& strides, const std::vector<int>& parts,
+                                  const std::vector<int>&, const std::vector<std::string>&, const std::vector<float>&) {
+  Dims y = nchw_shape(x);
+  for (int stride : strides) y = output_shape(y, stride);
+  y[1] = out_channels(parameters[weight_positions(parts, parameters.size()).back()]);
+  return {parts.back() & kBlocked ? nchw16c_shape(y) : y};
+}
+std::vector<DataType> FusedConvsDtype(const DataType& x, const std::vector<DataType>& parameters,
+                                      const std::vector<int>&, const std::vector<int>&, const std::vector<int>& parts,
+                                      const std::vector<int>&, const std::vector<std::string>&,
+                                      const std::vector<float>&) {
+  DataType y = x;
+  const std::vector<std::size_t> weights = weight_positions(parts, parameters.size());
+  for (std::size_t i = 0; i < parts.size(); i++) y = result_dtype(y, parameters[weights[i]], parts[i] & kBlocked);
+  return {y};
+}
 std::vector<DataType> InferDtypeBias(const DataType& x, const DataType&, const DataType&) { return {x}; }
 
 }  // namespace
@@ -493,7 +525,9 @@ PD_BUILD_OP(fused_convs)
     .Outputs({"Out"})
     .Attrs({"kernels: std::vector<int>", "strides: std::vector<int>", "parts: std::vector<int>",
             "residuals: std::vector<int>", "activations: std::vector<std::string>", "epsilons: std::vector<float>"})
-    .SetKernelFn(PD_KERNEL(FusedConvs));
+    .SetKernelFn(PD_KERNEL(FusedConvs))
+    .SetInferShapeFn(PD_INFER_SHAPE(FusedConvsShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(FusedConvsDtype));
 
 PD_BUILD_OP(pointwise_bf16)
     .Inputs({"X", "Filter"})
