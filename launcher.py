@@ -128,6 +128,8 @@ def run_in_processes(config, device):
 def _child(config, device):
     end_with_parent(multiprocessing.parent_process().pid)
     stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
+    # a process that was spawned spawns its own ones: every DataLoader worker would import Paddle, in every epoch
+    multiprocessing.set_start_method(None, force=True)
     end_process(exit_status(_run_rank, lambda: (config, device)))
 
 

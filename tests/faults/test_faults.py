@@ -134,14 +134,17 @@ def test_when_a_dataloader_worker_dies_every_rank_ends(fleets):
     process = fleet.start(fleet.new(), '-num_workers=1', '-opts', 'TRAIN.NUM_EPOCHS', '1000')
     wait_for_steps(process, 3, 0)
     rank = children(process.pid)[0]
+    command, commands = Path(f'/proc/{rank}/cmdline').read_bytes(), set()
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:  # finished workers are not missed
         for worker in children(rank):
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                commands.add(Path(f'/proc/{worker}/cmdline').read_bytes())
                 os.kill(worker, signal.SIGKILL)
         time.sleep(0.05)
     assert fleet.end(process) == 1
     assert 'a DataLoader worker exited with status -9' in process.errors
+    assert commands - {b''} == {command}  # forked: a worker that is started anew imports Paddle first
 
 
 def test_a_second_signal_ends_the_run_at_once(fleets, stopped):
