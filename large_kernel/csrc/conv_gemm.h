@@ -273,12 +273,25 @@ void im2col(const FeatureMap<const float>& x, const Shape& s, int image, int pix
     const int step = x.nchw16c ? kChannelBlock : 1;
     const float* plane = x.at(image, channel, 0);
     const int above = r / s.kernel % s.kernel - s.kernel / 2, left = r % s.kernel - s.kernel / 2;
+    // the output columns whose input lies inside the map
+    const int begin = std::max(0, s.stride - 1 - left) / s.stride;
+    const int end = s.width > left ? (s.width - 1 - left) / s.stride + 1 : 0;
     int row = pixel / s.out_width(), column = pixel % s.out_width();
-    for (int i = 0; i < count; i++, to += row_size) {
-      const int iy = row * s.stride + above, ix = column * s.stride + left;
-      const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
-      *to = P::element(inside ? x.value(plane, ((std::ptrdiff_t)iy * s.width + ix) * step) : 0.f);
-      if (++column == s.out_width()) column = 0, row++;
+    for (int done = 0; done < count; row++) {
+      const int last = std::min(s.out_width(), column + count - done), iy = row * s.stride + above;
+      const bool inside = iy >= 0 && iy < s.height;
+      const int first_inside = inside ? std::clamp(begin, column, last) : last;
+      const int last_inside = inside ? std::clamp(end, first_inside, last) : last;
+      done += last - column;
+      const auto zeros = [&](int until) {
+        for (; column < until; column++, to += row_size) *to = P::element(0.f);
+      };
+      zeros(first_inside);
+      std::ptrdiff_t from = ((std::ptrdiff_t)iy * s.width + first_inside * s.stride + left) * step;
+      for (; column < last_inside; column++, to += row_size, from += s.stride * step)
+        *to = P::element(x.value(plane, from));
+      zeros(last);
+      column = 0;
     }
   }
 }
