@@ -3,7 +3,7 @@
     python benchmarks/report.py docs/results/*.csv
 
 Each file replaces its own sections of the page, between <!-- NAME --> and <!-- end -->; other sections stay unchanged.
-The charts show only the given files.
+NAME is that of a suite, and for models other than RepLKNet-31B SUITE-MODEL. The charts show only the given files.
 """
 import os
 import re
@@ -22,6 +22,7 @@ NAMES = {'custom': 'this project', 'packed': 'this project, packed', 'inference'
          'inference-bf16': 'this project, Paddle Inference, bfloat16',
          'inference-int8': 'this project, Paddle Inference, int8', 'torch-bf16': 'torch channels_last, bfloat16',
          'openvino-default': "OpenVINO's default"}
+MODEL = 'replknet_31b'
 MODEL_NAMES = {**NAMES, 'native': 'this project, native'}
 
 
@@ -194,13 +195,16 @@ def main():
     from matplotlib import pyplot
     with open(arguments.page, encoding='utf-8') as file:
         page = file.read()
-    layers, models = [], []
+    layers, growth = [], []
     for header, rows in results:
         is_layers = 'stride' in rows[0]
-        (layers if is_layers else models).extend(rows)
+        layers += rows if is_layers else []
+        growth += [] if is_layers else [row for row in rows if row['suite'] in ('batch', 'size', 'kernel')]
         sections = layer_tables(rows) if is_layers else model_tables(rows)
-        page = fill(page, {name: f'{provenance(header)}\n{text}' for name, text in sections.items()})
-    for draw, rows, name in ((draw_layers, layers, 'layers'), (draw_growth, models, 'growth')):
+        model = header.get('model', MODEL)
+        page = fill(page, {name if model == MODEL else f'{name}-{model}': f'{provenance(header)}\n{text}'
+                           for name, text in sections.items()})
+    for draw, rows, name in ((draw_layers, layers, 'layers'), (draw_growth, growth, 'growth')):
         if rows:
             draw(pyplot, rows, f'{os.path.splitext(arguments.page)[0]}_{name}.png')
     with harness.atomic_file(arguments.page) as file:

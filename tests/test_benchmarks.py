@@ -145,6 +145,11 @@ def test_report_fills_its_sections_and_keeps_the_others(run_script, tmp_path):
     assert 'old' not in text and 'machine: a: b' in text and re.search(r'\| 51 +\| 12 \(700\)', text), text
     assert text.startswith('above\n') and text.endswith('between\n<!-- size -->\nkept\n<!-- end -->\n')
     assert (tmp_path / 'page_growth.png').stat().st_size > 1000
+    harness.write_csv(results, {'command': 'python x', 'model': 'tiny'}, [{**row, 'suite': 'inference'}])
+    page.write_text('<!-- inference -->\nkept\n<!-- end -->\n<!-- inference-tiny -->\nold\n<!-- end -->\n')
+    done = run_script('benchmarks/report.py', results, f'-page={page}')
+    assert done.returncode == 0 and 'kept' in page.read_text() and 'old' not in page.read_text(), done.stderr
+    harness.write_csv(results, {'command': 'python x'}, [row])
     page.write_text('nothing to fill')
     done = run_script('benchmarks/report.py', results, f'-page={page}')
     assert done.returncode == 2 and '<!-- kernel -->' in done.stderr and page.read_text() == 'nothing to fill'
