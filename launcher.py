@@ -128,7 +128,8 @@ def run_in_processes(config, device):
 def _child(config, device):
     end_with_parent(multiprocessing.parent_process().pid)
     stop.listen(signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal; the parent handles it
-    # a process that was spawned spawns its own ones: every DataLoader worker would import Paddle, in every epoch
+    # back to the platform's default: a spawned process spawns its children, too, and every DataLoader worker would
+    # import Paddle, in every epoch
     multiprocessing.set_start_method(None, force=True)
     end_process(exit_status(_run_rank, lambda: (config, device)))
 
@@ -141,13 +142,15 @@ def end_process(status):
     signal 11 or 6 ends a rank that has finished its work.
     """
     if dist.is_initialized():
-        threading._shutdown()  # as the interpreter does at its end: waits for threads, then runs what atexit has
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or its reader is gone
-                stream.flush()
-        ctypes.CDLL(None).fflush(None)
-        os._exit(status)
+        try:  # as the interpreter does at its end: waits for threads, then calls the functions registered with atexit
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or its reader is gone
+                    stream.flush()
+            ctypes.CDLL(None).fflush(None)
+        finally:
+            os._exit(status)
     sys.exit(status)
 
 

@@ -6,12 +6,11 @@
 import paddle_env  # noqa: F401, I001 - sets the environment, so before paddle
 
 import signal
-import sys
 
 from training.signals import stop
 
 if __name__ == '__main__':
     stop.listen(signal.SIGTERM, signal.SIGINT)  # before the imports that take long and start threads
     from errors import exit_status
-    from launcher import run_single
-    sys.exit(exit_status(run_single, __doc__))
+    from launcher import end_process, run_single
+    end_process(exit_status(run_single, __doc__))

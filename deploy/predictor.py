@@ -77,7 +77,7 @@ class Predictor:
         batch_size: images per forward pass.
         topk: number of classes in each prediction; at most all classes are returned.
         features: also return the pooled features.
-        backend: 'dygraph', 'inference' (Paddle Inference with oneDNN, CPU only) or 'auto'. 'auto' is 'inference' for
+        backend: 'dygraph', 'inference' (Paddle Inference, CPU only) or 'auto'. 'auto' is 'inference' for
             an export, and on a CPU without the C++ operator, where it is faster; otherwise 'dygraph'.
         workers: number of decoding threads; None for one per core, at most 16.
         tta: 'flip' averages the probabilities of each image and its mirror image, see deploy/flip.py; the `logits` are

@@ -61,38 +61,48 @@ def load_paddle_program(prefix, threads=1):
     program = program_file(prefix)
     config = inference.Config(program, prefix + '.pdiparams')
     config.disable_gpu()
-    if _has_standard_convolutions(program):
+    onednn = needs_onednn(program)
+    if onednn:
         config.enable_mkldnn()
-    else:  # Paddle 3 enables it otherwise; beside the large-kernel operator it only costs time
-        config.disable_mkldnn()
+    else:
+        config.disable_mkldnn()  # Paddle 3 would enable it
     config.set_cpu_math_library_num_threads(threads)
     config.disable_glog_info()
     predictor = inference.create_predictor(config)
     images_handle = predictor.get_input_handle(predictor.get_input_names()[0])
     output_handle = predictor.get_output_handle(predictor.get_output_names()[0])
 
-    first = iter([_silent_stdout()])
+    quiet = onednn
 
     def run(images):
+        nonlocal quiet
         images_handle.copy_from_cpu(images)
-        with next(first, contextlib.nullcontext()):
+        with _silent_stdout() if quiet else contextlib.nullcontext():
             predictor.run()
+        quiet = False
         return output_handle.copy_to_cpu()
     return run
 
 
-def _has_standard_convolutions(program):
-    """Whether a program contains convolutions of Paddle's own."""
+def needs_onednn(program):
+    """Whether oneDNN makes a program faster: where it computes convolutions, and not this project's operators alone.
+
+    Beside these, oneDNN only costs time: it converts what other operators pass on.
+
+    Args:
+        program: path of a .json or .pdmodel file.
+    """
     with open(program, 'rb') as file:
         content = file.read()
     # the type of an operator in JSON, and in a .pdmodel, a protocol buffer, with its tag and length
-    return any(name in content for name in (b'.conv2d"', b'.depthwise_conv2d"', b'\x1a\x06conv2d',
-                                            b'\x1a\x10depthwise_conv2d'))
+    convolutions = b'.conv2d"', b'.depthwise_conv2d"', b'\x1a\x06conv2d', b'\x1a\x10depthwise_conv2d'
+    ours = b'fused_conv', b'large_kernel_conv'
+    return any(name in content for name in convolutions) or not any(name in content for name in ours)
 
 
 @contextlib.contextmanager
 def _silent_stdout():
-    """Discards what native code prints to standard output: Paddle's oneDNN does so in its first call."""
+    """Discards what native code prints to standard output: Paddle 3 does in a program's first call with oneDNN."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, 'w') as nothing:

@@ -15,7 +15,7 @@ import export as exporting
 import large_kernel.build
 from config import config_text, get_config
 from deploy.equivalence import Difference, compare_groups, compare_outputs, layer_groups, multiply_accumulates
-from deploy.runtimes import load_onnx_program, load_paddle_program, program_file
+from deploy.runtimes import load_onnx_program, load_paddle_program, needs_onednn, program_file
 from errors import UserError
 from export import CertificateError, export, read_arguments
 from fuse import fuse
@@ -115,6 +115,7 @@ def test_forms_and_sizes(settings, model, tmp_path, form, dynamic):
     expected = model(paddle.to_tensor(x)).numpy()
     for name in ('model', 'model_native'):
         np.testing.assert_allclose(load_paddle_program(str(tmp_path / 'out' / name))(x), expected, atol=1e-4)
+        assert needs_onednn(program_file(str(tmp_path / 'out' / name))) == (name == 'model_native')
 
 
 @needs_operator

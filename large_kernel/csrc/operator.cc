@@ -287,14 +287,15 @@ std::vector<Tensor> FusedConvs(const Tensor& x, const std::vector<Tensor>& param
     needed[i] = i;
     if (residuals[i] >= 0) needed[residuals[i]] = i;
   }
-  weight_positions(parts, parameters.size());  // checks their number
-  std::size_t next = 0;
+  const std::vector<std::size_t> positions = weight_positions(parts, parameters.size());
+  std::size_t next;
   auto take = [&](std::size_t n) {
     next += n;
     return std::vector<Tensor>(parameters.begin() + (next - n), parameters.begin() + next);
   };
   auto norm = [&](std::size_t n) { return n ? OptionalTensors(take(n)) : OptionalTensors(); };
   for (std::size_t i = 0; i < count; i++) {
+    next = positions[i];
     const Tensor weight = take(1)[0];
     const auto bias = parts[i] & kBias ? OptionalTensor(take(1)[0]) : OptionalTensor();
     const auto before = norm(in_norm_size(parts[i])), after = norm(out_norm_size(parts[i]));
