@@ -85,9 +85,7 @@ def load_paddle_program(prefix, threads=1):
 
 
 def needs_onednn(program):
-    """Whether oneDNN makes a program faster: where it computes convolutions, and not this project's operators alone.
-
-    Beside these, oneDNN only costs time: it converts what other operators pass on.
+    """Whether oneDNN makes a program faster: where it computes convolutions. Beside this project's it only costs time.
 
     Args:
         program: path of a .json or .pdmodel file.

@@ -23,6 +23,7 @@ from large_kernel.layout import MapLayout
 from large_kernel.quantise import quantise
 from replknet import ConvBN, RepLKNet
 from tests.test_conv_norm_act import norm
+from tests.test_fuse import randomise_norms
 
 import paddle  # isort: skip
 from paddle import nn  # isort: skip
@@ -221,16 +222,6 @@ def test_layers_of_other_kinds_widths_or_modes_see_planes(network, monkeypatch):
     assert set(layouts(network, x, monkeypatch)) == {4}
 
 
-def calibrate(model, images):
-    """Gives the norms the statistics of a batch: with those of a new model, signals fade and logits hardly differ."""
-    norms = [layer for layer in model.sublayers() if isinstance(layer, nn.BatchNorm2D)]
-    model.train()
-    for layer in norms:
-        layer._momentum = 0.0
-    model(images)
-    model.eval()
-
-
 @pytest.fixture
 def sequences(monkeypatch):
     """The numbers of convolutions of each sequence that is computed."""
@@ -259,8 +250,7 @@ def test_a_network_as_sequences_is_the_network(network, form, sequences, monkeyp
 @pytest.mark.parametrize('form', ['merged', 'fp32', 'bf16', 'int8'])
 def test_a_program_computes_in_sequences_what_the_network_computes(network, form, sequences, tmp_path):
     images = [np.random.default_rng(0).standard_normal(s, np.float32) for s in ((2, 3, 64, 52), (1, 3, 33, 97))]
-    calibrate(network, paddle.randn([8, 3, 64, 64]))
-    network.structural_reparam()
+    randomise_norms(network, 64).structural_reparam()
     if form != 'merged':
         network = fuse(network)
         quantised = quantise(network, images[:1]) if form == 'int8' else None

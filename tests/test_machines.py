@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from config import get_config
 from errors import UserError
 from large_kernel import build
 from port_weights.safe_load import read_checkpoint
+from tests.test_large_kernel_build import COMPILER
 from training import agreement, amp
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COMPILER = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
 
 
 class Store:
@@ -230,7 +229,7 @@ __attribute__((destructor)) static void wait_after_all_destructors(void) {
 
 @pytest.mark.skipif(COMPILER is None or sys.platform != 'linux', reason='needs a C++ compiler, and LD_PRELOAD')
 def test_rank_0_ends_well_after_the_others(list_dataset, random_run, tmp_path, monkeypatch):
-    """Whatever is destroyed when a process ends, the thread that serves the other ranks must not miss it."""
+    """The thread of Paddle that serves the other ranks must not use what is destroyed at the end of its process."""
     source, library = tmp_path / 'slow.cc', tmp_path / 'slow.so'
     source.write_text(SLOW_END)
     subprocess.run([*COMPILER.split(), '-shared', '-fPIC', '-o', library, source], check=True)
